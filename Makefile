@@ -1,0 +1,58 @@
+# make train   set up, prepare Fashion-MNIST, run config/debug.py through its three phases, draw the figures
+# make test    set up, run the tests; make test-slow: those that take minutes
+# LOADER=folder does without FFCV, its system libraries and root; PYTHON=python3.12 picks the interpreter
+
+PYTHON ?= python3
+LOADER ?= ffcv
+DATA := datasets/fashion_mnist
+PY := .venv/bin/python
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+LIBRARIES := python3-venv python3-dev g++ pkg-config libopencv-dev libturbojpeg0-dev
+
+.PHONY: setup data train test test-slow
+.DELETE_ON_ERROR:
+
+setup: .venv/.requirements $(if $(filter ffcv,$(LOADER)),.venv/.ffcv)
+
+# Asks for root only if a library is missing. Fashion-MNIST comes with Debian; elsewhere torchvision downloads it later.
+.venv/.libraries:
+	@missing=$$(for p in $(LIBRARIES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		command -v apt-get >/dev/null || { echo "error: FFCV needs $(LIBRARIES); without apt-get use: make $(MAKECMDGOALS) LOADER=folder" >&2; exit 1; }; \
+		$(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends $$missing; \
+	fi
+	@dpkg -s dataset-fashion-mnist >/dev/null 2>&1 || $(SUDO) apt-get install -y --no-install-recommends dataset-fashion-mnist || \
+		echo "no package dataset-fashion-mnist here: torchvision will download the data"
+	@mkdir -p .venv && touch $@
+
+.venv/.requirements: requirements.txt $(if $(filter ffcv,$(LOADER)),.venv/.libraries)
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -r requirements.txt
+	@touch $@
+
+# its other declared dependencies serve benchmarks, webdataset and cupy only
+.venv/.ffcv: .venv/.requirements
+	$(PY) -m pip install --no-deps --use-pep517 ffcv==1.0.2
+	@touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.requirements
+	$(PY) -m pip install -r requirements-dev.txt
+	@touch $@
+
+data: $(if $(filter ffcv,$(LOADER)),$(DATA)/train.beton $(DATA)/val.beton,$(DATA)/FashionMNIST)
+
+$(DATA)/FashionMNIST: | setup
+	$(PY) -m data.folder fashion_mnist $(DATA)
+
+$(DATA)/%.beton: | $(DATA)/FashionMNIST
+	$(PY) -m data.beton fashion_mnist:$* $@ --root $(DATA)
+
+train: setup data
+	$(PY) train.py config/debug.py --loader $(LOADER) --resume True
+	$(PY) -m monitor.plot runs/debug
+
+test: setup data .venv/.dev
+	$(PY) -m pytest -m "not slow"
+
+test-slow: setup data .venv/.dev
+	$(PY) -m pytest -m slow

@@ -1,0 +1,1 @@
+"""Low-rank adapters on any nn.Module, and the rule that chooses their ranks."""

@@ -1,0 +1,1 @@
+"""The vision transformer, its optimiser and its checkpoints."""

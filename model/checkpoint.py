@@ -1,0 +1,98 @@
+"""Checkpoints of a run: torch.distributed.checkpoint for the tensors, meta.json for everything a person may want to read.
+
+    RUN/checkpoints/step_00001234/   one fresh directory per save, complete or absent: written as *.tmp, then renamed
+    RUN/checkpoints/latest           the name of the newest one, replaced atomically after the rename
+
+DCP's `.metadata` is a pickle: load only your own runs. To share weights, export them to safetensors.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from model.optim import get_optimizer_state, set_optimizer_state
+
+
+def save(run_dir: Path, model: nn.Module, optimizer, meta: dict, pinned: bool) -> Path:
+    """Write model, optimiser and `meta` as step_<meta["step"]>, move `latest` to it, prune the others.
+
+    The last two checkpoints are kept, and every `pinned` one. Raises OSError (disk full, say) with `latest` still at the
+    checkpoint before.
+    """
+    final = run_dir / "checkpoints" / f"step_{meta['step']:08d}"
+    tmp = final.with_suffix(".tmp")
+    for leftover in final.parent.glob("step_*.tmp"):  # of a killed process or a full disk
+        shutil.rmtree(leftover)
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    for name, state in get_optimizer_state(model, optimizer).items():
+        tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
+    try:
+        dcp.save(tensors, checkpoint_id=tmp)
+    except CheckpointException as e:
+        raise unwrap(e, f"can't write {final}") from None
+    write_json(tmp / "meta.json", meta | {"pinned": pinned})
+    shutil.rmtree(final, ignore_errors=True)  # from before a roll-back; `latest` is elsewhere
+    os.replace(tmp, final)
+    link = final.parent / "latest"
+    link.with_suffix(".tmp").write_text(final.name)
+    os.replace(link.with_suffix(".tmp"), link)
+    prune(final)
+    return final
+
+
+def load(path: Path, model: nn.Module, optimizer) -> None:
+    """Restore weights and optimiser state in place, by name. Parameters whose optimiser state the checkpoint lacks (an adapter
+    that has not stepped yet) start fresh. Raises OSError for a weight that is missing or has another shape, or a damaged file."""
+    try:
+        dcp.load({f"model.{name}": t for name, t in model.state_dict().items()}, checkpoint_id=path)
+    except CheckpointException as e:
+        raise unwrap(e, f"can't load {path}") from None
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {}
+    for name, p in model.named_parameters():
+        keys = [key for key in ("exp_avg", "exp_avg_sq", "step") if f"optimizer.{name}.{key}" in saved]
+        if keys and p.requires_grad:
+            state[name] = {key: p.new_zeros(()) if key == "step" else p.detach().new_zeros(p.shape) for key in keys}
+    flat = {f"optimizer.{name}.{key}": t for name, s in state.items() for key, t in s.items()}
+    if flat:
+        dcp.load(flat, checkpoint_id=path)
+    set_optimizer_state(model, optimizer, state)
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    link = run_dir / "checkpoints" / "latest"
+    return link.parent / link.read_text().strip() if link.exists() else None
+
+
+def read_meta(path: Path) -> dict:
+    return json.loads((path / "meta.json").read_text())
+
+
+def prune(newest: Path) -> None:
+    """Delete what is older than the last two, `newest` being the last, and not pinned. Later steps (of a run rolled back by hand)
+    are left alone until training comes by them again."""
+    complete = sorted(d for d in newest.parent.glob("step_*") if d.suffix != ".tmp" and d.name <= newest.name)
+    for old in complete[:-2]:
+        if not read_meta(old)["pinned"]:
+            shutil.rmtree(old)
+
+
+def unwrap(e: CheckpointException, what: str) -> BaseException:
+    """DCP wraps whatever went wrong, Ctrl-C included, in a BaseException of its own: the cause as an OSError of one line."""
+    cause = next(iter(e.failures.values()))[0]
+    while cause.__context__:
+        cause = cause.__context__
+    return cause if isinstance(cause, KeyboardInterrupt) else OSError(f"{what}: {cause}")
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON through a temporary name, so that a killed process leaves the old file or the new one."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(tmp, path)

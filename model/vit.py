@@ -1,0 +1,206 @@
+"""Vision Transformer (Dosovitskiy et al. 2010.11929) with timm's parameter names.
+
+Class token, learned positions, pre-norm blocks, fused qkv, SDPA attention, dropout where AugReg has it, stochastic depth.
+A state dict of timm's `vit_*_patch16_224` loads as it is; Hugging Face's `ViTForImageClassification` by `from_huggingface`.
+"""
+
+import math
+import re
+import zlib
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+# embed_dim, depth, num_heads, patch_size. Ti, S: Touvron et al. 2012.12877 table 1; B, L: Dosovitskiy et al. 2010.11929 table 1.
+# tiny-debug has every part of the large ones and none of their size.
+VARIANTS = {
+    "tiny-debug": dict(embed_dim=64, depth=4, num_heads=2, patch_size=7),
+    "Ti/16": dict(embed_dim=192, depth=12, num_heads=3, patch_size=16),
+    "S/16": dict(embed_dim=384, depth=12, num_heads=6, patch_size=16),
+    "B/16": dict(embed_dim=768, depth=12, num_heads=12, patch_size=16),
+    "L/16": dict(embed_dim=1024, depth=24, num_heads=16, patch_size=16),
+}
+
+# The paper's target modules α: family -> (pattern of the Linear's name, row part, number of row parts).
+# q, k, v are the three row slices of the fused qkv; the paper's "dense" is fc1, its "output" is proj and fc2.
+LORA_FAMILIES = {
+    "q": ("blocks.*.attn.qkv", 0, 3),
+    "k": ("blocks.*.attn.qkv", 1, 3),
+    "v": ("blocks.*.attn.qkv", 2, 3),
+    "proj": ("blocks.*.attn.proj", 0, 1),
+    "fc1": ("blocks.*.mlp.fc1", 0, 1),
+    "fc2": ("blocks.*.mlp.fc2", 0, 1),
+}
+
+# What `lora_trainable=adapters+rest` trains besides the adapters: head, norms and embeddings.
+LORA_REST = ("head.*", "norm.*", "blocks.*.norm?.*", "patch_embed.*", "cls_token", "pos_embed")
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
+        return self.proj_drop(self.proj(rearrange(x, "b h n d -> b n (h d)")))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int, dropout: float):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 1603.09382): drops a residual branch for a whole sample with probability p.
+
+    The probability grows from block to block. As a Python float it would be baked into the compiled block, one graph a block;
+    in a buffer one graph serves them all.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+        self.register_buffer("keep_prob", torch.empty(()), persistent=False)
+        self.init_buffers()
+
+    def init_buffers(self) -> None:
+        self.keep_prob.fill_(1 - self.p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = torch.rand(x.shape[0], 1, 1, device=x.device) < self.keep_prob  # (B, 1, 1)
+        return x * (keep / self.keep_prob).to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, num_heads: int, layer_norm_eps: float, dropout: float, drop_path: float | None):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.attn = Attention(dim, num_heads, dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.mlp = Mlp(dim, 4 * dim, dropout)
+        self.drop_path = nn.Identity() if drop_path is None else DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """ViT classifier: (B, 3, H, W) float images -> (B, num_classes) logits.
+
+    Args: `variant` a row of VARIANTS; `image_size` in pixels, a multiple of the patch size; `layer_norm_eps` 1e-6 as in timm and
+    JAX, 1e-12 as in Hugging Face; `dropout` after the positions, the attention's output and both MLP layers; `drop_path` the
+    rate of the last block, rising linearly from 0 at the first.
+
+    Built on the meta device (`with torch.device("meta")`) it holds no memory. Trap: `to_empty` then leaves weights *and
+    non-persistent buffers* as garbage, and loading a state dict restores the weights only. Call `init_weights` for the first
+    and every submodule's `init_buffers` for the second (train.build_model does).
+
+    Raises KeyError for an unknown variant, ValueError for an image size that the patch size doesn't divide.
+    """
+
+    def __init__(self, variant: str, image_size: int, num_classes: int, in_chans: int = 3, dropout: float = 0.0,
+                 drop_path: float = 0.0, layer_norm_eps: float = 1e-6):
+        super().__init__()
+        row = VARIANTS[variant]
+        dim, depth, patch_size = row["embed_dim"], row["depth"], row["patch_size"]
+        if image_size % patch_size:
+            raise ValueError(f"image size {image_size} is not a multiple of {variant}'s patch size {patch_size}")
+        num_patches = (image_size // patch_size) ** 2
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, num_patches + 1, dim))
+        self.pos_drop = nn.Dropout(dropout)
+        rates = [drop_path * i / max(depth - 1, 1) if drop_path else None for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(dim, row["num_heads"], layer_norm_eps, dropout, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images)  # (B, N, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+N, D)
+        x = self.pos_drop(x + self.pos_embed)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, 0]))  # (B, num_classes)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """The JAX ViT's initialisation, which the AugReg recipe assumes (google-research/vision_transformer models_vit.py):
+        xavier-uniform kernels (q, k, v each on its own), MLP biases N(0, 1e-6), LeCun-normal patches, positions N(0, 0.02), zero
+        class token and zero head. Each tensor draws from a generator of (seed, its name): the same whatever the build order."""
+        for name, p in self.named_parameters():
+            rng = torch.Generator(p.device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            if name in ("cls_token", "head.weight") or name.endswith("bias"):
+                p.zero_()
+                if ".mlp." in name:
+                    p.normal_(std=1e-6, generator=rng)
+            elif "norm" in name:
+                p.fill_(1.0)
+            elif name == "pos_embed":
+                p.normal_(std=0.02, generator=rng)
+            elif name == "patch_embed.proj.weight":
+                # 0.8796 is the standard deviation of a unit normal cut at ±2
+                std = math.sqrt(1 / p[0].numel()) / 0.87962566103423978
+                nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std, generator=rng)
+            else:
+                for part in p.chunk(3) if name.endswith("qkv.weight") else [p]:
+                    nn.init.xavier_uniform_(part, generator=rng)
+
+
+def from_huggingface(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a Hugging Face ViTForImageClassification state dict to ours (and timm's); q, k, v are stacked to (3·D, D).
+
+    Knows the names of the published files (transformers 4) and of transformers 5's modules. Build the model with
+    `layer_norm_eps=1e-12` to get its logits. Raises KeyError on a name it doesn't know.
+    """
+    layer = r"vit\.(?:encoder\.layer|layers)\.(\d+)\."
+    names = [
+        (r"vit\.embeddings\.cls_token", "cls_token"),
+        (r"vit\.embeddings\.position_embeddings", "pos_embed"),
+        (r"vit\.embeddings\.patch_embeddings\.projection\.(\w+)", r"patch_embed.proj.\1"),
+        (r"vit\.layernorm\.(\w+)", r"norm.\1"),
+        (r"classifier\.(\w+)", r"head.\1"),
+        (layer + r"layernorm_before\.(\w+)", r"blocks.\1.norm1.\2"),
+        (layer + r"layernorm_after\.(\w+)", r"blocks.\1.norm2.\2"),
+        (layer + r"attention\.(?:attention\.query|q_proj)\.(\w+)", r"blocks.\1.attn.qkv.\2/0"),
+        (layer + r"attention\.(?:attention\.key|k_proj)\.(\w+)", r"blocks.\1.attn.qkv.\2/1"),
+        (layer + r"attention\.(?:attention\.value|v_proj)\.(\w+)", r"blocks.\1.attn.qkv.\2/2"),
+        (layer + r"attention\.(?:output\.dense|o_proj)\.(\w+)", r"blocks.\1.attn.proj.\2"),
+        (layer + r"(?:intermediate\.dense|mlp\.fc1)\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
+        (layer + r"(?:output\.dense|mlp\.fc2)\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
+    ]
+    out = {}
+    for key, tensor in state_dict.items():
+        new = next((m.expand(to) for pattern, to in names if (m := re.fullmatch(pattern, key))), None)
+        if new is None:
+            raise KeyError(f"not a parameter of a Hugging Face ViTForImageClassification: {key}")
+        out[new] = tensor
+    for key in [k.removesuffix("/0") for k in out if k.endswith("/0")]:
+        out[key] = torch.cat([out.pop(f"{key}/{part}") for part in range(3)])
+    return out

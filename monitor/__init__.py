@@ -1,0 +1,1 @@
+"""Weight norms, the partial convergence test, logs and figures."""

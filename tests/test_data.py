@@ -1,0 +1,434 @@
+"""data/: the same batches from both loaders, whatever the workers, epochs cut in two, damaged files, failing threads."""
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import beton, folder
+from data.augment import (epoch_order, get_indices, mixup, normalise, random_bits, random_flip, random_shift,
+                          random_uniform, splitmix64)
+from data.beton import check_beton, import_ffcv, write_beton
+from data.folder import FILES, open_dataset, prepare_fashion_mnist
+from data.loader import FFCVLoader, build_loader
+
+REPO = Path(__file__).parent.parent
+TRAIN, VAL, BATCH = 600, 130, 64  # 9 batches of training with 24 images left over, 3 of evaluation, the last has 2
+
+try:
+    import_ffcv()
+    missing_ffcv = ""
+except RuntimeError as error:
+    missing_ffcv = str(error)
+needs_ffcv = pytest.mark.skipif(bool(missing_ffcv), reason=missing_ffcv)
+BACKENDS = [pytest.param("ffcv", marks=needs_ffcv), "folder"]
+
+
+def write_idx(path, array):
+    shape = b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + shape + array.tobytes())
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder like Fashion-MNIST's with fewer, random images, and the .beton files made from it."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    arrays = {}
+    for prefix, split, n in (("train", "train", TRAIN), ("t10k", "val", VAL)):
+        images, labels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), rng.integers(0, 10, n, dtype=np.uint8)
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", images)
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", labels)
+        arrays[split] = images, labels.astype(np.int64)
+    for split in () if missing_ffcv else arrays:
+        write_beton(open_dataset("fashion_mnist", root, split), root / f"{split}.beton", workers=2)
+    return SimpleNamespace(root=root, **arrays)
+
+
+def build(data, backend="ffcv", split="train", seed=7, **kwargs):
+    return build_loader(backend, "fashion_mnist", data.root, split, BATCH, seed, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def loader(data):
+    """One for all tests that only iterate: building costs 2 s of compiling."""
+    return build(data)
+
+
+def within(seconds, function, *args):
+    """function(*args), or a failed test where it would hang."""
+    result = []
+
+    def call():
+        try:
+            result.append((function(*args), None))
+        except BaseException as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert result, f"still running after {seconds} s"
+    if result[0][1] is not None:
+        raise result[0][1]
+    return result[0][0]
+
+
+def equal(batches, others):
+    batches, others = list(batches), list(others)
+    return len(batches) == len(others) and all(
+        torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(batches, others))
+
+
+# ---- random numbers, order, augmentations
+
+def test_splitmix64_reference():
+    states = [np.uint64(0), np.uint64(0x9E3779B97F4A7C15), np.uint64(2 * 0x9E3779B97F4A7C15 % 2**64)]
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [int(splitmix64(state)) for state in states] == expected
+    assert splitmix64.py_func(np.array(states)).tolist() == expected  # the same definition, run by numpy
+
+
+@np.errstate(over="ignore")
+def test_random_bits():
+    indices = np.arange(20000)
+    bits = random_bits.py_func(3, 5, indices, 1)
+    assert [random_bits(3, 5, int(i), 1) for i in indices[:50]] == bits[:50].tolist()  # numba and numpy agree
+    assert len(np.unique(bits)) == len(bits)
+    # each of the 64 bits is fair, and agrees with that of another key, or of the next image, half the time: 5 sigma
+    for seed, epoch, draw in ((4, 5, 1), (3, 6, 1), (3, 5, 2), (5, 3, 1)):
+        other = random_bits.py_func(seed, epoch, indices, draw)
+        for values in (other, other ^ bits, other ^ np.roll(other, 1)):
+            ones = (values[:, None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)).mean(0)
+            assert np.abs(ones - 0.5).max() < 5 * 0.5 / np.sqrt(len(indices))
+    uniform = np.array([random_uniform(0, 0, i, 0) for i in range(20000)])
+    assert uniform.min() >= 0 and uniform.max() < 1
+    assert np.abs(np.histogram(uniform, 10, (0, 1))[0] - 2000).max() < 5 * np.sqrt(2000)
+
+
+def test_augmentations_are_what_they_say():
+    images = np.random.default_rng(0).integers(0, 256, (500, 9, 7, 3), dtype=np.uint8)
+    indices, shifted, flipped = np.arange(1000, 1500), np.empty_like(images), np.empty_like(images)
+    random_shift(images, shifted, indices, 1, 2, 2)
+    random_flip(images, flipped, indices, 1, 2)
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    places, flips = set(), 0
+    for i in range(500):
+        found = [(y, x) for y in range(5) for x in range(5) if np.array_equal(padded[i, y:y + 9, x:x + 7], shifted[i])]
+        assert len(found) == 1
+        places.update(found)
+        mirrored = np.array_equal(flipped[i], images[i, :, ::-1])
+        assert mirrored or np.array_equal(flipped[i], images[i])
+        flips += mirrored
+    assert len(places) == 25 and 200 < flips < 300
+    one = np.empty_like(images[:1])
+    random_shift(images[7:8], one, indices[7:8], 1, 2, 2)  # its index decides, not its place in a batch
+    assert np.array_equal(one[0], shifted[7])
+
+
+def test_order_and_subset():
+    order = epoch_order(1000, 0, 0)
+    assert order.dtype == np.int64 and np.array_equal(np.sort(order), np.arange(1000))
+    assert np.array_equal(order, epoch_order(1000, 0, 0))
+    assert not np.array_equal(order, epoch_order(1000, 0, 1)) and not np.array_equal(order, epoch_order(1000, 1, 0))
+    subset = get_indices(1000, True, 10, 100)
+    assert len(np.unique(subset)) == 100 and subset.max() > 900 and set(subset) <= set(get_indices(1000, True, 10, 200))
+
+
+@pytest.mark.parametrize("split, kwargs", [("val", {"num_samples": 100}), ("train", {"num_samples": 0}),
+                                           ("train", {"num_samples": TRAIN + 1}), ("train", {"num_samples": BATCH - 1})])
+def test_numbers_that_do_not_fit(data, split, kwargs):
+    with pytest.raises(ValueError, match="num_samples|batch_size"):
+        build(data, "folder", split, **kwargs)
+
+
+# ---- batches
+
+@needs_ffcv
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_backends_agree_in_training(data, loader, epoch):
+    reference = build(data, "folder", num_workers=2)
+    assert (len(loader), loader.num_samples, loader.num_classes) == (9, TRAIN, 10) == (
+        len(reference), reference.num_samples, reference.num_classes)
+    batches = list(loader.epoch(epoch))
+    for images, labels in batches:
+        assert images.shape == (BATCH, 3, 28, 28) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+        assert labels.shape == (BATCH,) and images.is_contiguous(memory_format=torch.channels_last)
+    assert equal(batches, reference.epoch(epoch))
+    images, labels = data.train
+    order = epoch_order(TRAIN, 7, epoch)[:BATCH]
+    assert np.array_equal(batches[0][1], labels[order])
+    unaugmented = (batches[0][0][:, 0].numpy() == images[order]).all((1, 2)).mean()
+    assert 0 < unaugmented < 0.1  # 1/25 · 1/2 expected: the comparison above is not one of plain images
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation_sees_each_image_once(data, backend):
+    loader = build(data, backend, "val", num_workers=2)
+    batches = list(loader.epoch(0))
+    assert len(batches) == len(loader) == 3 and all(len(images) == BATCH for images, _ in batches)
+    images, labels = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    assert np.array_equal(images[:VAL].numpy(), np.repeat(data.val[0][:, None], 3, 1))
+    assert np.array_equal(labels[:VAL], data.val[1])
+    assert (labels[VAL:] == -1).all() and (images[VAL:] == 0).all()
+    assert equal(batches, loader.epoch(5))
+
+
+@needs_ffcv
+def test_workers_resume_epochs_and_seeds(data, loader):
+    whole = list(loader.epoch(3))
+    assert equal(whole, build(data, num_workers=1).epoch(3))  # the session's has all CPUs
+    assert equal(whole[4:], loader.epoch(3, start_batch=4)) and list(loader.epoch(3, start_batch=9)) == []
+    assert equal(whole[4:], build(data, "folder").epoch(3, start_batch=4))
+    assert not equal(whole, loader.epoch(4)) and not equal(whole, build(data, "folder", seed=8).epoch(3))
+    with pytest.raises(ValueError, match="start_batch"):
+        loader.epoch(3, start_batch=10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_subset(data, backend):
+    one, other = (build(data, backend, seed=seed, num_samples=2 * BATCH, num_workers=1) for seed in (0, 1))
+    expected = np.sort(data.train[1][get_indices(TRAIN, True, BATCH, 2 * BATCH)])
+    for loader, epoch in ((one, 1), (one, 2), (other, 1)):
+        labels = np.concatenate([labels for _, labels in loader.epoch(epoch)])
+        assert loader.num_samples == len(labels) == 2 * BATCH and np.array_equal(np.sort(labels), expected)
+    assert not np.array_equal(expected, np.sort(data.train[1][:2 * BATCH]))  # not the first of the file
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_global_generators_are_left_alone(data, backend):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    list(build(data, backend, num_workers=1).epoch(1))
+    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
+
+
+# ---- failures
+
+CORRUPTIONS = {
+    "missing": lambda path, header: path.unlink(),
+    "empty": lambda path, header: os.truncate(path, 0),
+    "cut in the header": lambda path, header: os.truncate(path, 10),
+    "not a beton": lambda path, header: path.write_bytes(b"\xff\xd8\xff\xe0 JFIF " * 1000),
+    "another version": lambda path, header: overwrite(path, version=3),
+    "cut in the descriptors": lambda path, header: os.truncate(path, 1000),
+    "cut in the metadata": lambda path, header: os.truncate(path, 3000),
+    "cut in half": lambda path, header: os.truncate(path, path.stat().st_size // 2),
+    "cut in the table": lambda path, header: os.truncate(path, int(header["alloc_table_ptr"]) + 100),
+    "cut by one entry": lambda path, header: os.truncate(path, path.stat().st_size - 24),
+    "table cut off": lambda path, header: os.truncate(path, int(header["alloc_table_ptr"])),
+    "no table": lambda path, header: overwrite(path, alloc_table_ptr=0),
+    "more samples than metadata": lambda path, header: overwrite(path, num_samples=10**9),
+    "one sample more": lambda path, header: overwrite(path, num_samples=int(header["num_samples"]) + 1),
+    "pointer beyond the file": lambda path, header: overwrite_table(path, header, "ptr", 10**12),
+    "size beyond the file": lambda path, header: overwrite_table(path, header, "size", 2**64 - 10),
+    "wrong size": lambda path, header: overwrite_table(path, header, "size", 100),
+    "wrong sample": lambda path, header: overwrite_table(path, header, "sample_id", 77),
+}
+
+
+def overwrite(path, **changes):
+    header = np.memmap(path, beton.HEADER, "r+", shape=1)
+    for name, value in changes.items():
+        header[name] = value
+
+
+def overwrite_table(path, header, name, value):
+    np.memmap(path, beton.ALLOCATION, "r+", int(header["alloc_table_ptr"]), shape=3)[name][2] = value
+
+
+@needs_ffcv
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_damaged_beton(data, tmp_path, corruption):
+    path = tmp_path / "val.beton"
+    shutil.copy(data.root / "val.beton", path)
+    assert check_beton(path) == VAL
+    CORRUPTIONS[corruption](path, np.fromfile(path, beton.HEADER, 1)[0])
+    with pytest.raises(ValueError, match="val.beton: [^\n]+$"):
+        within(5, check_beton, path)
+    with pytest.raises(FileNotFoundError if corruption == "missing" else ValueError, match="val.beton"):
+        within(5, build_loader, "ffcv", "fashion_mnist", tmp_path, "val", BATCH, 0)
+
+
+@needs_ffcv
+def test_layout_is_ffcvs(data):
+    types = import_ffcv().types
+    assert (types.CURRENT_VERSION, types.HeaderType) == (beton.VERSION, beton.HEADER)
+    assert types.ALLOC_TABLE_TYPE == beton.ALLOCATION
+    assert types.FieldDescType.itemsize == beton.FIELD.itemsize
+    reader = import_ffcv().reader.Reader(str(data.root / "val.beton"))
+    assert reader.metadata_type.itemsize == beton.METADATA.itemsize
+    assert np.array_equal(reader.metadata["f1"], data.val[1])
+
+
+class Images(list):
+    """A data set of red images whose item 150 is made by `bad`."""
+
+    classes = ["red"]
+
+    def __init__(self, bad, n=200):
+        super().__init__(range(n))
+        self.bad = bad
+
+    def __getitem__(self, index):
+        return self.bad() if index == 150 else (Image.new("RGB", (28, 28), (255, 0, 0)), 0)
+
+
+def fail():
+    raise OSError("bad file x.jpg")
+
+
+@needs_ffcv
+@pytest.mark.parametrize("bad, message", [(fail, "bad file x.jpg"),
+                                          (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed"),
+                                          (lambda: (Image.new("RGB", (2000, 2000)), 0), "allocating 12000000")])
+def test_writer_does_not_wait_for_a_lost_worker(tmp_path, bad, message):
+    with pytest.raises(RuntimeError, match=f"train.beton.*{message}"):
+        within(20, write_beton, Images(bad), tmp_path / "train.beton", 2)
+    assert list(tmp_path.iterdir()) == []
+    write_beton(Images(lambda: (Image.new("L", (28, 28)), 0)), tmp_path / "train.beton", 2)
+    assert check_beton(tmp_path / "train.beton") == 200
+    assert json.loads((tmp_path / "train.json").read_text()) == {"num_samples": 200, "classes": ["red"]}
+
+
+@needs_ffcv
+def test_errors_in_the_thread_surface(data):
+    broken = threading.Event()
+
+    def augment(images, out, indices, seed, epoch):
+        if broken.is_set():
+            raise ZeroDivisionError("in the pipeline")
+        out[:] = images
+
+    loader = FFCVLoader("fashion_mnist", data.root, "train", BATCH, 0, augmentations=((augment,),))
+    assert len(within(30, list, loader.epoch(1))) == 9
+    broken.set()
+    with pytest.raises(RuntimeError, match="train.beton.*in the pipeline") as info:
+        within(10, list, loader.epoch(2))
+    assert isinstance(info.value.__cause__, ZeroDivisionError)
+    broken.clear()
+    assert len(within(30, list, loader.epoch(3))) == 9  # and it can go on
+
+
+@needs_ffcv
+def test_leaving_early_leaves_no_thread(loader):
+    before = threading.active_count()
+    for images, labels in loader.epoch(1):
+        break
+    assert threading.active_count() == before
+    kept = loader.epoch(1)
+    next(kept)
+    assert threading.active_count() == before + 1
+    loader.epoch(2)
+    assert threading.active_count() == before + 1
+    with pytest.raises(RuntimeError, match="closed"):
+        within(10, list, kept)
+    loader.close()
+    assert threading.active_count() == before
+    assert len(list(loader.epoch(1))) == 9
+
+
+@needs_ffcv
+def test_torch_threads_are_left_alone(data):
+    program = f"""
+import importlib, sys, threading, torch
+def count():  # here, and in a thread that starts later: torch's setting is per thread, with a global start value
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start(); thread.join()
+    return torch.get_num_threads(), *found
+torch.set_num_threads(3)
+from data.loader import build_loader
+import data.folder
+assert "ffcv" not in sys.modules
+loader = build_loader("ffcv", "fashion_mnist", {str(data.root)!r}, "train", {BATCH}, 0, num_workers=1)
+assert count() == (3, 3), count()
+for images, labels in loader.epoch(1):
+    assert count() == (3, 3), count()
+assert count() == (3, 3), count()
+importlib.reload(sys.modules["ffcv.pipeline.compiler"])  # the control: without import_ffcv, importing it sets one thread
+assert count() == (1, 1), count()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=REPO, check=True, timeout=120)
+
+
+def test_missing_ffcv(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ffcv", None)  # what a failing import looks like from here
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="libopencv-imgproc406 libturbojpeg0 .*--loader folder"):
+        import_ffcv()
+    assert torch.get_num_threads() == threads
+    assert len(list(build(data, "folder", num_workers=0).epoch(1))) == 9
+
+
+@pytest.mark.parametrize("backend, module", [("ffcv", "data.beton"), ("folder", "data.folder")])
+def test_missing_data(tmp_path, backend, module):
+    with pytest.raises(FileNotFoundError, match=f"python -m {module} .*{tmp_path}"):
+        build_loader(backend, "fashion_mnist", tmp_path, "train", BATCH, 0)
+
+
+@pytest.mark.parametrize("backend, dataset, split", [("torch", "fashion_mnist", "train"), ("ffcv", "mnist", "train"),
+                                                     ("ffcv", "fashion_mnist", "test")])
+def test_unknown_names(tmp_path, backend, dataset, split):
+    with pytest.raises(ValueError, match="unknown"):
+        build_loader(backend, dataset, tmp_path, split, BATCH, 0)
+
+
+def test_command_line_error_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "data.beton", "fashion_mnist:val", tmp_path / "val.beton", "--root", tmp_path]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: no Fashion-MNIST under")
+
+
+def test_prepare(data, tmp_path, monkeypatch):
+    raw, debian = tmp_path / "out" / "FashionMNIST" / "raw", tmp_path / "debian"
+    monkeypatch.setattr(folder, "DEBIAN", debian)
+    monkeypatch.setattr(folder.FashionMNIST, "download", lambda self: fail())
+    with pytest.raises(RuntimeError, match="dataset-fashion-mnist.*bad file"):  # neither package nor network
+        prepare_fashion_mnist(tmp_path / "out")
+    debian.mkdir()
+    for name in FILES:
+        (debian / f"{name}.gz").write_bytes(gzip.compress((data.root / "FashionMNIST" / "raw" / name).read_bytes()))
+    prepare_fashion_mnist(tmp_path / "out")
+    assert sorted(path.name for path in raw.iterdir()) == sorted(FILES)
+    assert len(open_dataset("fashion_mnist", tmp_path / "out", "val")) == VAL
+    shutil.rmtree(debian)
+    prepare_fashion_mnist(tmp_path / "out")  # a second time: no source is needed
+
+
+# ---- on the device
+
+@pytest.mark.parametrize("mean, std", [((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+def test_normalise(mean, std):
+    from torchvision.transforms.functional import normalize
+    images = torch.arange(256, dtype=torch.uint8).repeat(12).view(4, 3, 16, 16).to(memory_format=torch.channels_last)
+    result = normalise(images, mean, std)
+    torch.testing.assert_close(result, normalize(images.float() / 255, mean, std), rtol=0, atol=1e-6)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(normalise(images, mean, std, torch.bfloat16), result.bfloat16())
+
+
+def test_mixup():
+    images, labels = torch.randn(6, 3, 4, 4), torch.arange(6)
+    same, labels_b, lam = mixup(images, labels, 0.0, 1, 2)
+    assert same is images and labels_b is labels and lam == 1.0
+    mixed, labels_b, lam = mixup(images, labels, 0.2, 1, 2)
+    assert 0 < lam < 1 and torch.equal(labels_b, labels.flip(0))
+    for i in range(6):  # image and label are mixed with one λ, and the rows sum to one
+        torch.testing.assert_close(mixed[i], lam * images[i] + (1 - lam) * images[5 - i])
+    again = mixup(images, labels, 0.2, 1, 2)
+    assert torch.equal(mixed, again[0]) and lam == again[2]
+    lams = np.array([mixup(images, labels, 0.2, 1, step)[2] for step in range(2000)])
+    assert len(np.unique(lams)) > 1900 and mixup(images, labels, 0.2, 2, 2)[2] != lam
+    assert abs(lams.mean() - 0.5) < 0.05 and abs(lams.var() - 1 / (4 * 1.4)) < 0.02  # Beta(a, a): 1 / (4 (2a + 1))

@@ -1,0 +1,409 @@
+"""lora/: adapters against PEFT, insertion, merge, freezing, and every way to ask for something that isn't there."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora.inject import add_lora, freeze_base, init_adapters, is_adapter, match_families, merge_lora
+from lora.layers import LoRALinear
+from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
+
+ALL = tuple(LORA_FAMILIES)
+# of the small ViT's two blocks
+MIXED = {"q": [2, 4], "k": [8, 1], "v": [4, 4], "proj": [1, 2], "fc1": [8, 4], "fc2": [2, 8]}
+
+
+@pytest.fixture(autouse=True)
+def small_variant(monkeypatch):
+    monkeypatch.setitem(VARIANTS, "small", dict(embed_dim=24, depth=2, num_heads=2, patch_size=4))
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_fast_path():
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def build_vit(ranks=None, alpha=None):
+    model = VisionTransformer("small", 8, 5)
+    model.init_weights(0)
+    nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))  # zero, every logit would be 0
+    if ranks:
+        add_lora(model, match_families(model, LORA_FAMILIES, tuple(ranks)), ranks, alpha)
+        init_adapters(model, 0)
+    return model
+
+
+@torch.no_grad()
+def randomise_B(model):
+    for name, p in model.named_parameters():
+        if ".lora_B." in f".{name}":
+            p.normal_()
+    return model
+
+
+def assert_close(got, expected):
+    """Equal to float32's rounding, on the scale of the whole tensor: single elements may be small by cancellation."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def images():
+    return torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+# ---- PEFT
+
+class Plain(nn.Module):
+    """Separate q, k, v, and a fc: what our fused Linear with three row parts and a whole one are compared with."""
+
+    def __init__(self, fused, fc, bias):
+        super().__init__()
+        rows = fused.out_features // 3
+        for i, name in enumerate("qkv"):
+            linear = nn.Linear(fused.in_features, rows, bias=bias)
+            linear.weight.data = fused.weight.data[i * rows:(i + 1) * rows].clone()
+            if bias:
+                linear.bias.data = fused.bias.data[i * rows:(i + 1) * rows].clone()
+            setattr(self, name, linear)
+        self.fc = copy.deepcopy(fc)
+
+    def forward(self, x):
+        return self.fc(torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1).sin())
+
+
+class Ours(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x).sin())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("alpha", [None, 16.0, 3.0])
+@pytest.mark.parametrize("ranks", [{"q": 2, "k": 4, "v": 8, "fc": 3}, {"q": 5, "v": 1}], ids=["all", "q and v"])
+def test_equals_peft(bias, alpha, ranks):
+    from peft import LoraConfig, get_peft_model
+    ours = Ours(nn.Linear(12, 24, bias=bias), nn.Linear(24, 10, bias=bias))
+    # lora_alpha=None is alpha = rank here; PEFT has to be told
+    config = LoraConfig(r=1, lora_alpha=alpha or 1, target_modules=list(ranks), rank_pattern=ranks, lora_dropout=0.0,
+                        bias="none", alpha_pattern={} if alpha else ranks)
+    peft = get_peft_model(Plain(ours[0], ours[1], bias), config)
+    base = peft.base_model.model
+    families = {"q": [("0", 0, 3)], "k": [("0", 1, 3)], "v": [("0", 2, 3)], "fc": [("1", 0, 1)]}
+    add_lora(ours, families, {family: [rank] for family, rank in ranks.items()}, alpha)
+    init_adapters(ours, 0)
+    randomise_B(ours)
+    freeze_base(ours)
+
+    def parts(read_A, read_B):
+        """(theirs, ours) of each adapter, our A cut out of the stacked matrix."""
+        for family in ranks:
+            (name, part, _), theirs = families[family][0], getattr(base, family)
+            module = ours.get_submodule(name)
+            start = sum(module.ranks[:part])
+            yield read_A(theirs.lora_A["default"].weight), read_A(module.lora_A)[start:start + ranks[family]]
+            yield read_B(theirs.lora_B["default"].weight), read_B(module.lora_B[str(part)])
+
+    for theirs, mine in parts(lambda p: p.data, lambda p: p.data):
+        theirs.copy_(mine)
+    x = torch.randn(2, 7, 12)
+    x_ours, x_peft = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, expected = ours(x_ours), peft(x_peft)
+    assert_close(got, expected)
+    weights = torch.randn_like(got)
+    (got * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert_close(x_ours.grad, x_peft.grad)
+    for theirs, mine in parts(lambda p: p.grad, lambda p: p.grad):
+        assert theirs.any()
+        assert_close(mine, theirs)
+    merged = merge_lora(copy.deepcopy(ours))
+    theirs = peft.merge_and_unload()
+    assert_close(merged[0].weight.data, torch.cat([getattr(theirs, n).weight.data for n in "qkv"]))
+    assert_close(merged[1].weight.data, theirs.fc.weight.data)
+    assert not torch.allclose(merged[0].weight[:8], ours[0].weight[:8], atol=1e-2)  # control: the adapters matter
+
+
+# ---- insertion
+
+@pytest.mark.parametrize("alpha", [None, 16.0])
+@pytest.mark.parametrize("ranks", [MIXED, {"q": [4, 4], "v": [4, 4]}], ids=["all", "q and v"])
+def test_insertion_leaves_the_function_unchanged_to_the_bit(ranks, alpha):
+    base, model, x = build_vit(), build_vit(ranks, alpha), images()
+    with torch.no_grad():
+        assert torch.equal(model(x), base(x))
+        assert not torch.equal(randomise_B(model)(x), base(x))  # control: the adapters are on the way
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(10, 24), (3, 5, 24), (2, 3, 5, 24), (0, 5, 24), "transposed"])
+def test_insertion_to_the_bit_for_any_input(shape, bias):
+    x = torch.randn(5, 3, 24).transpose(0, 1) if shape == "transposed" else torch.randn(shape)
+    model = nn.Sequential(nn.Linear(24, 36, bias=bias))
+    expected = model(x)
+    add_lora(model, {"a": [("0", 0, 3)], "c": [("0", 2, 3)]}, {"a": [4], "c": [2]})
+    init_adapters(model, 0)
+    assert torch.equal(model(x), expected) and model(x).shape == expected.shape
+
+
+def test_base_parameters_stay_the_same_objects_under_the_same_names():
+    model = build_vit()
+    before = dict(model.named_parameters())
+    model.blocks[1].eval()
+    add_lora(model, match_families(model, LORA_FAMILIES, ALL), MIXED)
+    after = dict(model.named_parameters())
+    assert all(after[name] is p for name, p in before.items())
+    added = set(after) - set(before)
+    assert all(is_adapter(name) for name in added) and not any(is_adapter(name) for name in before)
+    assert added == {f"blocks.{i}.{linear}.{p}" for i in range(2) for linear, parts in
+                     [("attn.qkv", 3), ("attn.proj", 1), ("mlp.fc1", 1), ("mlp.fc2", 1)]
+                     for p in ["lora_A"] + [f"lora_B.{part}" for part in range(parts)]}
+    assert set(model.state_dict()) == set(after)  # no buffer among the weights
+    assert model.blocks[0].attn.qkv.training and not model.blocks[1].attn.qkv.training
+    sizes = {"q": 48, "k": 48, "v": 48, "proj": 48, "fc1": 120, "fc2": 120}  # in + out, of rank 1
+    assert sum(after[name].numel() for name in added) == sum(sizes[family] * sum(r) for family, r in MIXED.items())
+
+
+def test_only_the_asked_parts_get_an_adapter():
+    ranks = {"q": [2, 4], "v": [4, 2]}
+    base, model = build_vit(), randomise_B(build_vit(ranks))
+    for i, block in enumerate(model.blocks):
+        assert block.attn.qkv.ranks == [ranks["q"][i], 0, ranks["v"][i]] and set(block.attn.qkv.lora_B) == {"0", "2"}
+        assert all(type(m) is nn.Linear for m in (block.attn.proj, block.mlp.fc1, block.mlp.fc2))
+    x = torch.randn(5, 24)
+    got, expected = model.blocks[0].attn.qkv(x), base.blocks[0].attn.qkv(x)
+    assert torch.equal(got[:, 24:48], expected[:, 24:48])  # k, to the bit
+    assert not torch.allclose(got[:, :24], expected[:, :24]) and not torch.allclose(got[:, 48:], expected[:, 48:])
+
+
+def test_ranks_go_to_their_layers_in_the_models_order():
+    model = build_vit(MIXED)
+    assert [b.attn.qkv.ranks for b in model.blocks] == [[2, 8, 4], [4, 1, 4]]
+    assert [b.mlp.fc2.ranks for b in model.blocks] == [[2], [8]]
+
+
+@pytest.mark.parametrize("alpha", [None, 5.0])
+def test_adapters_are_a_pure_function_of_seed_and_name(alpha):
+    ranks = {"q": [2, 4], "fc1": [3, 3]}
+    first = build_vit(ranks, alpha)
+    torch.manual_seed(99)
+    second = randomise_B(build_vit({"fc2": [1, 1], **ranks}, alpha))  # another past, another family beside
+    state = torch.get_rng_state()
+    init_adapters(second, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, p in first.named_parameters():
+        if is_adapter(name):
+            assert torch.equal(p, second.get_parameter(name)), name
+            bound = 1 / math.sqrt(24)  # Kaiming-uniform(√5): gain √(1/3), bound gain · √(3 / in)
+            assert not p.any() if "lora_B" in name else 0.8 * bound < p.abs().max() <= bound, name
+    a, b = (block.mlp.fc1.lora_A for block in first.blocks)
+    assert not torch.equal(a, b)
+    init_adapters(second, 1)
+    assert not torch.equal(second.blocks[0].mlp.fc1.lora_A, a)
+
+
+# ---- merge
+
+@pytest.mark.parametrize("alpha", [None, 5.0])
+def test_merge(alpha):
+    base, model, x = build_vit(), randomise_B(build_vit(MIXED, alpha)), images()
+    with torch.no_grad():
+        before = model(x)
+    adapters = copy.deepcopy(dict(model.named_modules()))
+    assert merge_lora(model) is model
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in base.named_parameters()}
+    for family, (pattern, part, parts) in LORA_FAMILIES.items():
+        for i, rank in enumerate(MIXED[family]):
+            name = pattern.replace("*", str(i))
+            module, start = adapters[name], sum(adapters[name].ranks[:part])
+            BA = module.lora_B[str(part)] @ module.lora_A[start:start + rank] * (1 if alpha is None else alpha / rank)
+            W, W_after = (m.get_submodule(name).weight.chunk(parts)[part] for m in (base, model))
+            torch.testing.assert_close(W_after, W + BA, rtol=0, atol=2e-6)
+            assert BA.abs().max() > 1e-2  # not vacuous
+    with torch.no_grad():
+        merged = model(x)
+        assert_close(merged, before)
+        assert not torch.allclose(merged, base(x), atol=1e-2)
+    weights = copy.deepcopy(model.state_dict())
+    merge_lora(model)  # a second call finds nothing to do
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+
+
+def test_merge_rounds_once():
+    """In bfloat16 the product and the sum are float32; only the result is rounded."""
+    model = nn.Sequential(nn.Linear(32, 32)).bfloat16()
+    W = model[0].weight.float()
+    add_lora(model, {"a": [("0", 0, 1)]}, {"a": [8]})
+    init_adapters(model, 0)
+    randomise_B(model)
+    exact = W + model[0].lora_B["0"].float() @ model[0].lora_A.float()
+    assert torch.equal(merge_lora(model)[0].weight, exact.bfloat16())
+
+
+# ---- mistakes
+
+def attempt(model, families, ranks):
+    before = {name: (type(m), id(m)) for name, m in model.named_modules()}
+    with pytest.raises(ValueError) as error:
+        add_lora(model, families, ranks)
+    assert {name: (type(m), id(m)) for name, m in model.named_modules()} == before  # nothing half done
+    return str(error.value)
+
+
+@pytest.mark.parametrize("ranks, words", [
+    ({"q": [2, 2], "nope": [2, 2]}, ["'nope'", "matches no Linear"]),
+    ({"q": [2, 2], "fc1": [2]}, ["'fc1'", "2 layers", "1 ranks"]),
+    ({"q": [2, 2], "fc1": [2, 2, 2]}, ["'fc1'", "2 layers", "3 ranks"]),
+    ({"q": [2, 2], "fc1": [2, 25]}, ["blocks.1.mlp.fc1", "25", "min(in, out) = 24"]),
+    ({"fc1": [2, 2], "k": [2, 25]}, ["blocks.1.attn.qkv", "25", "min(in, out) = 24"]),  # 24 rows of the fused 72
+    ({"q": [2, 2], "fc1": [2, 0]}, ["'fc1'", "rank 0", "blocks.1.mlp.fc1"]),
+    ({"q": [2, 2], "fc1": [-1, 2]}, ["'fc1'", "rank -1", "blocks.0.mlp.fc1"]),
+    ({"fc1": [2, 2], "q": [2, 2], "again": [2, 2]}, ["'again'", "part 0 of 3 of blocks.0.attn.qkv"]),
+    ({"fc1": [2, 2], "halves": [2, 2], "q": [2, 2]}, ["'q'", "blocks.0.attn.qkv"]),
+    ({"fc1": [2, 2], "sevenths": [2, 2]}, ["blocks.0.attn.qkv", "7 row parts", "72"]),
+    ({"fc1": [2, 2], "norms": [2, 2]}, ["'norms'", "blocks.0.norm1", "LayerNorm"]),
+])
+def test_mistakes_are_named_and_change_nothing(ranks, words):
+    model = build_vit()
+    families = match_families(model, LORA_FAMILIES, ALL)
+    families |= {"again": families["q"], "halves": [(name, 1, 2) for name, _, _ in families["q"]],
+                 "sevenths": [(name, 1, 7) for name, _, _ in families["q"]],
+                 "norms": [(f"blocks.{i}.norm1", 0, 1) for i in range(2)]}
+    message = attempt(model, families, ranks)
+    assert all(word in message for word in words), message
+
+
+def test_empty_family_and_adapters_on_adapters():
+    model = build_vit()
+    assert "'empty' matches no Linear" in attempt(model, {"empty": []}, {"empty": []})
+    families = match_families(model, LORA_FAMILIES, ALL)
+    add_lora(model, families, {"q": [2, 2]})
+    assert "LoRALinear, not a plain nn.Linear" in attempt(model, families, {"k": [2, 2]})
+
+
+def test_multihead_attentions_out_proj_is_refused():
+    """Its weight is read without the module being called: an adapter there would never run."""
+    model = build_encoder()
+    families = match_families(model, {"out": ("layers.*.out_proj", 0, 1), "up": ("layers.*.linear1", 0, 1)}, ("up",))
+    families["out"] = [(f"layers.{i}.self_attn.out_proj", 0, 1) for i in range(2)]
+    message = attempt(model, families, {"up": [2, 2], "out": [2, 2]})
+    assert all(word in message for word in ("'out'", "layers.0.self_attn.out_proj", "NonDynamicallyQuantizableLinear"))
+
+
+def test_match_families():
+    model = build_vit()
+    assert match_families(model, LORA_FAMILIES, ("v", "fc2")) == {
+        "v": [("blocks.0.attn.qkv", 2, 3), ("blocks.1.attn.qkv", 2, 3)],
+        "fc2": [("blocks.0.mlp.fc2", 0, 1), ("blocks.1.mlp.fc2", 0, 1)]}
+    with pytest.raises(ValueError, match="unknown target module 'dense', there are: q, k, v, proj, fc1, fc2"):
+        match_families(model, LORA_FAMILIES, ("q", "dense"))
+    # a prefix that isn't there: what went unnoticed in the authors' code
+    prefixed = {"q": ("encoder.blocks.*.attn.qkv", 0, 3)}
+    with pytest.raises(ValueError, match=r"'q' \(encoder.blocks.\*.attn.qkv\) matches no Linear"):
+        match_families(model, prefixed, ("q",))
+    # after insertion, too
+    assert match_families(build_vit(MIXED), LORA_FAMILIES, ALL) == match_families(model, LORA_FAMILIES, ALL)
+
+
+@pytest.mark.parametrize("ranks, message", [
+    ([7], "rank 7 .* 6"), ([-1], "rank -1"), ([3, 3, 3], "rank 3 .* 2"), ([1] * 4, "4 row parts .* 6")])
+def test_lora_linear_rejects(ranks, message):
+    with pytest.raises(ValueError, match=message):
+        LoRALinear(8, 6, ranks)
+
+
+# ---- freezing
+
+REST = {f"blocks.{i}.norm{j}.{p}" for i in range(2) for j in (1, 2) for p in ("weight", "bias")} | {
+    "norm.weight", "norm.bias", "head.weight", "head.bias",
+    "patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token", "pos_embed"}
+
+
+def trainable(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("phase, keep, dtype", [
+    ("full", None, None), ("warmup", None, None), ("lora", (), None), ("lora", LORA_REST, None),
+    ("lora", (), torch.bfloat16), ("lora", LORA_REST, torch.bfloat16)])
+def test_trainable_set_of_each_phase(phase, keep, dtype):
+    model = build_vit(None if phase == "full" else MIXED)
+    everything = {name for name, _ in model.named_parameters()}
+    adapters = {name for name in everything if is_adapter(name)}
+    model(images()).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    kept = {"full": everything, "warmup": everything, "lora": adapters | (REST if keep else set())}[phase]
+    if phase == "lora":
+        assert freeze_base(model, keep, dtype) is model and REST < everything
+    assert trainable(model) == kept
+    cast = {"weight", "bias"} if dtype else set()
+    linears = tuple(name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == (name in kept), name
+        owner, _, key = name.rpartition(".")
+        low = name not in kept and owner in linears and key in cast  # not norms, positions, nor anything that trains
+        assert p.dtype == (torch.bfloat16 if low else torch.float32), name
+    if phase == "lora":
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            model(images()).sum().backward()
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == kept  # autograd agrees
+
+
+def test_freeze_keeps_values_and_rejects_patterns_that_match_nothing():
+    model = build_vit(MIXED)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="'heads.*' matches no parameter"):
+        freeze_base(model, ("norm.*", "heads.*"))
+    assert trainable(model) == {name for name, _ in model.named_parameters()}  # nothing half done
+    freeze_base(model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not trainable(freeze_base(build_vit()))  # control: without adapters nothing is left
+
+
+# ---- no ViT
+
+def build_encoder():
+    layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=24, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+TABLE = {"up": ("layers.*.linear1", 0, 1), "down": ("layers.*.linear2", 0, 1)}
+
+
+def add_to_encoder(model):
+    add_lora(model, match_families(model, TABLE, ("up", "down")), {"up": [2, 4], "down": [3, 1]})
+    init_adapters(model, 0)
+    return model
+
+
+def test_one_step_on_a_transformer_encoder_moves_only_the_adapters(no_fast_path):
+    model, x = build_encoder(), torch.randn(3, 5, 16)
+    expected = model(x)
+    assert torch.equal(add_to_encoder(model)(x), expected)
+    freeze_base(model)
+    randomise_B(model)  # at B = 0 no gradient reaches A
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved == {f"layers.{i}.linear{j}.{p}" for i in range(2) for j in (1, 2) for p in ("lora_A", "lora_B.0")}
+    with torch.no_grad():
+        tuned = model.eval()(x)
+        assert_close(merge_lora(model)(x), tuned)
+
+
+def test_why_the_fast_path_is_off(no_fast_path):
+    """Control: on its inference fast path torch's encoder reads linear1.weight itself, and the adapters never run."""
+    base = build_encoder().eval()
+    model, x = randomise_B(add_to_encoder(copy.deepcopy(base))).eval(), torch.randn(3, 5, 16)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), base(x), atol=1e-2)
+        torch.backends.mha.set_fastpath_enabled(True)
+        torch.testing.assert_close(model(x), base(x))

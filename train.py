@@ -1,0 +1,503 @@
+"""PreLoRA pre-training: all parameters, then base + adapters, then adapters alone (arXiv 2509.21619).
+
+    python train.py config/debug.py                         one CPU or one GPU, all three phases in minutes
+    python train.py config/debug.py --mode full             the baseline
+    python train.py config/debug.py --lr 1e-3 --tau 0.25    any field of Config is a flag
+    python train.py --run_dir runs/debug --resume True      go on where the last checkpoint stands
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import math
+import runpy
+import sys
+import time
+import typing
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from data.augment import mixup, normalise
+from data.loader import DATASETS, build_loader
+from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families
+from lora.ranks import assign_ranks
+from model import checkpoint
+from model.optim import build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
+from model.parallel import parallelize
+from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
+from monitor.convergence import ConvergenceMonitor, failure_signs, rank_signs
+from monitor.logger import RunLogger, phase_table
+from monitor.norms import adapter_norms, weight_norms
+from monitor.perf import count_flops, peak_flops, peak_memory, reset_peak_memory
+
+
+@dataclass
+class Config:
+    # run
+    run_dir: str = "runs/default"  # where everything of this run goes
+    resume: bool = False  # go on from run_dir's last checkpoint; an empty run_dir starts fresh
+    seed: int = 0  # of weights, data order, augmentation, mixup, dropout
+    max_steps: int | None = None  # stop (and save) after this many optimiser steps; the schedule stays that of `epochs`
+    keep_every: int = 0  # keep the checkpoint of every so many epochs, besides the last two, the switch's and the freeze's; 0 = none
+    baseline: str | None = None  # run directory of a mode=full run, to warn of a loss plateau above it
+    # data
+    dataset: str = "fashion_mnist"  # a row of data/loader.py's DATASETS
+    data_dir: str = "datasets/fashion_mnist"  # holds train.beton and val.beton (ffcv) or the raw files (folder)
+    loader: Literal["ffcv", "folder"] = "ffcv"  # folder: torchvision, where FFCV's system libraries are missing
+    num_workers: int | None = None  # loader threads or processes; None = one per core this process may use
+    train_samples: int | None = None  # train on a fixed random subset of so many images; None = all
+    # model
+    model: str = "tiny-debug"  # a row of model/vit.py's VARIANTS
+    layer_norm_eps: float = 1e-6  # timm and JAX 1e-6, Hugging Face 1e-12
+    dropout: float = 0.0  # after the positions, attention's output and both MLP layers
+    drop_path: float = 0.0  # stochastic depth of the last block, rising linearly from 0
+    # optimisation
+    epochs: int = 300  # the cosine ends there
+    batch_size: int = 4096  # global: images per optimiser step
+    grad_accum_steps: int = 1  # micro-batches per optimiser step
+    lr: float = 1e-3  # peak
+    lr_warmup_steps: int = 10_000  # linear, from 0
+    weight_decay: float = 0.1  # in torch's sense, multiplied by lr; Linear and Conv weights and adapters only
+    grad_clip: float = 1.0  # global norm; 0 = off
+    mixup: float = 0.0  # alpha of Beta(alpha, alpha); 0 = off
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the compute; masters and optimiser stay float32
+    compile: bool = True  # torch.compile, one region per block
+    # PreLoRA
+    mode: Literal["prelora", "full", "lora"] = "prelora"  # full: the baseline; lora: static LoRA from epoch 0, every rank rank_max
+    tau: float = 0.5  # Algorithm 1: threshold on the weight norms' change between windows, in %
+    zeta: float = 2.5  # Algorithm 1: threshold on the training loss's change between windows, in %
+    num_windows: int = 3  # Algorithm 1: k, consecutive windows that must agree
+    window_epochs: int = 3  # Algorithm 1: m, epochs per window
+    switch_epoch: int | None = None  # switch after so many epochs instead of by the test
+    lora_warmup_epochs: int = 10  # w: epochs in which base and adapters train together
+    rank_min: int = 8  # Algorithm 2, a power of two
+    rank_max: int = 64  # Algorithm 2, a power of two
+    lora_alpha: float | None = None  # adapters are scaled by alpha / rank; None = alpha is each layer's rank (scaling 1)
+    target_modules: tuple[str, ...] = tuple(LORA_FAMILIES)  # the paper's alpha; families of model/vit.py's LORA_FAMILIES
+    lora_trainable: Literal["adapters", "adapters+rest"] = "adapters"  # rest: head, norms, embeddings; mode=lora always trains them
+
+
+def check_config(cfg: Config) -> None:
+    """Raise ValueError, in one sentence, for the first field that is out of range or contradicts another."""
+    def check(ok: bool, text: str):
+        if not ok:
+            raise ValueError(text)
+
+    for name, value in vars(cfg).items():
+        check(not isinstance(value, float) or math.isfinite(value), f"{name} must be a finite number, not {value}")
+    for name in ("epochs", "batch_size", "grad_accum_steps", "lr", "window_epochs", "rank_min", "tau", "zeta", "layer_norm_eps"):
+        check(getattr(cfg, name) > 0, f"{name} must be above 0, not {getattr(cfg, name)}")
+    for name in ("seed", "keep_every", "lr_warmup_steps", "weight_decay", "grad_clip", "mixup", "lora_warmup_epochs"):
+        check(getattr(cfg, name) >= 0, f"{name} must not be negative, not {getattr(cfg, name)}")
+    for name in ("max_steps", "num_workers", "train_samples", "switch_epoch", "lora_alpha"):
+        check(getattr(cfg, name) is None or getattr(cfg, name) > 0, f"{name} must be above 0 or None, not {getattr(cfg, name)}")
+    for name in ("dropout", "drop_path"):
+        check(0 <= getattr(cfg, name) < 1, f"{name} must be in [0, 1), not {getattr(cfg, name)}")
+    check(cfg.model in VARIANTS, f"unknown model {cfg.model!r}, there are: {', '.join(VARIANTS)}")
+    check(cfg.dataset in DATASETS, f"unknown dataset {cfg.dataset!r}, there are: {', '.join(DATASETS)}")
+    check(cfg.batch_size % cfg.grad_accum_steps == 0,
+          f"batch_size {cfg.batch_size} is not divisible by grad_accum_steps {cfg.grad_accum_steps}")
+    check(cfg.num_windows >= 2, f"num_windows must be at least 2, not {cfg.num_windows}: the test compares consecutive windows")
+    check(cfg.rank_min <= cfg.rank_max, f"rank_min {cfg.rank_min} is above rank_max {cfg.rank_max}")
+    for name in ("rank_min", "rank_max"):
+        check(getattr(cfg, name) & (getattr(cfg, name) - 1) == 0, f"{name} must be a power of two, not {getattr(cfg, name)}")
+    width = VARIANTS[cfg.model]["embed_dim"]
+    check(cfg.rank_max <= width, f"rank_max {cfg.rank_max} is above {cfg.model}'s width {width}")
+    for family in cfg.target_modules:
+        check(family in LORA_FAMILIES, f"unknown target module {family!r}, there are: {', '.join(LORA_FAMILIES)}")
+    check(len(set(cfg.target_modules)) == len(cfg.target_modules) > 0, f"target_modules must name each family once: {cfg.target_modules}")
+    if cfg.switch_epoch is not None:
+        check(cfg.mode == "prelora", f"switch_epoch has no meaning with mode {cfg.mode}")
+        check(cfg.switch_epoch >= 2 * cfg.window_epochs,
+              f"switch_epoch {cfg.switch_epoch} is before two windows of {cfg.window_epochs} epochs are full, which the ranks need")
+        check(cfg.switch_epoch < cfg.epochs, f"switch_epoch {cfg.switch_epoch} is not before the last epoch {cfg.epochs}")
+    if cfg.baseline is not None:
+        check((Path(cfg.baseline) / "metrics.jsonl").exists(), f"baseline {cfg.baseline} is no run directory: it has no metrics.jsonl")
+
+
+def load_preset(path: str) -> Config:
+    """Config's defaults with the preset's assignments over them. Raises ValueError for a missing file, an unknown key, a wrong type."""
+    if not Path(path).is_file():
+        raise ValueError(f"no such preset: {path}")
+    hints, values = typing.get_type_hints(Config), {}
+    for key, value in runpy.run_path(path).items():
+        if key.startswith("_") or isinstance(value, type(sys)):
+            continue
+        if key not in hints:
+            raise ValueError(f"{path}: unknown key {key!r}{suggest(key)}")
+        if hints[key] in (float, float | None) and type(value) is int:
+            value = float(value)
+        if isinstance(value, list):
+            value = tuple(value)
+        allowed = typing.get_args(hints[key]) or (hints[key],)
+        if typing.get_origin(hints[key]) is Literal:
+            ok = value in allowed
+        elif typing.get_origin(hints[key]) is tuple:
+            ok = type(value) is tuple and all(type(item) is str for item in value)
+        else:
+            ok = type(value) in allowed
+        if not ok:
+            raise ValueError(f"{path}: {key} = {value!r} should be {hints[key] if typing.get_args(hints[key]) else hints[key].__name__}")
+        values[key] = value
+    return Config(**values)
+
+
+def suggest(key: str) -> str:
+    close = difflib.get_close_matches(key.lstrip("-"), [f.name for f in dataclasses.fields(Config)], n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def parse_flags(argv: list[str], default: Config) -> Config:
+    """Flags over `default`, by tyro. Raises ValueError with tyro's reason in one line; --help prints and exits."""
+    known = {f"--{f.name}" for f in dataclasses.fields(Config)}
+    for flag in argv:
+        name = flag.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        if flag.startswith("--") and flag != "--help" and name not in known:
+            raise ValueError(f"unknown flag {flag}{suggest(name)}")
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(tyro.conf.FlagConversionOff[Config], prog="train.py", args=argv, default=default, use_underscores=True,
+                            description=__doc__)
+    except SystemExit as e:
+        if not e.code:
+            raise
+        box = [line.strip("│ ") for line in errors.getvalue().splitlines() if line.startswith("│")]
+        reason = box[:next((i for i, line in enumerate(box) if line.startswith("──")), len(box))]
+        raise ValueError(" ".join(reason)) from None
+
+
+def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
+    """`[preset.py] [--field value …]` -> the Config, checked, and the lines that say what a resumed run changes.
+
+    With --resume True and a run in run_dir, its stored config is taken and only explicit flags are laid over it.
+    Raises ValueError, in one sentence, for whatever is wrong.
+    """
+    preset = argv[0] if argv and not argv[0].startswith("-") else None
+    flags = argv[1:] if preset else argv
+    cfg = parse_flags(flags, load_preset(preset) if preset else Config())
+    stored, notes = Path(cfg.run_dir) / "config.json", []
+    if cfg.resume and stored.exists():
+        old = Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(stored.read_text()).items()})
+        asked, cfg = cfg, parse_flags(flags, dataclasses.replace(old, run_dir=cfg.run_dir))
+        for name, value in vars(cfg).items():
+            if value != getattr(old, name) and name not in ("resume", "run_dir"):
+                if name in ("model", "dataset", "mode", "seed", "batch_size", "train_samples", "target_modules"):
+                    raise ValueError(f"{cfg.run_dir} was started with {name} = {getattr(old, name)}, it can't go on with {value}")
+                notes.append(f"resume: {name} = {value} overrides the stored {getattr(old, name)}")
+            if value != getattr(asked, name):
+                notes.append(f"resume: {name} = {value} as stored in {stored}, not the preset's {getattr(asked, name)}")
+    elif not cfg.resume and (stored.exists() or (Path(cfg.run_dir) / "metrics.jsonl").exists()):
+        raise ValueError(f"{cfg.run_dir} already holds a run: continue it with --resume True or choose another --run_dir")
+    check_config(cfg)
+    return cfg, notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# building
+
+def build_model(cfg: Config, phase: str, ranks: dict[str, list[int]] | None, device: torch.device | str) -> torch.nn.Module:
+    """The ViT of a phase, compiled, on `device`, its weights not yet set: call `init_weights` or load. The only way to build one."""
+    data = DATASETS[cfg.dataset]
+    with torch.device("meta"):
+        model = VisionTransformer(cfg.model, data.image_size, data.num_classes, dropout=cfg.dropout, drop_path=cfg.drop_path,
+                                  layer_norm_eps=cfg.layer_norm_eps)
+        if ranks:
+            add_lora(model, match_families(model, LORA_FAMILIES, tuple(ranks)), ranks, cfg.lora_alpha)
+    if phase == "lora":
+        rest = cfg.mode == "lora" or cfg.lora_trainable == "adapters+rest"
+        freeze_base(model, keep=LORA_REST if rest else (), dtype=getattr(torch, cfg.dtype))
+    parallelize(model, cfg.compile)
+    model.to_empty(device=device)
+    for module in model.modules():  # to_empty left the buffers as garbage, and no state dict has them
+        if hasattr(module, "init_buffers"):
+            module.init_buffers()
+    mark_ranks_dynamic(model)
+    return model
+
+
+def switch_phase(cfg: Config, model, optimizer, phase: str, ranks: dict[str, list[int]]):
+    """Rebuild the model in its next phase and move weights and optimiser state over, by name. Returns (model, optimizer).
+
+    Insertion: the base keeps its moments and step counts, adapters start fresh with B = 0, so the function is unchanged.
+    Freeze: adapters keep theirs, the base's states are dropped with the old optimiser.
+    """
+    weights, state = model.state_dict(), get_optimizer_state(model, optimizer)
+    new = build_model(cfg, phase, ranks, next(model.parameters()).device)
+    init_adapters(new, cfg.seed)
+    with torch.no_grad():
+        for name, tensor in new.state_dict().items():
+            if name in weights:
+                tensor.copy_(weights[name])
+    new_optimizer = build_optimizer(new, cfg.weight_decay)
+    set_optimizer_state(new, new_optimizer, state)
+    return new, new_optimizer
+
+
+def seed_step(*key: int) -> None:
+    """Seed torch for dropout and drop path by (seed, step, …): what is drawn depends on nothing that ran before, so a resumed
+    run draws the same and no generator state needs saving."""
+    torch.manual_seed(zlib.crc32(str(key).encode()))
+
+
+def compile_graphs(cfg: Config, model, device: torch.device) -> dict:
+    """Run one training and one evaluation batch of zeros, so that compilation's stall stands in the switch event and not in an
+    epoch's time. Returns how long it took and how many graphs were compiled."""
+    stats = torch._dynamo.utils.counters["stats"]
+    start, before = time.perf_counter(), stats["unique_graphs"]
+    if cfg.compile:
+        images = torch.zeros(cfg.batch_size // cfg.grad_accum_steps, 3, *[DATASETS[cfg.dataset].image_size] * 2, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(cfg, device):
+            model.train()
+            model(images).sum().backward()
+            training = stats["unique_graphs"]
+            with torch.no_grad():
+                model.eval()(images)
+        model.zero_grad(set_to_none=True)
+    else:
+        training = before
+    return {"seconds": time.perf_counter() - start, "graphs_compiled": training - before,
+            "eval_graphs_compiled": stats["unique_graphs"] - training}
+
+
+def autocast(cfg: Config, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+
+
+@torch.no_grad()
+def evaluate(cfg: Config, model, loader, device: torch.device) -> dict:
+    """Loss, top-1 and top-5 in % over the validation set, each image once; labels of -1 are padding."""
+    data, model = DATASETS[cfg.dataset], model.eval()
+    totals = torch.zeros(4, device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)  # loss, top-1, top-5, count
+    for images, labels in loader.epoch(0):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with autocast(cfg, device):
+            logits = model(normalise(images, data.mean, data.std)).float()  # (B, C)
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5), a padded row never hits
+        totals += torch.stack([F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum"), hits[:, 0].sum(), hits.sum(),
+                               (labels >= 0).sum()])
+    loss, top1, top5, count = totals.tolist()
+    return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# training
+
+@dataclass
+class State:
+    """Where a run stands; every checkpoint's meta.json holds it. `next_phase` is a switch that is decided but not yet made: the
+    checkpoint of a switch thus holds the phase before it, whole, and a resumed run makes the switch itself."""
+    phase: str = "full"  # full, warmup or lora
+    ranks: dict[str, list[int]] | None = None  # family -> rank of each layer, once assigned
+    next_phase: str | None = None
+    epoch: int = 0  # completed
+    phase_epochs: int = 0  # completed in this phase
+    step: int = 0  # optimiser steps taken
+    epoch_step: int = 0  # of them in the epoch under way
+    epoch_totals: tuple[float, float] = (0.0, 0.0)  # its summed loss and hits
+    epoch_seconds: float = 0.0  # its training time
+    base_norms: dict[str, list[float]] | None = None  # of the last epoch; a frozen base keeps them
+    metrics_bytes: int = 0  # length of metrics.jsonl
+
+
+def open_data(cfg: Config):
+    """(training loader, validation loader) of micro-batches. Raises FileNotFoundError, RuntimeError or ValueError, in one sentence,
+    for data that is missing, damaged, too small for a batch, or not what the run to be resumed was trained on."""
+    micro_batch = cfg.batch_size // cfg.grad_accum_steps
+    train_loader = build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "train", micro_batch, cfg.seed, cfg.num_workers, cfg.train_samples)
+    val_loader = build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "val", micro_batch, cfg.seed, cfg.num_workers)
+    if train_loader.num_samples < cfg.batch_size:
+        raise ValueError(f"batch_size {cfg.batch_size} is above the {train_loader.num_samples} training images")
+    last = checkpoint.latest(Path(cfg.run_dir)) if cfg.resume else None
+    if last and checkpoint.read_meta(last)["train_images"] != train_loader.num_samples:
+        raise ValueError(f"{last} was trained on {checkpoint.read_meta(last)['train_images']} images, "
+                         f"{cfg.data_dir} gives {train_loader.num_samples}")
+    return train_loader, val_loader
+
+
+def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
+    """One run, from `cfg` or from the last checkpoint in its run_dir, to its end. Closes the loaders.
+
+    Raises FloatingPointError on a non-finite loss or gradient norm, with weights and optimiser as they were before that step;
+    OSError where a checkpoint can't be written, with the one before it intact.
+    """
+    run_dir, data = Path(cfg.run_dir), DATASETS[cfg.dataset]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")  # TF32 where there is one
+    torch.backends.cudnn.allow_tf32 = True
+    s, monitor_state = State(), None
+    if cfg.mode == "lora":
+        s = State(phase="lora", ranks={family: [cfg.rank_max] * VARIANTS[cfg.model]["depth"] for family in cfg.target_modules})
+    last = checkpoint.latest(run_dir) if cfg.resume else None
+    if last:
+        meta = checkpoint.read_meta(last)
+        s, monitor_state = State(**meta["state"]), meta["monitor"]
+
+    steps_per_epoch = train_loader.num_samples // cfg.batch_size
+    total_steps = cfg.epochs * steps_per_epoch
+    last_step = min(cfg.max_steps or total_steps, total_steps)
+    monitor = ConvergenceMonitor(cfg.tau, cfg.zeta, cfg.num_windows, cfg.window_epochs, cfg.lr_warmup_steps / steps_per_epoch,
+                                 cfg.switch_epoch)
+    if monitor_state:
+        monitor.load_state_dict(monitor_state)
+    baseline = [json.loads(line) for line in open(Path(cfg.baseline) / "metrics.jsonl")] if cfg.baseline else []
+    baseline = [e for e in baseline if e["event"] == "epoch"]
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(run_dir / "config.json", vars(cfg) | {"resume": False})
+    logger = RunLogger(run_dir, s.step, last_step, s.metrics_bytes)
+    for note in notes:
+        logger.message(note)
+
+    def enter_phase() -> dict:
+        """What a phase costs, once its model stands: for the start and switch events."""
+        on_meta = build_model(dataclasses.replace(cfg, compile=False, dtype="float32"), s.phase, s.ranks, "meta")
+        return {**compile_graphs(cfg, model, device), "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "flops_per_image": count_flops(on_meta, torch.empty(1, 3, data.image_size, data.image_size, device="meta"))}
+
+    def save(pinned: bool) -> None:
+        s.metrics_bytes = logger.bytes
+        checkpoint.save(run_dir, model, optimizer, pinned=pinned, meta={
+            "step": s.step, "state": dataclasses.asdict(s), "monitor": monitor.state_dict(), "config": vars(cfg),
+            "loader": cfg.loader, "train_images": train_loader.num_samples, "torch": torch.__version__})
+
+    if s.step < last_step:  # else a finished run was resumed: only its table is printed
+        model = build_model(cfg, s.phase, s.ranks, device)
+        families = match_families(model, LORA_FAMILIES, cfg.target_modules)
+        optimizer = build_optimizer(model, cfg.weight_decay)
+        if last:
+            checkpoint.load(last, model, optimizer)
+        else:
+            model.init_weights(cfg.seed)
+            init_adapters(model, cfg.seed)
+            if s.ranks:
+                checkpoint.write_json(run_dir / "ranks.json", s.ranks)
+        costs = {} if s.next_phase else enter_phase()
+        logger.bar.unpause()  # compilation is over: time left counts from here
+        logger.write({"event": "start", "epoch": s.epoch, "step": s.step, "phase": s.phase, "device": device.type, **costs})
+
+    while s.step < last_step:
+        if s.next_phase:  # -- the switch: full -> warmup puts the adapters in, warmup -> lora freezes the base
+            start = time.perf_counter()
+            previous, s.phase, s.next_phase, s.phase_epochs = s.phase, s.next_phase, None, 0
+            model, optimizer = switch_phase(cfg, model, optimizer, s.phase, s.ranks)
+            costs = enter_phase()
+            logger.switch({"event": "switch", "epoch": s.epoch, "step": s.step, "from": previous, "to": s.phase, "ranks": s.ranks,
+                           **costs, "seconds": time.perf_counter() - start})
+
+        # -- one epoch of training
+        params = [p for p in model.parameters() if p.requires_grad]
+        totals = torch.tensor(s.epoch_totals, dtype=torch.float64, device=device)  # summed loss, hits
+        bad_step = torch.tensor(-1, device=device)  # the first step with a non-finite loss or gradient norm
+        batches = train_loader.epoch(s.epoch, start_batch=s.epoch_step * cfg.grad_accum_steps)
+        waited, first_step, start = 0.0, s.epoch_step, time.perf_counter() - s.epoch_seconds
+        reset_peak_memory(device)
+        model.train()
+        while s.epoch_step < steps_per_epoch and s.step < last_step:
+            lr = get_lr(s.step, cfg.lr, cfg.lr_warmup_steps, total_steps)
+            step_totals = torch.zeros_like(totals)
+            for micro_step in range(cfg.grad_accum_steps):
+                before = time.perf_counter()
+                images, labels = next(batches)  # (B, 3, H, W) uint8 channels_last, (B,)
+                waited += time.perf_counter() - before
+                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                seed_step(cfg.seed, s.step, micro_step)
+                images, other_labels, lam = mixup(normalise(images, data.mean, data.std), labels, cfg.mixup, cfg.seed,
+                                                  s.step * cfg.grad_accum_steps + micro_step)
+                with autocast(cfg, device):
+                    logits = model(images).float()  # (B, C)
+                loss = lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, other_labels)
+                (loss / cfg.grad_accum_steps).backward()
+                hits = (logits.argmax(dim=1) == labels).sum()  # under mixup: against the label of the image itself
+                step_totals += torch.stack([loss.detach() / cfg.grad_accum_steps, hits])
+            norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
+            # From the first non-finite step on AdamW skips, on the device, so the host may look at it later than it happens.
+            finite = torch.isfinite(norm) & torch.isfinite(step_totals[0])
+            bad_step = torch.where(finite | (bad_step >= 0), bad_step, s.step)
+            optimizer.found_inf = (bad_step >= 0).float()
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            totals += step_totals
+            s.step, s.epoch_step = s.step + 1, s.epoch_step + 1
+            logger.advance()
+            if device.type == "cpu" or s.step % 20 == 0 or s.epoch_step == steps_per_epoch:  # once in a while, for it is a sync
+                if bad_step.item() >= 0:
+                    raise FloatingPointError(f"non-finite loss or gradient norm at step {bad_step.item() + 1}, epoch {s.epoch + 1}, phase "
+                                             f"{s.phase}: stopped before that optimiser step; last checkpoint: {checkpoint.latest(run_dir)}")
+                rate = (s.epoch_step - first_step) * cfg.batch_size / (time.perf_counter() - start - s.epoch_seconds)
+                logger.progress(s.phase, totals[0].item() / s.epoch_step, rate)
+        batches.close()
+        s.epoch_seconds = time.perf_counter() - start
+        if s.epoch_step < steps_per_epoch:  # max_steps, in mid-epoch
+            s.epoch_totals = tuple(totals.tolist())
+            save(pinned=False)
+            break
+
+        # -- the epoch's end: measure, log, decide, save
+        train_loss, hits = (totals / steps_per_epoch).tolist()
+        s.epoch, s.phase_epochs = s.epoch + 1, s.phase_epochs + 1
+        if s.phase != "lora" or s.base_norms is None:  # after the freeze they stay: a bfloat16 copy would only blur them
+            s.base_norms = weight_norms(model, families)
+        rate = steps_per_epoch * cfg.batch_size / s.epoch_seconds
+        peak = peak_flops(device, cfg.dtype)
+        record = {"event": "epoch", "epoch": s.epoch, "step": s.step, "phase": s.phase, "train_loss": train_loss,
+                  "train_top1": 100 * hits / cfg.batch_size, "epoch_seconds": s.epoch_seconds, "images_per_second": rate,
+                  "data_wait_fraction": waited / s.epoch_seconds, "mfu": peak and rate * costs["flops_per_image"] / peak,
+                  "peak_memory_bytes": peak_memory(device), "trainable_params": costs["trainable_params"], "lr": lr,
+                  "weight_norms": s.base_norms, "adapter_norms": adapter_norms(model, families),
+                  **evaluate(cfg, model, val_loader, device)}
+        logger.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
+        s.epoch_step, s.epoch_totals, s.epoch_seconds = 0, (0.0, 0.0), 0.0
+        signs = failure_signs(logger.epochs, cfg.window_epochs, cfg.zeta, baseline)
+        due = s.phase == "full" and monitor.update(s.base_norms, train_loss) and cfg.mode == "prelora"
+        if due and s.epoch < cfg.epochs:
+            s.ranks = assign_ranks(monitor.changes(), cfg.rank_min, cfg.rank_max)
+            s.next_phase = "warmup" if cfg.lora_warmup_epochs else "lora"
+            checkpoint.write_json(run_dir / "ranks.json", s.ranks)
+            signs += rank_signs(s.ranks, cfg.rank_min, cfg.rank_max)
+        elif s.phase == "warmup" and s.phase_epochs >= cfg.lora_warmup_epochs and s.epoch < cfg.epochs:
+            s.next_phase = "lora"
+        for sign in signs:
+            logger.warning(s.epoch, s.step, sign)
+        save(pinned=s.next_phase is not None or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0))
+
+    train_loader.close()
+    val_loader.close()
+    logger.close()
+    print(phase_table(logger.epochs) if logger.epochs else f"stopped at step {s.step}, before the first epoch's end")
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0; 2 for a user's mistake, before any work; 1 for a run that had to stop; 130 for Ctrl-C."""
+    warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable|uninitialized).*")
+    try:
+        cfg, notes = parse_config(argv)
+        loaders = open_data(cfg)
+    except (ValueError, OSError, RuntimeError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    try:
+        train(cfg, *loaders, notes)
+    except (FloatingPointError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted: go on with --run_dir {cfg.run_dir} --resume True", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
