@@ -96,9 +96,9 @@ def check_config(cfg: Config) -> None:
         check(not isinstance(value, float) or math.isfinite(value), f"{name} must be a finite number, not {value}")
     for name in ("epochs", "batch_size", "grad_accum_steps", "lr", "window_epochs", "rank_min", "tau", "zeta", "layer_norm_eps"):
         check(getattr(cfg, name) > 0, f"{name} must be above 0, not {getattr(cfg, name)}")
-    for name in ("seed", "keep_every", "lr_warmup_steps", "weight_decay", "grad_clip", "mixup", "lora_warmup_epochs"):
-        check(getattr(cfg, name) >= 0, f"{name} must not be negative, not {getattr(cfg, name)}")
-    for name in ("max_steps", "num_workers", "train_samples", "switch_epoch", "lora_alpha"):
+    for name in ("seed", "keep_every", "lr_warmup_steps", "weight_decay", "grad_clip", "mixup", "lora_warmup_epochs", "num_workers"):
+        check(getattr(cfg, name) is None or getattr(cfg, name) >= 0, f"{name} must not be negative, not {getattr(cfg, name)}")
+    for name in ("max_steps", "train_samples", "switch_epoch", "lora_alpha"):
         check(getattr(cfg, name) is None or getattr(cfg, name) > 0, f"{name} must be above 0 or None, not {getattr(cfg, name)}")
     for name in ("dropout", "drop_path"):
         check(0 <= getattr(cfg, name) < 1, f"{name} must be in [0, 1), not {getattr(cfg, name)}")
@@ -171,8 +171,10 @@ def parse_flags(argv: list[str], default: Config) -> Config:
     except SystemExit as e:
         if not e.code:
             raise
-        box = [line.strip("│ ") for line in errors.getvalue().splitlines() if line.startswith("│")]
-        reason = box[:next((i for i, line in enumerate(box) if line.startswith("──")), len(box))]
+        # a box (or, where the terminal can't draw it, dashes): title, reason, separator, help
+        lines = [line.strip("│|╭╮╰╯─ ") for line in errors.getvalue().splitlines()]
+        text = "\n".join("" if set(line) == {"-"} else line for line in lines).strip().split("\n", 1)[1].strip()
+        reason = text.split("\n\n")[0].split("\n")
         raise ValueError(" ".join(reason)) from None
 
 
@@ -211,7 +213,7 @@ def build_model(cfg: Config, phase: str, ranks: dict[str, list[int]] | None, dev
     with torch.device("meta"):
         model = VisionTransformer(cfg.model, data.image_size, data.num_classes, dropout=cfg.dropout, drop_path=cfg.drop_path,
                                   layer_norm_eps=cfg.layer_norm_eps)
-        if ranks:
+        if phase != "full":  # ranks may be there already, for the switch that is due
             add_lora(model, match_families(model, LORA_FAMILIES, tuple(ranks)), ranks, cfg.lora_alpha)
     if phase == "lora":
         rest = cfg.mode == "lora" or cfg.lora_trainable == "adapters+rest"
@@ -371,117 +373,114 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
             "step": s.step, "state": dataclasses.asdict(s), "monitor": monitor.state_dict(), "config": vars(cfg),
             "loader": cfg.loader, "train_images": train_loader.num_samples, "torch": torch.__version__})
 
-    if s.step < last_step:  # else a finished run was resumed: only its table is printed
-        model = build_model(cfg, s.phase, s.ranks, device)
-        families = match_families(model, LORA_FAMILIES, cfg.target_modules)
-        optimizer = build_optimizer(model, cfg.weight_decay)
-        if last:
-            checkpoint.load(last, model, optimizer)
-        else:
-            model.init_weights(cfg.seed)
-            init_adapters(model, cfg.seed)
-            if s.ranks:
+    with contextlib.closing(train_loader), contextlib.closing(val_loader), contextlib.closing(logger):
+        if s.step < last_step:  # else a finished run was resumed: only its table is printed
+            model = build_model(cfg, s.phase, s.ranks, device)
+            families = match_families(model, LORA_FAMILIES, cfg.target_modules)
+            optimizer = build_optimizer(model, cfg.weight_decay)
+            if last:
+                checkpoint.load(last, model, optimizer)
+            else:
+                model.init_weights(cfg.seed)
+                init_adapters(model, cfg.seed)
+                if s.ranks:
+                    checkpoint.write_json(run_dir / "ranks.json", s.ranks)
+            costs = {} if s.next_phase else enter_phase()
+            logger.bar.unpause()  # compilation is over: time left counts from here
+            logger.write({"event": "start", "epoch": s.epoch, "step": s.step, "phase": s.phase, "device": device.type, **costs})
+
+        while s.step < last_step:
+            if s.next_phase:  # -- the switch: full -> warmup puts the adapters in, warmup -> lora freezes the base
+                start = time.perf_counter()
+                previous, s.phase, s.next_phase, s.phase_epochs = s.phase, s.next_phase, None, 0
+                model, optimizer = switch_phase(cfg, model, optimizer, s.phase, s.ranks)
+                costs = enter_phase()
+                logger.switch({"event": "switch", "epoch": s.epoch, "step": s.step, "from": previous, "to": s.phase, "ranks": s.ranks,
+                               **costs, "seconds": time.perf_counter() - start})
+
+            # -- one epoch of training
+            params = [p for p in model.parameters() if p.requires_grad]
+            totals = torch.tensor(s.epoch_totals, dtype=torch.float64, device=device)  # summed loss, hits
+            bad_step = torch.tensor(-1, device=device)  # the first step with a non-finite loss or gradient norm
+            batches = train_loader.epoch(s.epoch, start_batch=s.epoch_step * cfg.grad_accum_steps)
+            waited, first_step, start = 0.0, s.epoch_step, time.perf_counter() - s.epoch_seconds
+            reset_peak_memory(device)
+            model.train()
+            while s.epoch_step < steps_per_epoch and s.step < last_step:
+                lr = get_lr(s.step, cfg.lr, cfg.lr_warmup_steps, total_steps)
+                step_totals = torch.zeros_like(totals)
+                for micro_step in range(cfg.grad_accum_steps):
+                    before = time.perf_counter()
+                    images, labels = next(batches)  # (B, 3, H, W) uint8 channels_last, (B,)
+                    waited += time.perf_counter() - before
+                    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                    seed_step(cfg.seed, s.step, micro_step)
+                    images, other_labels, lam = mixup(normalise(images, data.mean, data.std), labels, cfg.mixup, cfg.seed,
+                                                      s.step * cfg.grad_accum_steps + micro_step)
+                    with autocast(cfg, device):
+                        logits = model(images).float()  # (B, C)
+                    loss = lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, other_labels)
+                    (loss / cfg.grad_accum_steps).backward()
+                    hits = (logits.argmax(dim=1) == labels).sum()  # under mixup: against the label of the image itself
+                    step_totals += torch.stack([loss.detach() / cfg.grad_accum_steps, hits])
+                norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
+                # From the first non-finite step on AdamW skips, on the device, so the host may look at it later than it happens.
+                finite = torch.isfinite(norm) & torch.isfinite(step_totals[0])
+                bad_step = torch.where(finite | (bad_step >= 0), bad_step, s.step)
+                optimizer.found_inf = (bad_step >= 0).float()
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                totals += step_totals
+                s.step, s.epoch_step = s.step + 1, s.epoch_step + 1
+                logger.advance()
+                if device.type == "cpu" or s.step % 20 == 0 or s.epoch_step == steps_per_epoch:  # once in a while, for it is a sync
+                    if bad_step.item() >= 0:
+                        raise FloatingPointError(f"non-finite loss or gradient norm at step {bad_step.item() + 1}, epoch {s.epoch + 1}, phase "
+                                                 f"{s.phase}: stopped before that optimiser step; last checkpoint: {checkpoint.latest(run_dir)}")
+                    rate = (s.epoch_step - first_step) * cfg.batch_size / (time.perf_counter() - start - s.epoch_seconds)
+                    logger.progress(s.phase, totals[0].item() / s.epoch_step, rate)
+            batches.close()
+            s.epoch_seconds = time.perf_counter() - start
+            if s.epoch_step < steps_per_epoch:  # max_steps, in mid-epoch
+                s.epoch_totals = tuple(totals.tolist())
+                save(pinned=False)
+                break
+
+            # -- the epoch's end: measure, log, decide, save
+            train_loss, hits = (totals / steps_per_epoch).tolist()
+            s.epoch, s.phase_epochs = s.epoch + 1, s.phase_epochs + 1
+            if s.phase != "lora" or s.base_norms is None:  # after the freeze they stay: a bfloat16 copy would only blur them
+                s.base_norms = weight_norms(model, families)
+            rate = steps_per_epoch * cfg.batch_size / s.epoch_seconds
+            peak = peak_flops(device, cfg.dtype)
+            record = {"event": "epoch", "epoch": s.epoch, "step": s.step, "phase": s.phase, "train_loss": train_loss,
+                      "train_top1": 100 * hits / cfg.batch_size, "epoch_seconds": s.epoch_seconds, "images_per_second": rate,
+                      "data_wait_fraction": waited / s.epoch_seconds, "mfu": peak and rate * costs["flops_per_image"] / peak,
+                      "peak_memory_bytes": peak_memory(device), "trainable_params": costs["trainable_params"], "lr": lr,
+                      "weight_norms": s.base_norms, "adapter_norms": adapter_norms(model, families),
+                      **evaluate(cfg, model, val_loader, device)}
+            logger.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
+            s.epoch_step, s.epoch_totals, s.epoch_seconds = 0, (0.0, 0.0), 0.0
+            signs = failure_signs(logger.epochs, cfg.window_epochs, cfg.zeta, baseline)
+            due = s.phase == "full" and monitor.update(s.base_norms, train_loss) and cfg.mode == "prelora"
+            if due and s.epoch < cfg.epochs:
+                s.ranks = assign_ranks(monitor.changes(), cfg.rank_min, cfg.rank_max)
+                s.next_phase = "warmup" if cfg.lora_warmup_epochs else "lora"
                 checkpoint.write_json(run_dir / "ranks.json", s.ranks)
-        costs = {} if s.next_phase else enter_phase()
-        logger.bar.unpause()  # compilation is over: time left counts from here
-        logger.write({"event": "start", "epoch": s.epoch, "step": s.step, "phase": s.phase, "device": device.type, **costs})
-
-    while s.step < last_step:
-        if s.next_phase:  # -- the switch: full -> warmup puts the adapters in, warmup -> lora freezes the base
-            start = time.perf_counter()
-            previous, s.phase, s.next_phase, s.phase_epochs = s.phase, s.next_phase, None, 0
-            model, optimizer = switch_phase(cfg, model, optimizer, s.phase, s.ranks)
-            costs = enter_phase()
-            logger.switch({"event": "switch", "epoch": s.epoch, "step": s.step, "from": previous, "to": s.phase, "ranks": s.ranks,
-                           **costs, "seconds": time.perf_counter() - start})
-
-        # -- one epoch of training
-        params = [p for p in model.parameters() if p.requires_grad]
-        totals = torch.tensor(s.epoch_totals, dtype=torch.float64, device=device)  # summed loss, hits
-        bad_step = torch.tensor(-1, device=device)  # the first step with a non-finite loss or gradient norm
-        batches = train_loader.epoch(s.epoch, start_batch=s.epoch_step * cfg.grad_accum_steps)
-        waited, first_step, start = 0.0, s.epoch_step, time.perf_counter() - s.epoch_seconds
-        reset_peak_memory(device)
-        model.train()
-        while s.epoch_step < steps_per_epoch and s.step < last_step:
-            lr = get_lr(s.step, cfg.lr, cfg.lr_warmup_steps, total_steps)
-            step_totals = torch.zeros_like(totals)
-            for micro_step in range(cfg.grad_accum_steps):
-                before = time.perf_counter()
-                images, labels = next(batches)  # (B, 3, H, W) uint8 channels_last, (B,)
-                waited += time.perf_counter() - before
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                seed_step(cfg.seed, s.step, micro_step)
-                images, other_labels, lam = mixup(normalise(images, data.mean, data.std), labels, cfg.mixup, cfg.seed,
-                                                  s.step * cfg.grad_accum_steps + micro_step)
-                with autocast(cfg, device):
-                    logits = model(images).float()  # (B, C)
-                loss = lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, other_labels)
-                (loss / cfg.grad_accum_steps).backward()
-                hits = (logits.argmax(dim=1) == labels).sum()  # under mixup: against the label of the image itself
-                step_totals += torch.stack([loss.detach() / cfg.grad_accum_steps, hits])
-            norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-            # From the first non-finite step on AdamW skips, on the device, so the host may look at it later than it happens.
-            finite = torch.isfinite(norm) & torch.isfinite(step_totals[0])
-            bad_step = torch.where(finite | (bad_step >= 0), bad_step, s.step)
-            optimizer.found_inf = (bad_step >= 0).float()
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            totals += step_totals
-            s.step, s.epoch_step = s.step + 1, s.epoch_step + 1
-            logger.advance()
-            if device.type == "cpu" or s.step % 20 == 0 or s.epoch_step == steps_per_epoch:  # once in a while, for it is a sync
-                if bad_step.item() >= 0:
-                    raise FloatingPointError(f"non-finite loss or gradient norm at step {bad_step.item() + 1}, epoch {s.epoch + 1}, phase "
-                                             f"{s.phase}: stopped before that optimiser step; last checkpoint: {checkpoint.latest(run_dir)}")
-                rate = (s.epoch_step - first_step) * cfg.batch_size / (time.perf_counter() - start - s.epoch_seconds)
-                logger.progress(s.phase, totals[0].item() / s.epoch_step, rate)
-        batches.close()
-        s.epoch_seconds = time.perf_counter() - start
-        if s.epoch_step < steps_per_epoch:  # max_steps, in mid-epoch
-            s.epoch_totals = tuple(totals.tolist())
-            save(pinned=False)
-            break
-
-        # -- the epoch's end: measure, log, decide, save
-        train_loss, hits = (totals / steps_per_epoch).tolist()
-        s.epoch, s.phase_epochs = s.epoch + 1, s.phase_epochs + 1
-        if s.phase != "lora" or s.base_norms is None:  # after the freeze they stay: a bfloat16 copy would only blur them
-            s.base_norms = weight_norms(model, families)
-        rate = steps_per_epoch * cfg.batch_size / s.epoch_seconds
-        peak = peak_flops(device, cfg.dtype)
-        record = {"event": "epoch", "epoch": s.epoch, "step": s.step, "phase": s.phase, "train_loss": train_loss,
-                  "train_top1": 100 * hits / cfg.batch_size, "epoch_seconds": s.epoch_seconds, "images_per_second": rate,
-                  "data_wait_fraction": waited / s.epoch_seconds, "mfu": peak and rate * costs["flops_per_image"] / peak,
-                  "peak_memory_bytes": peak_memory(device), "trainable_params": costs["trainable_params"], "lr": lr,
-                  "weight_norms": s.base_norms, "adapter_norms": adapter_norms(model, families),
-                  **evaluate(cfg, model, val_loader, device)}
-        logger.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
-        s.epoch_step, s.epoch_totals, s.epoch_seconds = 0, (0.0, 0.0), 0.0
-        signs = failure_signs(logger.epochs, cfg.window_epochs, cfg.zeta, baseline)
-        due = s.phase == "full" and monitor.update(s.base_norms, train_loss) and cfg.mode == "prelora"
-        if due and s.epoch < cfg.epochs:
-            s.ranks = assign_ranks(monitor.changes(), cfg.rank_min, cfg.rank_max)
-            s.next_phase = "warmup" if cfg.lora_warmup_epochs else "lora"
-            checkpoint.write_json(run_dir / "ranks.json", s.ranks)
-            signs += rank_signs(s.ranks, cfg.rank_min, cfg.rank_max)
-        elif s.phase == "warmup" and s.phase_epochs >= cfg.lora_warmup_epochs and s.epoch < cfg.epochs:
-            s.next_phase = "lora"
-        for sign in signs:
-            logger.warning(s.epoch, s.step, sign)
-        save(pinned=s.next_phase is not None or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0))
-
-    train_loader.close()
-    val_loader.close()
-    logger.close()
+                signs += rank_signs(s.ranks, cfg.rank_min, cfg.rank_max)
+            elif s.phase == "warmup" and s.phase_epochs >= cfg.lora_warmup_epochs and s.epoch < cfg.epochs:
+                s.next_phase = "lora"
+            for sign in signs:
+                logger.warning(s.epoch, s.step, sign)
+            save(pinned=s.next_phase is not None or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0))
     print(phase_table(logger.epochs) if logger.epochs else f"stopped at step {s.step}, before the first epoch's end")
 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0; 2 for a user's mistake, before any work; 1 for a run that had to stop; 130 for Ctrl-C."""
-    warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable|uninitialized).*")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it is
     try:
         cfg, notes = parse_config(argv)
         loaders = open_data(cfg)
