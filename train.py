@@ -38,6 +38,7 @@ from monitor.convergence import ConvergenceMonitor, failure_signs, rank_signs
 from monitor.logger import RunLogger, phase_table
 from monitor.norms import adapter_norms, weight_norms
 from monitor.perf import count_flops, peak_flops, peak_memory, reset_peak_memory
+from monitor.plot import load_run
 
 
 @dataclass
@@ -110,6 +111,8 @@ def check_config(cfg: Config) -> None:
     check(cfg.rank_min <= cfg.rank_max, f"rank_min {cfg.rank_min} is above rank_max {cfg.rank_max}")
     for name in ("rank_min", "rank_max"):
         check(getattr(cfg, name) & (getattr(cfg, name) - 1) == 0, f"{name} must be a power of two, not {getattr(cfg, name)}")
+    check(cfg.rank_min > 1 or not cfg.compile, "rank_min 1 can't be compiled, torch.compile makes a dimension of size 1 a constant: "
+          "take 2 or --compile False")
     width = VARIANTS[cfg.model]["embed_dim"]
     check(cfg.rank_max <= width, f"rank_max {cfg.rank_max} is above {cfg.model}'s width {width}")
     for family in cfg.target_modules:
@@ -121,7 +124,7 @@ def check_config(cfg: Config) -> None:
               f"switch_epoch {cfg.switch_epoch} is before two windows of {cfg.window_epochs} epochs are full, which the ranks need")
         check(cfg.switch_epoch < cfg.epochs, f"switch_epoch {cfg.switch_epoch} is not before the last epoch {cfg.epochs}")
     if cfg.baseline is not None:
-        check((Path(cfg.baseline) / "metrics.jsonl").exists(), f"baseline {cfg.baseline} is no run directory: it has no metrics.jsonl")
+        load_run(cfg.baseline)
 
 
 def load_preset(path: str) -> Config:
@@ -189,7 +192,10 @@ def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
     cfg = parse_flags(flags, load_preset(preset) if preset else Config())
     stored, notes = Path(cfg.run_dir) / "config.json", []
     if cfg.resume and stored.exists():
-        old = Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(stored.read_text()).items()})
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(stored.read_text()).items()}
+        if unknown := values.keys() - vars(cfg).keys():
+            raise ValueError(f"{stored} has fields that Config no longer has: {', '.join(sorted(unknown))}")
+        old = Config(**values)
         asked, cfg = cfg, parse_flags(flags, dataclasses.replace(old, run_dir=cfg.run_dir))
         for name, value in vars(cfg).items():
             if value != getattr(old, name) and name not in ("resume", "run_dir"):
@@ -280,7 +286,7 @@ def autocast(cfg: Config, device: torch.device):
 def evaluate(cfg: Config, model, loader, device: torch.device) -> dict:
     """Loss, top-1 and top-5 in % over the validation set, each image once; labels of -1 are padding."""
     data, model = DATASETS[cfg.dataset], model.eval()
-    totals = torch.zeros(4, device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)  # loss, top-1, top-5, count
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # summed loss, top-1 hits, top-5 hits, images
     for images, labels in loader.epoch(0):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(cfg, device):
@@ -335,8 +341,9 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
     """
     run_dir, data = Path(cfg.run_dir), DATASETS[cfg.dataset]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high")  # TF32 where there is one
-    torch.backends.cudnn.allow_tf32 = True
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.allow_tf32 = True
     s, monitor_state = State(), None
     if cfg.mode == "lora":
         s = State(phase="lora", ranks={family: [cfg.rank_max] * VARIANTS[cfg.model]["depth"] for family in cfg.target_modules})
@@ -352,8 +359,7 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
                                  cfg.switch_epoch)
     if monitor_state:
         monitor.load_state_dict(monitor_state)
-    baseline = [json.loads(line) for line in open(Path(cfg.baseline) / "metrics.jsonl")] if cfg.baseline else []
-    baseline = [e for e in baseline if e["event"] == "epoch"]
+    baseline = load_run(cfg.baseline)[1] if cfg.baseline else None  # its epoch records
 
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(run_dir / "config.json", vars(cfg) | {"resume": False})
@@ -394,6 +400,7 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
                 start = time.perf_counter()
                 previous, s.phase, s.next_phase, s.phase_epochs = s.phase, s.next_phase, None, 0
                 model, optimizer = switch_phase(cfg, model, optimizer, s.phase, s.ranks)
+                params = loss = logits = None  # these hold the old model, too
                 costs = enter_phase()
                 logger.switch({"event": "switch", "epoch": s.epoch, "step": s.step, "from": previous, "to": s.phase, "ranks": s.ranks,
                                **costs, "seconds": time.perf_counter() - start})
@@ -401,7 +408,7 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
             # -- one epoch of training
             params = [p for p in model.parameters() if p.requires_grad]
             totals = torch.tensor(s.epoch_totals, dtype=torch.float64, device=device)  # summed loss, hits
-            bad_step = torch.tensor(-1, device=device)  # the first step with a non-finite loss or gradient norm
+            bad_step = torch.zeros((), dtype=torch.int64, device=device)  # the first with a non-finite loss or gradient norm, from 1
             batches = train_loader.epoch(s.epoch, start_batch=s.epoch_step * cfg.grad_accum_steps)
             waited, first_step, start = 0.0, s.epoch_step, time.perf_counter() - s.epoch_seconds
             reset_peak_memory(device)
@@ -426,8 +433,8 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
                 norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
                 # From the first non-finite step on AdamW skips, on the device, so the host may look at it later than it happens.
                 finite = torch.isfinite(norm) & torch.isfinite(step_totals[0])
-                bad_step = torch.where(finite | (bad_step >= 0), bad_step, s.step)
-                optimizer.found_inf = (bad_step >= 0).float()
+                bad_step += (s.step + 1) * (~finite & (bad_step == 0))
+                optimizer.found_inf = (bad_step > 0).float()
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
@@ -435,10 +442,12 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
                 totals += step_totals
                 s.step, s.epoch_step = s.step + 1, s.epoch_step + 1
                 logger.advance()
-                if device.type == "cpu" or s.step % 20 == 0 or s.epoch_step == steps_per_epoch:  # once in a while, for it is a sync
-                    if bad_step.item() >= 0:
-                        raise FloatingPointError(f"non-finite loss or gradient norm at step {bad_step.item() + 1}, epoch {s.epoch + 1}, phase "
-                                                 f"{s.phase}: stopped before that optimiser step; last checkpoint: {checkpoint.latest(run_dir)}")
+                done = s.epoch_step == steps_per_epoch or s.step == last_step
+                if device.type == "cpu" or s.step % 20 == 0 or done:  # once in a while: this is the loop's only sync
+                    if bad_step.item():
+                        raise FloatingPointError(
+                            f"non-finite loss or gradient norm at step {bad_step.item()}, epoch {s.epoch + 1}, phase {s.phase}: "
+                            f"stopped before that optimiser step; last checkpoint: {checkpoint.latest(run_dir)}")
                     rate = (s.epoch_step - first_step) * cfg.batch_size / (time.perf_counter() - start - s.epoch_seconds)
                     logger.progress(s.phase, totals[0].item() / s.epoch_step, rate)
             batches.close()

@@ -116,7 +116,7 @@ def mark_ranks_dynamic(model: nn.Module) -> None:
     """Tell torch.compile that ranks vary, so that one graph serves every layer; call it before the first forward of a block.
 
     mark_dynamic on a Parameter is silently ignored unless dynamo's force_parameter_static_shapes is off. A dimension of size 1
-    can't be dynamic in torch.compile: a layer of rank 1 gets a graph of its own.
+    can't be dynamic in torch.compile: layers of rank 1 get graphs of their own.
     """
     torch._dynamo.config.force_parameter_static_shapes = False
     for module in model.modules():

@@ -19,8 +19,8 @@ class RunLogger:
 
     def __init__(self, run_dir: Path, step: int, total_steps: int, keep_bytes: int = 0, enabled: bool = True):
         self.enabled, self.path, self.epochs = enabled, run_dir / "metrics.jsonl", []
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not enabled, smoothing=0.05,
-                        mininterval=1.0 if sys.stderr.isatty() else 10.0)
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
+                        disable=not enabled or step >= total_steps, mininterval=1.0 if sys.stderr.isatty() else 10.0)
         if not enabled:
             return
         self.file = open(self.path, "a+")

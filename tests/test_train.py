@@ -395,6 +395,7 @@ def test_killed_before_the_first_checkpoint_starts_over(small, reference, tmp_pa
     ("stray", "no such preset: stray"),
     ("--rank_min 32 --rank_max 8", "rank_min 32 is above rank_max 8"),
     ("--rank_min 6", "rank_min must be a power of two, not 6"),
+    ("--rank_min 1 --compile True", "rank_min 1 can't be compiled"),
     ("--rank_max 128", "rank_max 128 is above tiny-debug's width 64"),
     ("--grad_accum_steps 3", "batch_size 50 is not divisible by grad_accum_steps 3"),
     ("--lr 0", "lr must be above 0"),
@@ -409,7 +410,7 @@ def test_killed_before_the_first_checkpoint_starts_over(small, reference, tmp_pa
     ("--target_modules q qq", "unknown target module 'qq'"),
     ("--target_modules q q", "target_modules must name each family once"),
     ("--batch_size 601", "601"),
-    ("--baseline nowhere", "baseline nowhere is no run directory"),
+    ("--baseline nowhere", "no run directory nowhere"),
     ("--data_dir nowhere", "nowhere"),
     ("--data_dir nowhere --loader ffcv --num_workers 1", "nowhere"),
 ])
@@ -447,7 +448,8 @@ def test_bad_preset(tmp_path, capsys, text, reason):
 
 
 def test_presets(tmp_path):
-    (tmp_path / "preset.py").write_text("import math\nfrom config.debug import *\nlr = 1\n_half = 2\nepochs = 20 // _half\ntarget_modules = ['q', 'v']\n")
+    (tmp_path / "preset.py").write_text(
+        "import math\nfrom config.debug import *\nlr = 1\n_half = 2\nepochs = 20 // _half\ntarget_modules = ['q', 'v']\n")
     cfg, _ = train.parse_config([str(tmp_path / "preset.py"), "--epochs", "12", "--run_dir", str(tmp_path / "run"), "--lora_alpha", "None"])
     assert (cfg.lr, cfg.epochs, cfg.target_modules, cfg.lora_alpha) == (1.0, 12, ("q", "v"), None)
     assert cfg.tau == train.load_preset("config/debug.py").tau

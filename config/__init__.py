@@ -1,0 +1,1 @@
+"""Presets: plain assignments of what differs from the defaults of train.py's Config."""
