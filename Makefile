@@ -5,6 +5,7 @@
 PYTHON ?= python3
 LOADER ?= ffcv
 DATA := datasets/fashion_mnist
+RAW := $(DATA)/FashionMNIST/raw/t10k-labels-idx1-ubyte
 PY := .venv/bin/python
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 LIBRARIES := python3-venv python3-dev g++ pkg-config libopencv-dev libturbojpeg0-dev
@@ -39,12 +40,12 @@ setup: .venv/.requirements $(if $(filter ffcv,$(LOADER)),.venv/.ffcv)
 	$(PY) -m pip install -r requirements-dev.txt
 	@touch $@
 
-data: $(if $(filter ffcv,$(LOADER)),$(DATA)/train.beton $(DATA)/val.beton,$(DATA)/FashionMNIST)
+data: $(if $(filter ffcv,$(LOADER)),$(DATA)/train.beton $(DATA)/val.beton,$(RAW))
 
-$(DATA)/FashionMNIST: | setup
+$(RAW): | setup  # the last of its four files to be written
 	$(PY) -m data.folder fashion_mnist $(DATA)
 
-$(DATA)/%.beton: | $(DATA)/FashionMNIST
+$(DATA)/%.beton: | $(RAW)
 	$(PY) -m data.beton fashion_mnist:$* $@ --root $(DATA)
 
 train: setup data

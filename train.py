@@ -9,6 +9,7 @@
 import contextlib
 import dataclasses
 import difflib
+import gc
 import io
 import json
 import math
@@ -95,6 +96,8 @@ def check_config(cfg: Config) -> None:
 
     for name, value in vars(cfg).items():
         check(not isinstance(value, float) or math.isfinite(value), f"{name} must be a finite number, not {value}")
+    check(cfg.run_dir != "", "run_dir is empty")
+    check(cfg.seed < 2**63, f"seed must be below 2**63, not {cfg.seed}")
     for name in ("epochs", "batch_size", "grad_accum_steps", "lr", "window_epochs", "rank_min", "tau", "zeta", "layer_norm_eps"):
         check(getattr(cfg, name) > 0, f"{name} must be above 0, not {getattr(cfg, name)}")
     for name in ("seed", "keep_every", "lr_warmup_steps", "weight_decay", "grad_clip", "mixup", "lora_warmup_epochs", "num_workers"):
@@ -105,6 +108,8 @@ def check_config(cfg: Config) -> None:
         check(0 <= getattr(cfg, name) < 1, f"{name} must be in [0, 1), not {getattr(cfg, name)}")
     check(cfg.model in VARIANTS, f"unknown model {cfg.model!r}, there are: {', '.join(VARIANTS)}")
     check(cfg.dataset in DATASETS, f"unknown dataset {cfg.dataset!r}, there are: {', '.join(DATASETS)}")
+    size, patch = DATASETS[cfg.dataset].image_size, VARIANTS[cfg.model]["patch_size"]
+    check(size % patch == 0, f"{cfg.dataset}'s images of {size} pixels can't be cut into {cfg.model}'s patches of {patch}")
     check(cfg.batch_size % cfg.grad_accum_steps == 0,
           f"batch_size {cfg.batch_size} is not divisible by grad_accum_steps {cfg.grad_accum_steps}")
     check(cfg.num_windows >= 2, f"num_windows must be at least 2, not {cfg.num_windows}: the test compares consecutive windows")
@@ -128,29 +133,36 @@ def check_config(cfg: Config) -> None:
 
 
 def load_preset(path: str) -> Config:
-    """Config's defaults with the preset's assignments over them. Raises ValueError for a missing file, an unknown key, a wrong type."""
+    """Config's defaults with the preset's assignments over them. Raises ValueError for a missing or failing file, an unknown key, a
+    wrong type."""
     if not Path(path).is_file():
         raise ValueError(f"no such preset: {path}")
-    hints, values = typing.get_type_hints(Config), {}
-    for key, value in runpy.run_path(path).items():
-        if key.startswith("_") or isinstance(value, type(sys)):
-            continue
+    try:
+        values = runpy.run_path(path)
+    except (Exception, SystemExit) as e:
+        raise ValueError(f"{path}: {type(e).__name__}: {e}") from None
+    names = {f.name for f in dataclasses.fields(Config)}
+    return typed_config({key: value for key, value in values.items()
+                         if key in names or not key.startswith("_") and not isinstance(value, type(sys))}, path)
+
+
+def typed_config(values: dict, where: str) -> Config:
+    """A Config of `values`. Raises ValueError, saying where, for an unknown key or a wrong type."""
+    hints = typing.get_type_hints(Config)
+    for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"{path}: unknown key {key!r}{suggest(key)}")
-        if hints[key] in (float, float | None) and type(value) is int:
-            value = float(value)
-        if isinstance(value, list):
-            value = tuple(value)
-        allowed = typing.get_args(hints[key]) or (hints[key],)
-        if typing.get_origin(hints[key]) is Literal:
+            raise ValueError(f"{where}: unknown key {key!r}{suggest(key)}")
+        kind, allowed = typing.get_origin(hints[key]), typing.get_args(hints[key]) or (hints[key],)
+        if kind is tuple:
+            values[key] = tuple(value) if isinstance(value, list) else value
+            ok = type(values[key]) is tuple and all(type(item) is str for item in value)
+        elif kind is Literal:
             ok = value in allowed
-        elif typing.get_origin(hints[key]) is tuple:
-            ok = type(value) is tuple and all(type(item) is str for item in value)
         else:
-            ok = type(value) in allowed
+            values[key] = float(value) if float in allowed and type(value) is int else value
+            ok = type(values[key]) in allowed
         if not ok:
-            raise ValueError(f"{path}: {key} = {value!r} should be {hints[key] if typing.get_args(hints[key]) else hints[key].__name__}")
-        values[key] = value
+            raise ValueError(f"{where}: {key} = {value!r} should be {hints[key] if typing.get_args(hints[key]) else hints[key].__name__}")
     return Config(**values)
 
 
@@ -190,22 +202,18 @@ def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
     preset = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if preset else argv
     cfg = parse_flags(flags, load_preset(preset) if preset else Config())
-    stored, notes = Path(cfg.run_dir) / "config.json", []
+    run_dir, notes = Path(cfg.run_dir), []
+    stored = run_dir / "config.json"
     if cfg.resume and stored.exists():
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(stored.read_text()).items()}
-        if unknown := values.keys() - vars(cfg).keys():
-            raise ValueError(f"{stored} has fields that Config no longer has: {', '.join(sorted(unknown))}")
-        old = Config(**values)
-        asked, cfg = cfg, parse_flags(flags, dataclasses.replace(old, run_dir=cfg.run_dir))
+        old = dataclasses.replace(typed_config(checkpoint.read_json(stored), str(stored)), run_dir=cfg.run_dir, resume=True)
+        asked, cfg = cfg, parse_flags(flags, old)
         for name, value in vars(cfg).items():
-            if value != getattr(old, name) and name not in ("resume", "run_dir"):
-                if name in ("model", "dataset", "mode", "seed", "batch_size", "train_samples", "target_modules"):
-                    raise ValueError(f"{cfg.run_dir} was started with {name} = {getattr(old, name)}, it can't go on with {value}")
+            if value != getattr(old, name):
                 notes.append(f"resume: {name} = {value} overrides the stored {getattr(old, name)}")
-            if value != getattr(asked, name):
-                notes.append(f"resume: {name} = {value} as stored in {stored}, not the preset's {getattr(asked, name)}")
-    elif not cfg.resume and (stored.exists() or (Path(cfg.run_dir) / "metrics.jsonl").exists()):
-        raise ValueError(f"{cfg.run_dir} already holds a run: continue it with --resume True or choose another --run_dir")
+            if preset and value != getattr(asked, name):
+                notes.append(f"resume: {name} = {value} as stored in {stored}, not {preset}'s {getattr(asked, name)}")
+    elif not cfg.resume and any((run_dir / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints")):
+        raise ValueError(f"{run_dir} already holds a run: continue it with --resume True or choose another --run_dir")
     check_config(cfg)
     return cfg, notes
 
@@ -266,11 +274,11 @@ def compile_graphs(cfg: Config, model, device: torch.device) -> dict:
         images = torch.zeros(cfg.batch_size // cfg.grad_accum_steps, 3, *[DATASETS[cfg.dataset].image_size] * 2, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
         with autocast(cfg, device):
-            model.train()
-            model(images).sum().backward()
-            training = stats["unique_graphs"]
-            with torch.no_grad():
-                model.eval()(images)
+            logits = model.train()(images)
+        logits.sum().backward()
+        training = stats["unique_graphs"]
+        with torch.no_grad(), autocast(cfg, device):
+            model.eval()(images)
         model.zero_grad(set_to_none=True)
     else:
         training = before
@@ -314,27 +322,51 @@ class State:
     epoch_step: int = 0  # of them in the epoch under way
     epoch_totals: tuple[float, float] = (0.0, 0.0)  # its summed loss and hits
     epoch_seconds: float = 0.0  # its training time
+    epoch_waited: float = 0.0  # of it, waiting for data
     base_norms: dict[str, list[float]] | None = None  # of the last epoch; a frozen base keeps them
     metrics_bytes: int = 0  # length of metrics.jsonl
 
 
-def open_data(cfg: Config):
-    """(training loader, validation loader) of micro-batches. Raises FileNotFoundError, RuntimeError or ValueError, in one sentence,
-    for data that is missing, damaged, too small for a batch, or not what the run to be resumed was trained on."""
-    micro_batch = cfg.batch_size // cfg.grad_accum_steps
+def open_run(cfg: Config):
+    """Everything that can be found wrong before work begins. Makes run_dir.
+
+    Returns (training loader, validation loader, checkpoint to resume from or None, its meta); the loaders yield micro-batches.
+    Raises ValueError, OSError or RuntimeError, in one sentence, for data that is missing, damaged or too small for a batch, a
+    schedule that ends in its warmup, and a checkpoint that is damaged or of another run than `cfg` describes.
+    """
+    run_dir, micro_batch = Path(cfg.run_dir), cfg.batch_size // cfg.grad_accum_steps
     train_loader = build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "train", micro_batch, cfg.seed, cfg.num_workers, cfg.train_samples)
     val_loader = build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "val", micro_batch, cfg.seed, cfg.num_workers)
-    if train_loader.num_samples < cfg.batch_size:
-        raise ValueError(f"batch_size {cfg.batch_size} is above the {train_loader.num_samples} training images")
-    last = checkpoint.latest(Path(cfg.run_dir)) if cfg.resume else None
-    if last and checkpoint.read_meta(last)["train_images"] != train_loader.num_samples:
-        raise ValueError(f"{last} was trained on {checkpoint.read_meta(last)['train_images']} images, "
-                         f"{cfg.data_dir} gives {train_loader.num_samples}")
-    return train_loader, val_loader
+    images, total_steps = train_loader.num_samples, train_loader.num_samples // cfg.batch_size * cfg.epochs
+    if not total_steps:
+        raise ValueError(f"batch_size {cfg.batch_size} is above the {images} training images")
+    last, meta = checkpoint.latest(run_dir) if cfg.resume else None, None
+    if last:
+        meta = checkpoint.read_meta(last)
+        if not {"state", "monitor", "config", "train_images"} <= meta.keys():
+            raise ValueError(f"{last}/meta.json is damaged: keys are missing")
+        old, state = typed_config(meta["config"], f"{last}/meta.json"), State(**meta["state"])
+        fixed = ["model", "dataset", "mode", "seed", "batch_size", "train_samples", "target_modules", "window_epochs"]
+        if state.ranks:  # adapters of these ranks and this scaling, a base in this precision; the freeze's checkpoint is still open
+            fixed += ["rank_min", "rank_max", "lora_alpha", "lora_trainable", "dtype"]
+        for name in fixed:
+            if getattr(cfg, name) != getattr(old, name):
+                raise ValueError(f"{last} was trained with {name} = {getattr(old, name)}, it can't go on with {getattr(cfg, name)}")
+        if meta["train_images"] != images:
+            raise ValueError(f"{last} was trained on {meta['train_images']} images, {cfg.data_dir} gives {images}")
+        if state.step > total_steps:
+            raise ValueError(f"{last} is past the end of {cfg.epochs} epochs, {total_steps} steps")
+        metrics = run_dir / "metrics.jsonl"
+        if not metrics.exists() or metrics.stat().st_size < state.metrics_bytes:
+            raise ValueError(f"{metrics} is missing or shorter than it was when {last} was saved")
+    if cfg.lr_warmup_steps >= total_steps:
+        raise ValueError(f"lr_warmup_steps {cfg.lr_warmup_steps} leaves nothing of the {total_steps} steps of {cfg.epochs} epochs")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return train_loader, val_loader, last, meta
 
 
-def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
-    """One run, from `cfg` or from the last checkpoint in its run_dir, to its end. Closes the loaders.
+def train(cfg: Config, notes: list[str], train_loader, val_loader, last: Path | None, meta: dict | None) -> None:
+    """One run, from its beginning or from checkpoint `last` with its `meta`, to its end. Closes the loaders.
 
     Raises FloatingPointError on a non-finite loss or gradient norm, with weights and optimiser as they were before that step;
     OSError where a checkpoint can't be written, with the one before it intact.
@@ -344,25 +376,26 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.allow_tf32 = True
-    s, monitor_state = State(), None
-    if cfg.mode == "lora":
+    s = State(**meta["state"]) if last else State()
+    if not last and cfg.mode == "lora":
         s = State(phase="lora", ranks={family: [cfg.rank_max] * VARIANTS[cfg.model]["depth"] for family in cfg.target_modules})
-    last = checkpoint.latest(run_dir) if cfg.resume else None
-    if last:
-        meta = checkpoint.read_meta(last)
-        s, monitor_state = State(**meta["state"]), meta["monitor"]
-
     steps_per_epoch = train_loader.num_samples // cfg.batch_size
     total_steps = cfg.epochs * steps_per_epoch
     last_step = min(cfg.max_steps or total_steps, total_steps)
+    if s.step >= last_step:
+        print(f"{run_dir} is done: {s.step} steps" + (f", --max_steps None goes on to {total_steps}" if s.step < total_steps else ""))
+        print(phase_table(load_run(run_dir)[1]) if s.epoch else "no epoch is finished yet")
+        return
     monitor = ConvergenceMonitor(cfg.tau, cfg.zeta, cfg.num_windows, cfg.window_epochs, cfg.lr_warmup_steps / steps_per_epoch,
                                  cfg.switch_epoch)
-    if monitor_state:
-        monitor.load_state_dict(monitor_state)
+    if last:
+        monitor.load_state_dict(meta["monitor"])
     baseline = load_run(cfg.baseline)[1] if cfg.baseline else None  # its epoch records
 
-    run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(run_dir / "config.json", vars(cfg) | {"resume": False})
+    (run_dir / "ranks.json").unlink(missing_ok=True)  # of epochs after the checkpoint, perhaps
+    if s.ranks:
+        checkpoint.write_json(run_dir / "ranks.json", s.ranks)
     logger = RunLogger(run_dir, s.step, last_step, s.metrics_bytes)
     for note in notes:
         logger.message(note)
@@ -380,27 +413,25 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
             "loader": cfg.loader, "train_images": train_loader.num_samples, "torch": torch.__version__})
 
     with contextlib.closing(train_loader), contextlib.closing(val_loader), contextlib.closing(logger):
-        if s.step < last_step:  # else a finished run was resumed: only its table is printed
-            model = build_model(cfg, s.phase, s.ranks, device)
-            families = match_families(model, LORA_FAMILIES, cfg.target_modules)
-            optimizer = build_optimizer(model, cfg.weight_decay)
-            if last:
-                checkpoint.load(last, model, optimizer)
-            else:
-                model.init_weights(cfg.seed)
-                init_adapters(model, cfg.seed)
-                if s.ranks:
-                    checkpoint.write_json(run_dir / "ranks.json", s.ranks)
-            costs = {} if s.next_phase else enter_phase()
-            logger.bar.unpause()  # compilation is over: time left counts from here
-            logger.write({"event": "start", "epoch": s.epoch, "step": s.step, "phase": s.phase, "device": device.type, **costs})
+        model = build_model(cfg, s.phase, s.ranks, device)
+        families = match_families(model, LORA_FAMILIES, cfg.target_modules)
+        optimizer = build_optimizer(model, cfg.weight_decay)
+        if last:
+            checkpoint.load(last, model, optimizer)
+        else:
+            model.init_weights(cfg.seed)
+            init_adapters(model, cfg.seed)
+        costs = {} if s.next_phase else enter_phase()  # with a switch due, the phase to come is entered below
+        logger.bar.unpause()  # compilation is over: time left counts from here
+        logger.write({"event": "start", "epoch": s.epoch, "step": s.step, "phase": s.phase, "device": device.type, "notes": notes, **costs})
 
         while s.step < last_step:
             if s.next_phase:  # -- the switch: full -> warmup puts the adapters in, warmup -> lora freezes the base
                 start = time.perf_counter()
                 previous, s.phase, s.next_phase, s.phase_epochs = s.phase, s.next_phase, None, 0
                 model, optimizer = switch_phase(cfg, model, optimizer, s.phase, s.ranks)
-                params = loss = logits = None  # these hold the old model, too
+                params = loss = logits = group = None  # these hold the old model, too,
+                gc.collect()  # and compiled blocks stand in reference cycles
                 costs = enter_phase()
                 logger.switch({"event": "switch", "epoch": s.epoch, "step": s.step, "from": previous, "to": s.phase, "ranks": s.ranks,
                                **costs, "seconds": time.perf_counter() - start})
@@ -410,7 +441,7 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
             totals = torch.tensor(s.epoch_totals, dtype=torch.float64, device=device)  # summed loss, hits
             bad_step = torch.zeros((), dtype=torch.int64, device=device)  # the first with a non-finite loss or gradient norm, from 1
             batches = train_loader.epoch(s.epoch, start_batch=s.epoch_step * cfg.grad_accum_steps)
-            waited, first_step, start = 0.0, s.epoch_step, time.perf_counter() - s.epoch_seconds
+            first_step, start = s.epoch_step, time.perf_counter() - s.epoch_seconds
             reset_peak_memory(device)
             model.train()
             while s.epoch_step < steps_per_epoch and s.step < last_step:
@@ -419,7 +450,7 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
                 for micro_step in range(cfg.grad_accum_steps):
                     before = time.perf_counter()
                     images, labels = next(batches)  # (B, 3, H, W) uint8 channels_last, (B,)
-                    waited += time.perf_counter() - before
+                    s.epoch_waited += time.perf_counter() - before
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                     seed_step(cfg.seed, s.step, micro_step)
                     images, other_labels, lam = mixup(normalise(images, data.mean, data.std), labels, cfg.mixup, cfg.seed,
@@ -466,21 +497,23 @@ def train(cfg: Config, train_loader, val_loader, notes: list[str] = ()) -> None:
             peak = peak_flops(device, cfg.dtype)
             record = {"event": "epoch", "epoch": s.epoch, "step": s.step, "phase": s.phase, "train_loss": train_loss,
                       "train_top1": 100 * hits / cfg.batch_size, "epoch_seconds": s.epoch_seconds, "images_per_second": rate,
-                      "data_wait_fraction": waited / s.epoch_seconds, "mfu": peak and rate * costs["flops_per_image"] / peak,
+                      "data_wait_fraction": s.epoch_waited / s.epoch_seconds, "mfu": peak and rate * costs["flops_per_image"] / peak,
                       "peak_memory_bytes": peak_memory(device), "trainable_params": costs["trainable_params"], "lr": lr,
                       "weight_norms": s.base_norms, "adapter_norms": adapter_norms(model, families),
                       **evaluate(cfg, model, val_loader, device)}
             logger.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
-            s.epoch_step, s.epoch_totals, s.epoch_seconds = 0, (0.0, 0.0), 0.0
+            s.epoch_step, s.epoch_totals, s.epoch_seconds, s.epoch_waited = 0, (0.0, 0.0), 0.0, 0.0
             signs = failure_signs(logger.epochs, cfg.window_epochs, cfg.zeta, baseline)
             due = s.phase == "full" and monitor.update(s.base_norms, train_loss) and cfg.mode == "prelora"
-            if due and s.epoch < cfg.epochs:
+            if due:
                 s.ranks = assign_ranks(monitor.changes(), cfg.rank_min, cfg.rank_max)
                 s.next_phase = "warmup" if cfg.lora_warmup_epochs else "lora"
                 checkpoint.write_json(run_dir / "ranks.json", s.ranks)
                 signs += rank_signs(s.ranks, cfg.rank_min, cfg.rank_max)
-            elif s.phase == "warmup" and s.phase_epochs >= cfg.lora_warmup_epochs and s.epoch < cfg.epochs:
+            elif s.phase == "warmup" and s.phase_epochs >= cfg.lora_warmup_epochs:
                 s.next_phase = "lora"
+            if s.epoch == cfg.epochs and s.phase == "full" and cfg.mode == "prelora":
+                signs.append(f"the convergence test did not pass in time: tau {cfg.tau}, zeta {cfg.zeta}, windows of {cfg.window_epochs}")
             for sign in signs:
                 logger.warning(s.epoch, s.step, sign)
             save(pinned=s.next_phase is not None or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0))
@@ -492,12 +525,12 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it is
     try:
         cfg, notes = parse_config(argv)
-        loaders = open_data(cfg)
+        run = open_run(cfg)
     except (ValueError, OSError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     try:
-        train(cfg, *loaders, notes)
+        train(cfg, notes, *run)
     except (FloatingPointError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -115,7 +115,7 @@ def get_indices(total, train, batch_size, num_samples=None):
     elif not train:
         raise ValueError("num_samples restricts training only: evaluation sees every image")
     elif not 1 <= num_samples <= total:
-        raise ValueError(f"num_samples is {num_samples}: expected 1 to {total}, the images there are")
+        raise ValueError(f"a training subset of {num_samples} images was asked for: expected 1 to {total}, the images there are")
     else:
         indices = np.sort(get_generator(SUBSET, 0, 0).permutation(total)[:num_samples]).astype(np.int64, copy=False)
     if batch_size < 1 or (train and batch_size > len(indices)):

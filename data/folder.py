@@ -56,7 +56,16 @@ def open_dataset(dataset, root, split):
     if not all((Path(root) / "FashionMNIST" / "raw" / name).exists() for name in FILES):
         raise FileNotFoundError(f"no Fashion-MNIST under {root}: make it with "
                                 f"`python -m data.folder fashion_mnist {root}`")
-    return FashionMNIST(root, train=split == "train")
+    try:
+        source = FashionMNIST(root, train=split == "train")
+    except (ValueError, RuntimeError) as error:  # a file cut short
+        raise ValueError(f"Fashion-MNIST's {split} files under {root} are damaged ({error}): "
+                         f"delete {root}/FashionMNIST and make it anew") from error
+    labels = source.targets
+    if len(labels) != len(source.data) or not 0 <= labels.min() <= labels.max() < len(source.classes):
+        raise ValueError(f"Fashion-MNIST's {split} files under {root} do not belong together: {len(source.data)} images, "
+                         f"{len(labels)} labels from {labels.min()} to {labels.max()}")
+    return source
 
 
 class RGBImages(Dataset):
@@ -93,7 +102,10 @@ class FolderLoader:
         self.train, self.batch_size, self.seed = split == "train", batch_size, seed
         self.indices = get_indices(len(source), self.train, batch_size, num_samples)
         self.num_samples = len(self.indices)
-        self.num_workers = min(len(os.sched_getaffinity(0)), 16) if num_workers is None else num_workers
+        cpus = len(os.sched_getaffinity(0))
+        self.num_workers = min(cpus, 16) if num_workers is None else num_workers
+        if not 0 <= self.num_workers <= cpus:
+            raise ValueError(f"num_workers is {num_workers}: expected 0 to {cpus}, the CPUs this process may use")
         self.augmentations = augmentations if self.train else ()
 
     def __len__(self):

@@ -8,6 +8,7 @@ DCP's `.metadata` is a pickle: load only your own runs. To share weights, export
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -71,16 +72,22 @@ def latest(run_dir: Path) -> Path | None:
 
 
 def read_meta(path: Path) -> dict:
-    return json.loads((path / "meta.json").read_text())
+    """A checkpoint's meta.json: what `save` was given as `meta`, and `pinned`. Raises ValueError, naming the file, if it is damaged."""
+    return read_json(path / "meta.json")
 
 
 def prune(newest: Path) -> None:
     """Delete what is older than the last two, `newest` being the last, and not pinned. Later steps (of a run rolled back by hand)
-    are left alone until training comes by them again."""
-    complete = sorted(d for d in newest.parent.glob("step_*") if d.suffix != ".tmp" and d.name <= newest.name)
+    are left alone until training comes by them again, and so is a checkpoint whose meta.json can't be read."""
+    complete = sorted(d for d in newest.parent.iterdir() if re.fullmatch(r"step_\d{8}", d.name) and d.name <= newest.name)
     for old in complete[:-2]:
-        if not read_meta(old)["pinned"]:
-            shutil.rmtree(old)
+        try:
+            pinned = read_meta(old)["pinned"]
+        except (ValueError, OSError):
+            pinned = True
+        if not pinned:
+            os.replace(old, old.with_suffix(".tmp"))  # first, so that a kill in mid-deletion leaves no half checkpoint
+            shutil.rmtree(old.with_suffix(".tmp"))
 
 
 def unwrap(e: CheckpointException, what: str) -> BaseException:
@@ -88,7 +95,7 @@ def unwrap(e: CheckpointException, what: str) -> BaseException:
     cause = next(iter(e.failures.values()))[0]
     while cause.__context__:
         cause = cause.__context__
-    return cause if isinstance(cause, KeyboardInterrupt) else OSError(f"{what}: {cause}")
+    return cause if isinstance(cause, KeyboardInterrupt) else OSError(f"{what}: {str(cause) or type(cause).__name__}")
 
 
 def write_json(path: Path, value) -> None:
@@ -96,3 +103,14 @@ def write_json(path: Path, value) -> None:
     tmp = path.with_name(path.name + ".tmp")
     tmp.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(tmp, path)
+
+
+def read_json(path: Path):
+    """Raises ValueError, naming the file, if it holds no JSON object."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: not a JSON object")
+    return value

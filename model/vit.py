@@ -154,7 +154,8 @@ class VisionTransformer(nn.Module):
         """The JAX ViT's initialisation, which the AugReg recipe assumes (google-research/vision_transformer models_vit.py):
         xavier-uniform kernels (q, k, v each on its own), MLP biases N(0, 1e-6), LeCun-normal patches, positions N(0, 0.02), zero
         class token and zero head. Each tensor draws from a generator of (seed, its name): the same whatever the build order."""
-        for name, p in self.named_parameters():
+        for name, parameter in self.named_parameters():
+            p = torch.empty_like(parameter, dtype=torch.float32)  # a frozen base in bfloat16 gets the same numbers, rounded
             rng = torch.Generator(p.device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             if name in ("cls_token", "head.weight") or name.endswith("bias"):
                 p.zero_()
@@ -171,6 +172,7 @@ class VisionTransformer(nn.Module):
             else:
                 for part in p.chunk(3) if name.endswith("qkv.weight") else [p]:
                     nn.init.xavier_uniform_(part, generator=rng)
+            parameter.copy_(p)
 
 
 def from_huggingface(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -53,11 +53,11 @@ class ConvergenceMonitor:
     def update(self, norms: dict[str, list[float]], loss: float) -> bool:
         """Take an epoch's weight norms ({family: [per layer]}) and mean training loss; True when the switch is due now.
 
-        Raises ValueError for a norm or loss that is not finite.
+        Raises FloatingPointError for a norm or loss that is not finite.
         """
         bad = [family for family, layers in norms.items() if not all(map(math.isfinite, layers))]
         if bad or not math.isfinite(loss):
-            raise ValueError(f"epoch {self.epoch + 1}: the {f'weight norms of {bad}' if bad else 'training loss'} are not finite")
+            raise FloatingPointError(f"epoch {self.epoch + 1}: the {f'weight norms of {bad}' if bad else 'training loss'} are not finite")
         self.current.append({"norms": norms, "loss": loss})
         self.epoch += 1
         window_full = len(self.current) == self.window_epochs

@@ -20,14 +20,14 @@ class RunLogger:
     def __init__(self, run_dir: Path, step: int, total_steps: int, keep_bytes: int = 0, enabled: bool = True):
         self.enabled, self.path, self.epochs = enabled, run_dir / "metrics.jsonl", []
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
-                        disable=not enabled or step >= total_steps, mininterval=1.0 if sys.stderr.isatty() else 10.0)
+                        disable=not enabled, mininterval=1.0 if sys.stderr.isatty() else 10.0)
         if not enabled:
             return
         self.file = open(self.path, "a+")
         self.file.truncate(keep_bytes)
         self.file.seek(0)
         self.epochs = [e for e in map(json.loads, self.file) if e["event"] == "epoch"]
-        self.tensorboard = SummaryWriter(run_dir / "tb", purge_step=step or None)
+        self.tensorboard = SummaryWriter(run_dir / "tb", purge_step=step + 1 if step else 0)  # what a killed run wrote later
 
     @property
     def bytes(self) -> int:

@@ -155,7 +155,7 @@ def test_resume_through_json_at_every_epoch(stop):
 def test_not_finite_epoch_is_an_error(norms, loss, message):
     monitor = ConvergenceMonitor(0.5, 2.5, 2, 3)
     feed(monitor, [1.0, 1.0])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(FloatingPointError, match=message):
         monitor.update(norms, loss)
 
 

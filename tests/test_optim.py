@@ -304,6 +304,16 @@ def test_a_roll_back_by_hand_does_not_lose_the_new_checkpoint(tmp_path):
     assert checkpoint.latest(tmp_path).name == "step_00000006" and checkpoint.latest(tmp_path).is_dir()
 
 
+def test_a_half_deleted_checkpoint_does_not_stop_the_next_saves(tmp_path):
+    model = nn.Linear(2, 2)
+    half, mine = tmp_path / "checkpoints" / "step_00000001", tmp_path / "checkpoints" / "step_00000001_mine"
+    half.mkdir(parents=True)
+    mine.mkdir()
+    for number in (2, 3, 4):
+        checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": number}, pinned=False)
+    assert names(tmp_path) == ["latest", "step_00000001", "step_00000001_mine", "step_00000003", "step_00000004"]
+
+
 # ---- monitor's arithmetic
 
 def test_count_flops_of_linears():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from data.beton import import_ffcv, write_beton
@@ -22,7 +23,7 @@ from data.folder import open_dataset
 from lora.inject import init_adapters, is_adapter, match_families
 from model import checkpoint
 from model.optim import build_optimizer, get_optimizer_state
-from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS
+from model.vit import LORA_FAMILIES, VARIANTS
 
 REPO = Path(__file__).parent.parent
 TIMES = ("seconds", "epoch_seconds", "images_per_second", "data_wait_fraction", "peak_memory_bytes", "mfu")
@@ -139,7 +140,6 @@ def test_run_directory(reference):
     config = json.loads((reference / "config.json").read_text())
     assert config.keys() == {f.name for f in dataclasses.fields(train.Config)}
     assert list((reference / "tb").glob("events.*"))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     tb = EventAccumulator(str(reference / "tb"), size_guidance={"images": 0})
     tb.Reload()
     tags = tb.Tags()
@@ -191,14 +191,14 @@ def test_gradient_accumulation_is_the_same_step(small, tmp_path):
 
 
 def test_bfloat16(small, tmp_path):
-    run(small, tmp_path, "--dtype", "bfloat16")
-    last, freeze = weights(tmp_path), weights(tmp_path, tmp_path / "checkpoints/step_00000072")
+    run(small, tmp_path, "--dtype", "bfloat16", "--switch_epoch", 2, "--lora_warmup_epochs", 1, "--epochs", 5)
+    last, freeze = weights(tmp_path), weights(tmp_path, tmp_path / "checkpoints/step_00000036")
     for name in ("blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.bias", "patch_embed.proj.weight"):
         assert freeze[f"model.{name}"].dtype == torch.float32  # the base of the freeze stays whole
         assert torch.equal(last[f"model.{name}"], freeze[f"model.{name}"].bfloat16())  # later a copy, cast once
     assert last["model.blocks.0.attn.qkv.lora_A"].dtype == last["model.pos_embed"].dtype == torch.float32
     epochs = events(tmp_path, "epoch")
-    assert epochs[-1]["weight_norms"] == epochs[5]["weight_norms"]  # of the float32 weights, not of the copy
+    assert epochs[-1]["weight_norms"] == epochs[2]["weight_norms"]  # of the float32 weights, not of the copy
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
 
 
@@ -261,6 +261,30 @@ def test_freeze_frees_the_base(lora_trainable):
     assert all(torch.equal(new_state[name]["exp_avg"], kept) for name, kept in adapter_state.items())
     new.train()(images).square().mean().backward()
     assert {name for name, p in new.named_parameters() if p.grad is not None} == trainable
+
+
+def test_the_old_model_is_gone_before_the_new_phase_starts(small, tmp_path, monkeypatch):
+    """In a compiled run, whose blocks stand in reference cycles: without the collection in train.py they stay for many steps."""
+    compile_block, switch_phase, compile_graphs = torch.nn.Module.compile, train.switch_phase, train.compile_graphs
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_block(self, **kw, backend="eager"))
+    old, alive = {}, []
+
+    def switching(cfg, model, *rest):
+        old.update({name: weakref.ref(p) for name, p in model.named_parameters()})
+        return switch_phase(cfg, model, *rest)
+
+    def entering(*args):
+        alive.append(sum(p() is not None for p in old.values()))
+        return compile_graphs(*args)
+    monkeypatch.setattr(train, "switch_phase", switching)
+    monkeypatch.setattr(train, "compile_graphs", entering)
+    torch._dynamo.reset()
+    run(small, tmp_path / "run", "--compile", True, "--epochs", 7)
+    assert len(old) > 50 and alive == [0, 0, 0]
+    monkeypatch.setattr(train.gc, "collect", lambda: 0)  # the control
+    alive.clear()
+    run(small, tmp_path / "control", "--compile", True, "--epochs", 4)
+    assert alive[1] > 0
 
 
 # ---- graphs
@@ -341,9 +365,21 @@ def test_stop_in_mid_epoch_and_go_on(small, reference, tmp_path, capsys):
     for steps in (30, 36, 70):  # in mid-epoch, at the switch, in mid-warmup
         run(small, run_dir, "--max_steps", steps, "--resume", True)
         assert checkpoint.read_meta(checkpoint.latest(run_dir))["step"] == steps
-    run(small, run_dir, "--max_steps", 108, "--resume", True)
+        assert train.main(["--run_dir", str(run_dir), "--resume", "True"]) == 0  # nothing to do, and it says how to go on
+        assert "--max_steps None goes on to 108" in capsys.readouterr().out
+    run(small, run_dir, "--max_steps", None, "--resume", True)
     assert without_times(events(run_dir)) == without_times(events(reference))
     assert_same(weights(run_dir), weights(reference))
+    tb = EventAccumulator(str(run_dir / "tb"))
+    tb.Reload()
+    assert [s.step for s in tb.Scalars("train/loss")] == list(range(12, 109, 12))  # each epoch once: none lost, none doubled
+
+
+def test_extended_after_its_last_epoch_in_warmup(small, reference, tmp_path):
+    """A run that ends with a phase goes on with the next one. (Its schedule was shorter, so it isn't the reference run.)"""
+    run(small, tmp_path, "--epochs", 6)
+    run(small, tmp_path, "--epochs", 7, "--resume", True)
+    assert [e["phase"] for e in events(tmp_path, "epoch")] == ["full"] * 3 + ["warmup"] * 3 + ["lora"]
 
 
 def test_resume(small, tmp_path, capsys):
@@ -352,6 +388,10 @@ def test_resume(small, tmp_path, capsys):
     capsys.readouterr()
     assert train.main(argv(small, run_dir)) == 2
     assert capsys.readouterr().err == f"error: {run_dir} already holds a run: continue it with --resume True or choose another --run_dir\n"
+    # a preset may say it too
+    (tmp_path / "preset.py").write_text(f"resume = True\nrun_dir = {str(run_dir)!r}\n")
+    assert train.main([str(tmp_path / "preset.py")]) == 0
+    assert "is done: 36 steps" in capsys.readouterr().out and len(events(run_dir, "epoch")) == 3
     # the stored config is taken, what the command line says explicitly is laid over it and logged
     assert train.main(["--run_dir", str(run_dir), "--resume", "True", "--tau", "70", "--epochs", "4"]) == 0
     out = capsys.readouterr()
@@ -362,9 +402,19 @@ def test_resume(small, tmp_path, capsys):
     assert train.main(["--run_dir", str(run_dir), "--resume", "True"]) == 0
     assert "full" in capsys.readouterr().out and (run_dir / "metrics.jsonl").read_bytes() == before
     # another model, data set, order: refused
-    for flag, value in (("model", "S/16"), ("seed", 5), ("batch_size", 60), ("mode", "full"), ("train_samples", 300)):
+    for flag, value in (("seed", 5), ("batch_size", 60), ("mode", "full"), ("train_samples", 300), ("window_epochs", 2), ("rank_max", 16)):
         assert train.main(["--run_dir", str(run_dir), "--resume", "True", f"--{flag}", str(value)]) == 2
-        assert f"was started with {flag} =" in capsys.readouterr().err
+        assert f"was trained with {flag} =" in capsys.readouterr().err
+    assert train.main(["--run_dir", str(run_dir), "--resume", "True", "--epochs", "3"]) == 2
+    assert "is past the end of 3 epochs" in capsys.readouterr().err
+    for name, text in (("config.json", "{"), ("config.json", "[]"), ("config.json", '{"epochs": "nine"}'), ("config.json", '{"epoch": 9}'),
+                       ("checkpoints/step_00000048/meta.json", "{}"), ("metrics.jsonl", "")):
+        whole = (run_dir / name).read_text()
+        (run_dir / name).write_text(text)
+        assert train.main(["--run_dir", str(run_dir), "--resume", "True", "--epochs", "5"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and str(run_dir / name) in err
+        (run_dir / name).write_text(whole)
     for split in ("train", "t10k"):  # a data set of another size under the same name
         for kind in ("images-idx3", "labels-idx1"):
             name = Path("FashionMNIST/raw") / f"{split}-{kind}-ubyte"
@@ -405,6 +455,11 @@ def test_killed_before_the_first_checkpoint_starts_over(small, reference, tmp_pa
     ("--switch_epoch 1", "before two windows"),
     ("--switch_epoch 9", "not before the last epoch"),
     ("--mode full --switch_epoch 4", "no meaning with mode full"),
+    ("--model L/16", "can't be cut into L/16's patches of 16"),
+    ("--lr_warmup_steps 108", "leaves nothing of the 108 steps"),
+    ("--seed 18446744073709551616", "seed must be below"),
+    ("--num_workers 999", "num_workers is 999"),
+    ("--train_samples 601", "601"),
     ("--model XL/2", "unknown model 'XL/2', there are: tiny-debug"),
     ("--dataset cifar", "unknown dataset 'cifar'"),
     ("--target_modules q qq", "unknown target module 'qq'"),
@@ -439,6 +494,11 @@ def test_bad_input_from_a_shell(small, tmp_path):
     ("target_modules = 'q'", "target_modules = 'q' should be"),
     ("lr = 0", "lr must be above 0"),
     ("rank_min = 32\nrank_max = 8", "rank_min 32 is above"),
+    ("epochs = ", "SyntaxError"),
+    ("epochs = 1 / 0", "ZeroDivisionError"),
+    ("from config.nosuch import *", "No module named 'config.nosuch'"),
+    ("raise SystemExit(0)", "SystemExit"),
+    ("import os as lr", "should be float"),
 ])
 def test_bad_preset(tmp_path, capsys, text, reason):
     (tmp_path / "preset.py").write_text(text)
@@ -499,6 +559,19 @@ def test_non_finite_stops_before_the_step(small, tmp_path, capsys, monkeypatch, 
         assert by_sum == sorted(float(v.double().sum()) for k, v in expected.items() if k.startswith("model."))
 
 
+def test_unusable_run_dir(small, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert train.main(argv(small, run_dir)) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and str(tmp_path / "file") in err
+
+
+def test_weights_that_overflow_in_an_epochs_last_step(small, tmp_path, capsys):
+    assert train.main(argv(small, tmp_path / "run", "--lr", 1e38, "--lr_warmup_steps", 0, "--grad_clip", 0, "--batch_size", 600)) == 1
+    assert "epoch 1: the weight norms of ['q'" in capsys.readouterr().err
+
+
 def test_loss_that_overflows_is_caught_too(small, tmp_path, capsys):
     assert train.main(argv(small, tmp_path / "run", "--lr", 1e38, "--lr_warmup_steps", 0, "--grad_clip", 0)) == 1
     assert "non-finite loss or gradient norm at step" in capsys.readouterr().err
@@ -524,7 +597,23 @@ def test_static_lora_keeps_the_rest_trainable_names():
     model = train.build_model(phase_config(mode="lora"), "lora", {"q": [4] * 4}, "cpu")
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert "head.weight" in names and "blocks.0.norm1.weight" in names and "blocks.0.mlp.fc1.weight" not in names
-    assert match_families(model, LORA_FAMILIES, ("q",))["q"][3] == ("blocks.3.attn.qkv", 0, 3) and LORA_REST
+    assert match_families(model, LORA_FAMILIES, ("q",))["q"][3] == ("blocks.3.attn.qkv", 0, 3)
+
+
+# ---- the main job
+
+@pytest.mark.slow
+def test_debug_preset_switches_by_the_test_and_learns(tmp_path):
+    if not Path("datasets/fashion_mnist/val.beton").exists():
+        pytest.skip("no Fashion-MNIST: make data")
+    for command in (["train.py", "config/debug.py", "--run_dir", str(tmp_path)], ["-m", "monitor.plot", str(tmp_path)]):
+        result = subprocess.run([sys.executable, *command], cwd=REPO, check=True, capture_output=True, text=True)
+    epochs, (switch, freeze) = events(tmp_path, "epoch"), events(tmp_path, "switch")
+    assert json.loads((tmp_path / "config.json").read_text())["switch_epoch"] is None
+    assert 8 < switch["epoch"] == freeze["epoch"] - 2 < 16  # it failed at least once, and left epochs to train the adapters alone
+    assert epochs[-1]["val_top1"] >= 80 and epochs[-1]["phase"] == "lora"
+    assert epochs[-1]["val_loss"] < epochs[freeze["epoch"] - 1]["val_loss"]  # the adapters alone still learn
+    assert {p.name for p in (tmp_path / "figures").iterdir()} >= {"figure1.png", "figure3.png"} and "tensorboard" in result.stdout
 
 
 # ---- on a GPU (not run without one)
@@ -535,7 +624,7 @@ def test_cuda_three_phases_without_a_sync_in_the_hot_loop(small, tmp_path, monke
     get_lr = train.get_lr
 
     def watched(step, *rest):  # called as each step begins; the loop looks at the device every 20 steps and at an epoch's end
-        torch.cuda.set_sync_debug_mode("error" if step % 12 in range(2, 7) else "default")
+        torch.cuda.set_sync_debug_mode("error" if step % 12 in range(2, 7) and (step + 1) % 20 else "default")
         return get_lr(step, *rest)
     monkeypatch.setattr(train, "get_lr", watched)
     records = run(small, tmp_path / "run", "--compile", True, "--dtype", dtype)
