@@ -22,7 +22,7 @@ class DatasetSpec(NamedTuple):
 
 DATASETS = {
     # mean and std as in the ViT papers' own preprocessing, pixels to [-1, 1]
-    "fashion_mnist": DatasetSpec(28, 10, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), ((random_shift, 2), (random_flip,))),
+    "fashion_mnist": DatasetSpec(28, 10, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), ((random_shift, 1), (random_flip,))),
 }
 
 

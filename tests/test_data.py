@@ -170,7 +170,7 @@ def test_backends_agree_in_training(data, loader, epoch):
     order = epoch_order(TRAIN, 7, epoch)[:BATCH]
     assert np.array_equal(batches[0][1], labels[order])
     unaugmented = (batches[0][0][:, 0].numpy() == images[order]).all((1, 2)).mean()
-    assert 0 < unaugmented < 0.1  # 1/25 · 1/2 expected: the comparison above is not one of plain images
+    assert 0 < unaugmented < 0.2  # 1/9 · 1/2 expected: the comparison above is not one of plain images
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
