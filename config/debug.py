@@ -1,4 +1,4 @@
-# Fashion-MNIST on one CPU or GPU, all three phases in under 5 minutes on 2 cores.
+# Fashion-MNIST on one CPU or GPU, all three phases in minutes on 2 cores.
 dataset = "fashion_mnist"
 data_dir = "datasets/fashion_mnist"
 run_dir = "runs/debug"
