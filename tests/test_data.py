@@ -149,7 +149,7 @@ def test_order_and_subset():
 @pytest.mark.parametrize("split, kwargs", [("val", {"num_samples": 100}), ("train", {"num_samples": 0}),
                                            ("train", {"num_samples": TRAIN + 1}), ("train", {"num_samples": BATCH - 1})])
 def test_numbers_that_do_not_fit(data, split, kwargs):
-    with pytest.raises(ValueError, match="num_samples|batch_size"):
+    with pytest.raises(ValueError, match="subset|num_samples|batch_size"):
         build(data, "folder", split, **kwargs)
 
 
