@@ -3,7 +3,8 @@
     python train.py config/debug.py                         one CPU or one GPU, all three phases in minutes
     python train.py config/debug.py --mode full             the baseline
     python train.py config/debug.py --lr 1e-3 --tau 0.25    any field of Config is a flag
-    python train.py --run_dir runs/debug --resume True      go on where the last checkpoint stands
+    torchrun --nproc_per_node 4 train.py config/debug.py    several GPUs, or CPU processes
+    python train.py --run_dir runs/debug --resume True      go on where the last checkpoint stands, on any number of ranks
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import gc
 import io
 import json
 import math
+import platform
 import runpy
 import sys
 import time
@@ -26,14 +28,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from data.augment import mixup, normalise
 from data.loader import DATASETS, build_loader
 from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families
 from lora.ranks import assign_ranks
-from model import checkpoint
+from model import checkpoint, distributed
 from model.optim import build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
-from model.parallel import parallelize
+from model.parallel import build_mesh, parallelize, reshard, to_plain, unsharded
 from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
 from monitor.convergence import ConvergenceMonitor, failure_signs, rank_signs
 from monitor.logger import RunLogger, phase_table
@@ -73,6 +77,11 @@ class Config:
     mixup: float = 0.0  # alpha of Beta(alpha, alpha); 0 = off
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the compute; masters and optimiser stay float32
     compile: bool = True  # torch.compile, one region per block
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"  # block: recompute all; selective: keep half, the compiler chooses
+    # several GPUs
+    dp_shard: int | None = None  # ranks that share one copy of the masters (FSDP); None = those of a node; 1 = plain replication
+    reshard_after_forward: bool = True  # free a block's gathered weights between forward and backward, and gather them again
+    frozen_base: Literal["replicate", "shard"] = "replicate"  # lora phase: a copy of the base on every rank, or gathered every step
     # PreLoRA
     mode: Literal["prelora", "full", "lora"] = "prelora"  # full: the baseline; lora: static LoRA from epoch 0, every rank rank_max
     tau: float = 0.5  # Algorithm 1: threshold on the weight norms' change between windows, in %
@@ -102,7 +111,7 @@ def check_config(cfg: Config) -> None:
         check(getattr(cfg, name) > 0, f"{name} must be above 0, not {getattr(cfg, name)}")
     for name in ("seed", "keep_every", "lr_warmup_steps", "weight_decay", "grad_clip", "mixup", "lora_warmup_epochs", "num_workers"):
         check(getattr(cfg, name) is None or getattr(cfg, name) >= 0, f"{name} must not be negative, not {getattr(cfg, name)}")
-    for name in ("max_steps", "train_samples", "switch_epoch", "lora_alpha"):
+    for name in ("max_steps", "train_samples", "switch_epoch", "lora_alpha", "dp_shard"):
         check(getattr(cfg, name) is None or getattr(cfg, name) > 0, f"{name} must be above 0 or None, not {getattr(cfg, name)}")
     for name in ("dropout", "drop_path"):
         check(0 <= getattr(cfg, name) < 1, f"{name} must be in [0, 1), not {getattr(cfg, name)}")
@@ -118,6 +127,8 @@ def check_config(cfg: Config) -> None:
         check(getattr(cfg, name) & (getattr(cfg, name) - 1) == 0, f"{name} must be a power of two, not {getattr(cfg, name)}")
     check(cfg.rank_min > 1 or not cfg.compile, "rank_min 1 can't be compiled, torch.compile makes a dimension of size 1 a constant: "
           "take 2 or --compile False")
+    check(cfg.activation_checkpointing != "selective" or cfg.compile,
+          "activation_checkpointing selective is the compiler's choice: it needs --compile True")
     width = VARIANTS[cfg.model]["embed_dim"]
     check(cfg.rank_max <= width, f"rank_max {cfg.rank_max} is above {cfg.model}'s width {width}")
     for family in cfg.target_modules:
@@ -221,8 +232,10 @@ def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # building
 
-def build_model(cfg: Config, phase: str, ranks: dict[str, list[int]] | None, device: torch.device | str) -> torch.nn.Module:
-    """The ViT of a phase, compiled, on `device`, its weights not yet set: call `init_weights` or load. The only way to build one."""
+def build_model(cfg: Config, phase: str, ranks: dict[str, list[int]] | None, device: torch.device | str,
+                mesh: DeviceMesh | None = None) -> torch.nn.Module:
+    """The ViT of a phase, compiled and sharded over `mesh`, on `device`, its weights not yet set: call `init_weights` or load.
+    The only way to build one."""
     data = DATASETS[cfg.dataset]
     with torch.device("meta"):
         model = VisionTransformer(cfg.model, data.image_size, data.num_classes, dropout=cfg.dropout, drop_path=cfg.drop_path,
@@ -231,47 +244,57 @@ def build_model(cfg: Config, phase: str, ranks: dict[str, list[int]] | None, dev
             add_lora(model, match_families(model, LORA_FAMILIES, tuple(ranks)), ranks, cfg.lora_alpha)
     if phase == "lora":
         rest = cfg.mode == "lora" or cfg.lora_trainable == "adapters+rest"
-        freeze_base(model, keep=LORA_REST if rest else (), dtype=getattr(torch, cfg.dtype))
-    parallelize(model, cfg.compile)
+        sharded = mesh is not None and cfg.frozen_base == "shard"  # then gathered in the compute type, from float32 shards
+        freeze_base(model, keep=LORA_REST if rest else (), dtype=None if sharded else getattr(torch, cfg.dtype))
+    parallelize(model, mesh, cfg.compile, getattr(torch, cfg.dtype), cfg.activation_checkpointing, cfg.reshard_after_forward,
+                cfg.frozen_base == "replicate")
     model.to_empty(device=device)
     for module in model.modules():  # to_empty left the buffers as garbage, and no state dict has them
         if hasattr(module, "init_buffers"):
             module.init_buffers()
-    mark_ranks_dynamic(model)
+    for block in model.blocks:
+        with unsharded(block):  # what forward sees are the gathered parameters
+            mark_ranks_dynamic(block)
     return model
 
 
-def switch_phase(cfg: Config, model, optimizer, phase: str, ranks: dict[str, list[int]]):
+def switch_phase(cfg: Config, model, optimizer, phase: str, ranks: dict[str, list[int]], mesh: DeviceMesh | None = None):
     """Rebuild the model in its next phase and move weights and optimiser state over, by name. Returns (model, optimizer).
 
     Insertion: the base keeps its moments and step counts, adapters start fresh with B = 0, so the function is unchanged.
     Freeze: adapters keep theirs, the base's states are dropped with the old optimiser.
+
+    Sharded, each rank copies its own shards: same mesh, same cut, no traffic. Only a base that is replicated from here on is
+    gathered, one parameter at a time. Moments are handed over, not copied. So at its peak the switch holds old and new weights,
+    one gathered parameter, and no gradient or activation: less than a training step.
     """
+    reshard(model)
     weights, state = model.state_dict(), get_optimizer_state(model, optimizer)
-    new = build_model(cfg, phase, ranks, next(model.parameters()).device)
+    new = build_model(cfg, phase, ranks, next(model.parameters()).device, mesh)
     init_adapters(new, cfg.seed)
     with torch.no_grad():
         for name, tensor in new.state_dict().items():
             if name in weights:
-                tensor.copy_(weights[name])
+                tensor.copy_(weights[name] if isinstance(tensor, DTensor) else to_plain(weights[name]))
     new_optimizer = build_optimizer(new, cfg.weight_decay)
     set_optimizer_state(new, new_optimizer, state)
     return new, new_optimizer
 
 
-def seed_step(*key: int) -> None:
-    """Seed torch for dropout and drop path by (seed, step, …): what is drawn depends on nothing that ran before, so a resumed
-    run draws the same and no generator state needs saving."""
+def seed_torch(*key: int) -> None:
+    """Seed torch for dropout and drop path by (seed, number of the micro-batch in the run): what is drawn depends on nothing that ran
+    before, so a resumed run draws the same and no generator state needs saving."""
     torch.manual_seed(zlib.crc32(str(key).encode()))
 
 
 def compile_graphs(cfg: Config, model, device: torch.device) -> dict:
     """Run one training and one evaluation batch of zeros, so that compilation's stall stands in the switch event and not in an
-    epoch's time. Returns how long it took and how many graphs were compiled."""
+    epoch's time. Returns how long it took and how many graphs were compiled, on this rank."""
     stats = torch._dynamo.utils.counters["stats"]
     start, before = time.perf_counter(), stats["unique_graphs"]
     if cfg.compile:
-        images = torch.zeros(cfg.batch_size // cfg.grad_accum_steps, 3, *[DATASETS[cfg.dataset].image_size] * 2, device=device)
+        batch_size = cfg.batch_size // (cfg.grad_accum_steps * distributed.get_world_size())
+        images = torch.zeros(batch_size, 3, *[DATASETS[cfg.dataset].image_size] * 2, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
         with autocast(cfg, device):
             logits = model.train()(images)
@@ -279,6 +302,7 @@ def compile_graphs(cfg: Config, model, device: torch.device) -> dict:
         training = stats["unique_graphs"]
         with torch.no_grad(), autocast(cfg, device):
             model.eval()(images)
+        reshard(model)
         model.zero_grad(set_to_none=True)
     else:
         training = before
@@ -292,7 +316,7 @@ def autocast(cfg: Config, device: torch.device):
 
 @torch.no_grad()
 def evaluate(cfg: Config, model, loader, device: torch.device) -> dict:
-    """Loss, top-1 and top-5 in % over the validation set, each image once; labels of -1 are padding."""
+    """Loss, top-1 and top-5 in % over the validation set, each image once on one of the ranks; labels of -1 are padding."""
     data, model = DATASETS[cfg.dataset], model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # summed loss, top-1 hits, top-5 hits, images
     for images, labels in loader.epoch(0):
@@ -302,7 +326,8 @@ def evaluate(cfg: Config, model, loader, device: torch.device) -> dict:
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5), a padded row never hits
         totals += torch.stack([F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum"), hits[:, 0].sum(), hits.sum(),
                                (labels >= 0).sum()])
-    loss, top1, top5, count = totals.tolist()
+    reshard(model)
+    loss, top1, top5, count = distributed.sum_over_ranks(totals).tolist()
     return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
 
 
@@ -327,22 +352,24 @@ class State:
     metrics_bytes: int = 0  # length of metrics.jsonl
 
 
-def open_run(cfg: Config):
-    """Everything that can be found wrong before work begins. Makes run_dir.
+def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: list[str]):
+    """Everything that can be found wrong before work begins, with `checkpoint.find`'s answer. Makes run_dir.
 
-    Returns (training loader, validation loader, checkpoint to resume from or None, its meta); the loaders yield micro-batches.
+    Returns (training loader, validation loader), which yield this rank's share of the micro-batches.
     Raises ValueError, OSError or RuntimeError, in one sentence, for data that is missing, damaged or too small for a batch, a
     schedule that ends in its warmup, and a checkpoint that is damaged or of another run than `cfg` describes.
     """
-    run_dir, micro_batch = Path(cfg.run_dir), cfg.batch_size // cfg.grad_accum_steps
-    train_loader = build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "train", micro_batch, cfg.seed, cfg.num_workers, cfg.train_samples)
-    val_loader = build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "val", micro_batch, cfg.seed, cfg.num_workers)
+    run_dir, rank, world_size = Path(cfg.run_dir), distributed.get_rank(), distributed.get_world_size()
+    if cfg.batch_size % (cfg.grad_accum_steps * world_size):
+        raise ValueError(f"batch_size {cfg.batch_size} is not divisible by {world_size} ranks × grad_accum_steps {cfg.grad_accum_steps}")
+    batch_size = cfg.batch_size // (cfg.grad_accum_steps * world_size)
+    train_loader = build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "train", batch_size, cfg.seed, cfg.num_workers, cfg.train_samples,
+                                rank, world_size)
+    val_loader = build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "val", batch_size, cfg.seed, cfg.num_workers, None, rank, world_size)
     images, total_steps = train_loader.num_samples, train_loader.num_samples // cfg.batch_size * cfg.epochs
     if not total_steps:
         raise ValueError(f"batch_size {cfg.batch_size} is above the {images} training images")
-    last, meta = checkpoint.latest(run_dir) if cfg.resume else None, None
     if last:
-        meta = checkpoint.read_meta(last)
         if not {"state", "monitor", "config", "train_images"} <= meta.keys():
             raise ValueError(f"{last}/meta.json is damaged: keys are missing")
         old, state = typed_config(meta["config"], f"{last}/meta.json"), State(**meta["state"])
@@ -362,17 +389,19 @@ def open_run(cfg: Config):
     if cfg.lr_warmup_steps >= total_steps:
         raise ValueError(f"lr_warmup_steps {cfg.lr_warmup_steps} leaves nothing of the {total_steps} steps of {cfg.epochs} epochs")
     run_dir.mkdir(parents=True, exist_ok=True)
-    return train_loader, val_loader, last, meta
+    return train_loader, val_loader
 
 
-def train(cfg: Config, notes: list[str], train_loader, val_loader, last: Path | None, meta: dict | None) -> None:
+def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: distributed.StopRequest, notes: list[str],
+          train_loader, val_loader, last: Path | None, meta: dict | None, passed_over: list[str]) -> bool:
     """One run, from its beginning or from checkpoint `last` with its `meta`, to its end. Closes the loaders.
 
+    Returns whether it ended: False if it was told to `stop`, after saving.
     Raises FloatingPointError on a non-finite loss or gradient norm, with weights and optimiser as they were before that step;
     OSError where a checkpoint can't be written, with the one before it intact.
     """
     run_dir, data = Path(cfg.run_dir), DATASETS[cfg.dataset]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.allow_tf32 = True
@@ -382,23 +411,27 @@ def train(cfg: Config, notes: list[str], train_loader, val_loader, last: Path | 
     steps_per_epoch = train_loader.num_samples // cfg.batch_size
     total_steps = cfg.epochs * steps_per_epoch
     last_step = min(cfg.max_steps or total_steps, total_steps)
-    if s.step >= last_step:
-        print(f"{run_dir} is done: {s.step} steps" + (f", --max_steps None goes on to {total_steps}" if s.step < total_steps else ""))
-        print(phase_table(load_run(run_dir)[1]) if s.epoch else "no epoch is finished yet")
-        return
+    if s.step >= last_step and s.epoch_step < steps_per_epoch:
+        if rank == 0:
+            print(f"{run_dir} is done: {s.step} steps" + (f", --max_steps None goes on to {total_steps}" if s.step < total_steps else ""))
+            print(phase_table(load_run(run_dir)[1]) if s.epoch else "no epoch is finished yet")
+        return True
     monitor = ConvergenceMonitor(cfg.tau, cfg.zeta, cfg.num_windows, cfg.window_epochs, cfg.lr_warmup_steps / steps_per_epoch,
                                  cfg.switch_epoch)
     if last:
         monitor.load_state_dict(meta["monitor"])
     baseline = load_run(cfg.baseline)[1] if cfg.baseline else None  # its epoch records
 
-    checkpoint.write_json(run_dir / "config.json", vars(cfg) | {"resume": False})
-    (run_dir / "ranks.json").unlink(missing_ok=True)  # of epochs after the checkpoint, perhaps
-    if s.ranks:
-        checkpoint.write_json(run_dir / "ranks.json", s.ranks)
-    logger = RunLogger(run_dir, s.step, last_step, s.metrics_bytes)
+    if rank == 0:
+        checkpoint.write_json(run_dir / "config.json", vars(cfg) | {"resume": False})
+        (run_dir / "ranks.json").unlink(missing_ok=True)  # of epochs after the checkpoint, perhaps
+        if s.ranks:
+            checkpoint.write_json(run_dir / "ranks.json", s.ranks)
+    logger = RunLogger(run_dir, s.step, last_step, s.metrics_bytes, enabled=rank == 0)
     for note in notes:
         logger.message(note)
+    for text in passed_over:
+        logger.warning(s.epoch, s.step, text)
 
     def enter_phase() -> dict:
         """What a phase costs, once its model stands: for the start and switch events."""
@@ -408,12 +441,18 @@ def train(cfg: Config, notes: list[str], train_loader, val_loader, last: Path | 
 
     def save(pinned: bool) -> None:
         s.metrics_bytes = logger.bytes
+        reshard(model)
         checkpoint.save(run_dir, model, optimizer, pinned=pinned, meta={
             "step": s.step, "state": dataclasses.asdict(s), "monitor": monitor.state_dict(), "config": vars(cfg),
-            "loader": cfg.loader, "train_images": train_loader.num_samples, "torch": torch.__version__})
+            "loader": cfg.loader, "train_images": train_loader.num_samples,
+            # Nothing here is drawn from a generator that lives on: these three numbers are the whole random state of every rank.
+            "order": {"seed": cfg.seed, "epoch": s.epoch, "next_image": s.epoch_step * cfg.batch_size},
+            "rng": {"seed": cfg.seed, "step": s.step, "micro_batches_per_step": world_size * cfg.grad_accum_steps},
+            "world_size": world_size, "mesh": mesh and {n: mesh.size(i) for i, n in enumerate(mesh.mesh_dim_names)},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}})
 
     with contextlib.closing(train_loader), contextlib.closing(val_loader), contextlib.closing(logger):
-        model = build_model(cfg, s.phase, s.ranks, device)
+        model = build_model(cfg, s.phase, s.ranks, device, mesh)
         families = match_families(model, LORA_FAMILIES, cfg.target_modules)
         optimizer = build_optimizer(model, cfg.weight_decay)
         if last:
@@ -423,46 +462,54 @@ def train(cfg: Config, notes: list[str], train_loader, val_loader, last: Path | 
             init_adapters(model, cfg.seed)
         costs = {} if s.next_phase else enter_phase()  # with a switch due, the phase to come is entered below
         logger.bar.unpause()  # compilation is over: time left counts from here
-        logger.write({"event": "start", "epoch": s.epoch, "step": s.step, "phase": s.phase, "device": device.type, "notes": notes, **costs})
+        logger.write({"event": "start", "epoch": s.epoch, "step": s.step, "phase": s.phase, "device": device.type, "ranks": world_size,
+                      "notes": notes, **costs})
 
-        while s.step < last_step:
+        while s.epoch < cfg.epochs:
             if s.next_phase:  # -- the switch: full -> warmup puts the adapters in, warmup -> lora freezes the base
                 start = time.perf_counter()
                 previous, s.phase, s.next_phase, s.phase_epochs = s.phase, s.next_phase, None, 0
-                model, optimizer = switch_phase(cfg, model, optimizer, s.phase, s.ranks)
+                reset_peak_memory(device)
+                model, optimizer = switch_phase(cfg, model, optimizer, s.phase, s.ranks, mesh)
+                peak = peak_memory(device)
                 params = loss = logits = group = None  # these hold the old model, too,
                 gc.collect()  # and compiled blocks stand in reference cycles
                 costs = enter_phase()
                 logger.switch({"event": "switch", "epoch": s.epoch, "step": s.step, "from": previous, "to": s.phase, "ranks": s.ranks,
-                               **costs, "seconds": time.perf_counter() - start})
+                               "peak_memory_bytes": int(distributed.max_over_ranks(peak, device)), **costs,
+                               "seconds": time.perf_counter() - start})
 
             # -- one epoch of training
             params = [p for p in model.parameters() if p.requires_grad]
             totals = torch.tensor(s.epoch_totals, dtype=torch.float64, device=device)  # summed loss, hits
             bad_step = torch.zeros((), dtype=torch.int64, device=device)  # the first with a non-finite loss or gradient norm, from 1
             batches = train_loader.epoch(s.epoch, start_batch=s.epoch_step * cfg.grad_accum_steps)
-            first_step, start = s.epoch_step, time.perf_counter() - s.epoch_seconds
+            first_step, start, stopped = s.epoch_step, time.perf_counter() - s.epoch_seconds, False
             reset_peak_memory(device)
             model.train()
             while s.epoch_step < steps_per_epoch and s.step < last_step:
                 lr = get_lr(s.step, cfg.lr, cfg.lr_warmup_steps, total_steps)
                 step_totals = torch.zeros_like(totals)
                 for micro_step in range(cfg.grad_accum_steps):
+                    micro_batch = (s.step * cfg.grad_accum_steps + micro_step) * world_size + rank  # its number in the whole run
                     before = time.perf_counter()
                     images, labels = next(batches)  # (B, 3, H, W) uint8 channels_last, (B,)
                     s.epoch_waited += time.perf_counter() - before
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                    seed_step(cfg.seed, s.step, micro_step)
-                    images, other_labels, lam = mixup(normalise(images, data.mean, data.std), labels, cfg.mixup, cfg.seed,
-                                                      s.step * cfg.grad_accum_steps + micro_step)
+                    seed_torch(cfg.seed, micro_batch)
+                    images, other_labels, lam = mixup(normalise(images, data.mean, data.std), labels, cfg.mixup, cfg.seed, micro_batch)
+                    if mesh is not None:  # gradients travel once a step
+                        model.set_requires_gradient_sync(micro_step == cfg.grad_accum_steps - 1)
                     with autocast(cfg, device):
                         logits = model(images).float()  # (B, C)
                     loss = lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, other_labels)
                     (loss / cfg.grad_accum_steps).backward()
                     hits = (logits.argmax(dim=1) == labels).sum()  # under mixup: against the label of the image itself
-                    step_totals += torch.stack([loss.detach() / cfg.grad_accum_steps, hits])
-                norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-                # From the first non-finite step on AdamW skips, on the device, so the host may look at it later than it happens.
+                    step_totals += torch.stack([loss.detach() / (cfg.grad_accum_steps * world_size), hits])
+                distributed.sum_over_ranks(step_totals)
+                norm = to_plain(torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf))  # of all ranks
+                # From the first non-finite step on AdamW skips, on the device, so the host may look at it later than it happens;
+                # norm and loss are the sums of all ranks, so a NaN on one stops all.
                 finite = torch.isfinite(norm) & torch.isfinite(step_totals[0])
                 bad_step += (s.step + 1) * (~finite & (bad_step == 0))
                 optimizer.found_inf = (bad_step > 0).float()
@@ -481,9 +528,11 @@ def train(cfg: Config, notes: list[str], train_loader, val_loader, last: Path | 
                             f"stopped before that optimiser step; last checkpoint: {checkpoint.latest(run_dir)}")
                     rate = (s.epoch_step - first_step) * cfg.batch_size / (time.perf_counter() - start - s.epoch_seconds)
                     logger.progress(s.phase, totals[0].item() / s.epoch_step, rate)
+                    if stopped := stop.on_any_rank(device):
+                        break
             batches.close()
             s.epoch_seconds = time.perf_counter() - start
-            if s.epoch_step < steps_per_epoch:  # max_steps, in mid-epoch
+            if stopped or s.epoch_step < steps_per_epoch:  # told to, or max_steps in mid-epoch
                 s.epoch_totals = tuple(totals.tolist())
                 save(pinned=False)
                 break
@@ -498,7 +547,8 @@ def train(cfg: Config, notes: list[str], train_loader, val_loader, last: Path | 
             record = {"event": "epoch", "epoch": s.epoch, "step": s.step, "phase": s.phase, "train_loss": train_loss,
                       "train_top1": 100 * hits / cfg.batch_size, "epoch_seconds": s.epoch_seconds, "images_per_second": rate,
                       "data_wait_fraction": s.epoch_waited / s.epoch_seconds, "mfu": peak and rate * costs["flops_per_image"] / peak,
-                      "peak_memory_bytes": peak_memory(device), "trainable_params": costs["trainable_params"], "lr": lr,
+                      "peak_memory_bytes": int(distributed.max_over_ranks(peak_memory(device), device)),
+                      "trainable_params": costs["trainable_params"], "lr": get_lr(s.step - 1, cfg.lr, cfg.lr_warmup_steps, total_steps),
                       "weight_norms": s.base_norms, "adapter_norms": adapter_norms(model, families),
                       **evaluate(cfg, model, val_loader, device)}
             logger.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
@@ -508,7 +558,8 @@ def train(cfg: Config, notes: list[str], train_loader, val_loader, last: Path | 
             if due:
                 s.ranks = assign_ranks(monitor.changes(), cfg.rank_min, cfg.rank_max)
                 s.next_phase = "warmup" if cfg.lora_warmup_epochs else "lora"
-                checkpoint.write_json(run_dir / "ranks.json", s.ranks)
+                if rank == 0:
+                    checkpoint.write_json(run_dir / "ranks.json", s.ranks)
                 signs += rank_signs(s.ranks, cfg.rank_min, cfg.rank_max)
             elif s.phase == "warmup" and s.phase_epochs >= cfg.lora_warmup_epochs:
                 s.next_phase = "lora"
@@ -517,28 +568,50 @@ def train(cfg: Config, notes: list[str], train_loader, val_loader, last: Path | 
             for sign in signs:
                 logger.warning(s.epoch, s.step, sign)
             save(pinned=s.next_phase is not None or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0))
-    print(phase_table(logger.epochs) if logger.epochs else f"stopped at step {s.step}, before the first epoch's end")
+            if s.step >= last_step:
+                break
+        if stopped:
+            logger.message(f"{stop.signal or 'another rank was told to stop'}: saved at step {s.step}, go on with --resume True")
+    if rank == 0:
+        print(phase_table(logger.epochs) if logger.epochs else f"stopped at step {s.step}, before the first epoch's end")
+    return not stopped
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0; 2 for a user's mistake, before any work; 1 for a run that had to stop; 130 for Ctrl-C."""
+    """Exit status: 0; 2 for a user's mistake, before any work; 1 for a run that had to stop; 75 (EX_TEMPFAIL) for one that a signal
+    told to stop, which saved and wants to be started again with --resume True; 130 for Ctrl-C."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it is
     try:
-        cfg, notes = parse_config(argv)
-        run = open_run(cfg)
+        device = distributed.start()
+        with distributed.together():
+            cfg, notes = parse_config(argv)
+        mesh = build_mesh(cfg.dp_shard, device.type)
+        found = distributed.on_rank_0(checkpoint.find, Path(cfg.run_dir)) if cfg.resume else (None, None, [])
+        with distributed.together():
+            loaders = open_run(cfg, *found)
     except (ValueError, OSError, RuntimeError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        if distributed.get_rank() == 0:
+            print(f"error: {e}", file=sys.stderr)
+        distributed.finish()
         return 2
-    try:
-        train(cfg, notes, *run)
-    except (FloatingPointError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    with distributed.rank_log(Path(cfg.run_dir)) as log:
+        try:
+            ended = train(cfg, device, mesh, distributed.StopRequest(), notes, *loaders, *found)
+            distributed.finish()
+            return 0 if ended else distributed.REQUEUE
+        except (FloatingPointError, distributed.SharedError) as e:  # on every rank
+            log(f"error: {e}", console=distributed.get_rank() == 0)
+        except KeyboardInterrupt:
+            log(f"interrupted: go on with --run_dir {cfg.run_dir} --resume True", console=distributed.get_rank() == 0)
+            return 130
+        except OSError as e:
+            log(f"error: {e}")
+        except RuntimeError as e:
+            if not distributed.is_lost_rank(e):
+                raise
+            log(*distributed.explain_lost_rank(Path(cfg.run_dir), e))
         return 1
-    except KeyboardInterrupt:
-        print(f"interrupted: go on with --run_dir {cfg.run_dir} --resume True", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    distributed.exit(main, sys.argv[1:])

@@ -7,6 +7,7 @@ does not depend on workers, ranks, or where an interrupted epoch went on. The tw
 This file must import without FFCV: data/folder.py is what remains where FFCV cannot run.
 """
 import functools
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -104,8 +105,9 @@ def epoch_order(num_samples, seed, epoch):
     return get_generator(ORDER, seed, epoch).permutation(num_samples).astype(np.int64, copy=False)
 
 
-def get_indices(total, train, batch_size, num_samples=None):
-    """The images a loader uses of `total`: int64 (N,), ascending; with num_samples, a random subset.
+def get_indices(total, train, batch_size, num_samples=None, ranks=1):
+    """The images a loader uses of `total`: int64 (N,), ascending; with num_samples, a random subset. All ranks' images: which
+    are whose is get_epoch_indices' matter.
 
     Random because the first N of an ImageFolder are one class; a function of `total` only, so that runs with other seeds
     see the same images. Raises ValueError where the numbers do not fit together.
@@ -118,19 +120,32 @@ def get_indices(total, train, batch_size, num_samples=None):
         raise ValueError(f"a training subset of {num_samples} images was asked for: expected 1 to {total}, the images there are")
     else:
         indices = np.sort(get_generator(SUBSET, 0, 0).permutation(total)[:num_samples]).astype(np.int64, copy=False)
-    if batch_size < 1 or (train and batch_size > len(indices)):
-        raise ValueError(f"batch_size is {batch_size}: expected 1 to {len(indices)}, the images of an epoch")
+    if batch_size < 1 or (train and batch_size * ranks > len(indices)):
+        raise ValueError(f"batch_size is {batch_size} on {ranks} rank(s): expected 1 to {len(indices)} in all, the images of an epoch")
+    if ranks > len(indices):
+        raise ValueError(f"{len(indices)} images are too few for {ranks} ranks")
     return indices
 
 
-def get_epoch_indices(indices, train, batch_size, seed, epoch, start_batch):
-    """An epoch from batch `start_batch` on: int64 (n,), whole batches for training, file order for evaluation."""
-    num_batches = len(indices) // batch_size if train else -(-len(indices) // batch_size)
+def count_batches(num_samples, train, batch_size, ranks=1):
+    """Batches of an epoch on each rank: training drops what does not fill the batches of all ranks, evaluation pads."""
+    return num_samples // (batch_size * ranks) if train else -(-num_samples // (batch_size * ranks))
+
+
+def get_epoch_indices(indices, train, batch_size, seed, epoch, start_batch, rank=0, ranks=1):
+    """What a rank sees of an epoch from batch `start_batch` on: int64 (n,), whole batches for training.
+
+    Training: the ranks' batches b lie side by side in the epoch's order, so that what is in a step depends on its size
+    alone: 4 ranks with batches of 8 and 1 rank with 4 batches of 8 a step see the same batches. Evaluation: every image
+    on one rank only, in file order; the last batches of a rank may have fewer images, or none.
+    """
+    num_batches = count_batches(len(indices), train, batch_size, ranks)
     if not 0 <= start_batch <= num_batches:
         raise ValueError(f"start_batch is {start_batch}: expected 0 to {num_batches}, the batches of an epoch")
     if train:
-        indices = indices[epoch_order(len(indices), seed, epoch)][: num_batches * batch_size]
-    return indices[start_batch * batch_size:]
+        indices = indices[epoch_order(len(indices), seed, epoch)][: num_batches * ranks * batch_size]
+        return indices.reshape(num_batches, ranks, batch_size)[start_batch:, rank].reshape(-1)
+    return indices[rank::ranks][start_batch * batch_size:]
 
 
 def to_batch(images, labels, batch_size):
@@ -145,6 +160,16 @@ def to_batch(images, labels, batch_size):
     padded.numpy()[:n], padded.numpy()[n:] = images, 0  # numpy: a copy by torch's threads waits for the training loop's
     targets.numpy()[:n] = labels
     return padded.permute(0, 3, 1, 2), targets
+
+
+def default_workers():
+    """The CPUs this process may use, shared with the other ranks on its node (torchrun does not bind them), 16 at most."""
+    return max(1, min(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16))
+
+
+def empty_batch(batch_size, image_size):
+    """Padding alone: for a rank whose images end a batch before another's, because all must go through the model together."""
+    return to_batch(np.zeros((0, image_size, image_size, 3), np.uint8), np.zeros(0, np.int64), batch_size)
 
 
 @functools.lru_cache

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
 
-from data.augment import get_epoch_indices, get_indices, to_batch
+from data.augment import count_batches, default_workers, empty_batch, get_epoch_indices, get_indices, to_batch
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -88,7 +88,9 @@ def _collate(samples):
 
 
 def _init_worker(worker):
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the main process's warning before a time limit, inherited by fork
+    # Meant for the main process, which saves and then ends its workers; a scheduler sends them to every process of the job.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class FolderLoader:
@@ -96,27 +98,29 @@ class FolderLoader:
 
     backend = "folder"
 
-    def __init__(self, dataset, data_dir, split, batch_size, seed, num_workers=None, num_samples=None, augmentations=()):
+    def __init__(self, dataset, data_dir, split, batch_size, seed, num_workers=None, num_samples=None, augmentations=(), rank=0,
+                 ranks=1):
         source = open_dataset(dataset, data_dir, split)
         self.images, self.num_classes = RGBImages(source), len(source.classes)
         self.train, self.batch_size, self.seed = split == "train", batch_size, seed
-        self.indices = get_indices(len(source), self.train, batch_size, num_samples)
+        self.indices = get_indices(len(source), self.train, batch_size, num_samples, ranks)
+        self.rank, self.ranks, self.image_size = rank, ranks, self.images[0][0].shape[0]
         self.num_samples = len(self.indices)
         cpus = len(os.sched_getaffinity(0))
-        self.num_workers = min(cpus, 16) if num_workers is None else num_workers
+        self.num_workers = default_workers() if num_workers is None else num_workers
         if not 0 <= self.num_workers <= cpus:
             raise ValueError(f"num_workers is {num_workers}: expected 0 to {cpus}, the CPUs this process may use")
         self.augmentations = augmentations if self.train else ()
 
     def __len__(self):
-        return self.num_samples // self.batch_size if self.train else -(-self.num_samples // self.batch_size)
+        return count_batches(self.num_samples, self.train, self.batch_size, self.ranks)
 
     def epoch(self, epoch, start_batch=0):
         """Iterator of (images, labels), as FFCVLoader.epoch, except that two may run at a time."""
-        order = get_epoch_indices(self.indices, self.train, self.batch_size, self.seed, epoch, start_batch)
-        return self._iterate(order, epoch)
+        order = get_epoch_indices(self.indices, self.train, self.batch_size, self.seed, epoch, start_batch, self.rank, self.ranks)
+        return self._iterate(order, epoch, len(self) - start_batch)
 
-    def _iterate(self, order, epoch):
+    def _iterate(self, order, epoch, num_batches):
         batches = [order[i: i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         loader = DataLoader(self.images, batch_sampler=[indices.tolist() for indices in batches], collate_fn=_collate,
                             num_workers=self.num_workers, worker_init_fn=_init_worker,
@@ -128,6 +132,8 @@ class FolderLoader:
                 function(images, augmented, indices, self.seed, epoch, *args)
                 images = augmented
             yield to_batch(images, labels.numpy(), self.batch_size)
+        for _ in range(num_batches - len(batches)):
+            yield empty_batch(self.batch_size, self.image_size)
 
     def close(self):
         """Nothing: an epoch's workers end with its iterator."""

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.augment import build_ffcv_operation, get_epoch_indices, get_indices, random_flip, random_shift, to_batch
+from data.augment import (build_ffcv_operation, count_batches, default_workers, empty_batch, get_epoch_indices, get_indices, random_flip,
+                          random_shift, to_batch)
 from data.beton import check_beton, import_ffcv
 
 
@@ -27,24 +28,27 @@ DATASETS = {
 
 
 class FFCVLoader:
-    """Batches of a .beton file; a training epoch's are a pure function of (seed, epoch), whatever the number of workers.
+    """This rank's batches of a .beton file; a training epoch's are a pure function of (seed, epoch), whatever the number of workers.
 
-    Attributes: num_samples (of an epoch, so of the subset if num_samples restricts it), num_classes, batch_size, backend.
+    Attributes: num_samples (of an epoch on all ranks, so of the subset if num_samples restricts it), num_classes, batch_size (of
+    a rank), backend.
     Raises FileNotFoundError without the file, ValueError on a damaged one or numbers that do not fit together.
     """
 
     backend = "ffcv"
 
-    def __init__(self, dataset, data_dir, split, batch_size, seed, num_workers=None, num_samples=None, augmentations=()):
+    def __init__(self, dataset, data_dir, split, batch_size, seed, num_workers=None, num_samples=None, augmentations=(), rank=0,
+                 ranks=1):
         path = Path(data_dir) / f"{split}.beton"
         if not path.exists():
             raise FileNotFoundError(f"{path} is not there: make it with "
                                     f"`python -m data.beton {dataset}:{split} {path} --root {data_dir}`")
-        self.indices = get_indices(check_beton(path), split == "train", batch_size, num_samples)
+        self.indices = get_indices(check_beton(path), split == "train", batch_size, num_samples, ranks)
+        self.rank, self.ranks, self.image_size = rank, ranks, DATASETS[dataset].image_size
         self.path, self.train, self.batch_size, self.seed = path, split == "train", batch_size, seed
         self.num_samples, self.num_classes = len(self.indices), DATASETS[dataset].num_classes
         cpus = len(os.sched_getaffinity(0))
-        num_workers = min(cpus, 16) if num_workers is None else num_workers
+        num_workers = default_workers() if num_workers is None else num_workers
         if not 1 <= num_workers <= cpus:
             raise ValueError(f"num_workers is {num_workers}: expected 1 to {cpus}, the CPUs this process may use")
 
@@ -63,25 +67,25 @@ class FFCVLoader:
                              f"but {dataset} has {self.num_classes} classes")
 
     def __len__(self):
-        """Batches of an epoch: training drops a last one that is not full, evaluation pads it."""
-        return self.num_samples // self.batch_size if self.train else -(-self.num_samples // self.batch_size)
+        """Batches of an epoch, the same number on every rank: training drops what does not fill them, evaluation pads."""
+        return count_batches(self.num_samples, self.train, self.batch_size, self.ranks)
 
     def epoch(self, epoch, start_batch=0):
         """Iterator of (images uint8 (B, 3, H, W) channels_last, labels int64 (B,)), CPU tensors, pinned where CUDA is.
 
-        Training: shuffled and augmented, whole batches. Evaluation: each image once, in file order; missing rows of the
-        last batch are black with label -1. start_batch leaves out the first batches, bit-identical from there on.
+        Training: shuffled and augmented, whole batches. Evaluation: each image once and on one rank only, in file order; missing
+        rows of the last batch are black with label -1. start_batch leaves out the first batches, bit-identical from there on.
         Starting an epoch ends the one before it. Raises RuntimeError when FFCV's thread fails.
         """
         self.close()
-        order = get_epoch_indices(self.indices, self.train, self.batch_size, self.seed, epoch, start_batch)
+        order = get_epoch_indices(self.indices, self.train, self.batch_size, self.seed, epoch, start_batch, self.rank, self.ranks)
         self._epoch[0] = epoch
         self._thread = _start_thread(self._ffcv, self._loader, order)
-        return self._iterate(self._thread, len(self) - start_batch)
+        return self._iterate(self._thread, -(-len(order) // self.batch_size), len(self) - start_batch)
 
-    def _iterate(self, thread, num_batches):
+    def _iterate(self, thread, num_filled, num_batches):
         try:
-            for _ in range(num_batches):
+            for _ in range(num_filled):
                 result = next(thread, None)
                 if result is None:
                     reason = repr(thread.error) if thread.error else "it was closed"
@@ -90,6 +94,8 @@ class FFCVLoader:
                 # FFCV reuses its buffers a few batches on. A copy is safe to keep and takes 0.1 ms at 28×28; at 224×224
                 # it is 40 MB a batch: there, copy to the device straight from FFCV's own (pinned) buffers instead.
                 yield to_batch(images, labels[:, 0], self.batch_size)
+            for _ in range(num_batches - num_filled):
+                yield empty_batch(self.batch_size, self.image_size)
         finally:
             _stop_thread(thread)
 
@@ -127,9 +133,10 @@ def _stop_thread(thread):
         thread.output_queue.put(None)  # so that an iterator somebody kept ends instead of waiting
 
 
-def build_loader(backend, dataset, data_dir, split, batch_size, seed, num_workers=None, num_samples=None):
+def build_loader(backend, dataset, data_dir, split, batch_size, seed, num_workers=None, num_samples=None, rank=0, ranks=1):
     """The loader of `split` ("train" or "val") of a data set of DATASETS: backend "ffcv" reads data_dir/{split}.beton,
     "folder" the raw files in data_dir; both yield the same batches, to the bit. num_samples: train on a random subset.
+    batch_size is one rank's: the ranks' batches together are the micro-batch.
 
     Raises FileNotFoundError (no data: how to make it), RuntimeError (no FFCV: what to install), ValueError (arguments).
     """
@@ -143,4 +150,4 @@ def build_loader(backend, dataset, data_dir, split, batch_size, seed, num_worker
         from data.folder import FolderLoader as Loader
     else:
         raise ValueError(f"unknown loader {backend!r}: expected ffcv or folder")
-    return Loader(dataset, data_dir, split, batch_size, seed, num_workers, num_samples, DATASETS[dataset].augmentations)
+    return Loader(dataset, data_dir, split, batch_size, seed, num_workers, num_samples, DATASETS[dataset].augmentations, rank, ranks)

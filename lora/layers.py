@@ -11,6 +11,7 @@ import zlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class LoRALinear(nn.Linear):
@@ -55,7 +56,11 @@ class LoRALinear(nn.Linear):
     def init_adapters(self, seed: int, name: str) -> None:
         """A Kaiming-uniform(√5) from a generator of (seed, name), B zero."""
         rng = torch.Generator(self.lora_A.device).manual_seed(zlib.crc32(f"{seed}/{name}.lora_A".encode()))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=rng)
+        A = torch.empty(self.lora_A.shape, device=self.lora_A.device)  # whole: a shard gets its part of the same numbers
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=rng)
+        if isinstance(self.lora_A, DTensor):
+            A = distribute_tensor(A, self.lora_A.device_mesh, self.lora_A.placements, src_data_rank=None)  # no traffic
+        self.lora_A.copy_(A)
         for B in self.lora_B.values():
             B.zero_()
 

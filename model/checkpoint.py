@@ -1,5 +1,7 @@
 """Checkpoints of a run: torch.distributed.checkpoint for the tensors, meta.json for everything a person may want to read.
 
+Every rank writes its own shards and reads what it needs of them, so a checkpoint loads on any number of ranks.
+
     RUN/checkpoints/step_00001234/   one fresh directory per save, complete or absent: written as *.tmp, then renamed
     RUN/checkpoints/latest           the name of the newest one, replaced atomically after the rename
 
@@ -12,23 +14,24 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from model.distributed import SharedError, on_rank_0
 from model.optim import get_optimizer_state, set_optimizer_state
 
 
 def save(run_dir: Path, model: nn.Module, optimizer, meta: dict, pinned: bool) -> Path:
-    """Write model, optimiser and `meta` as step_<meta["step"]>, move `latest` to it, prune the others.
+    """Write model, optimiser and `meta` as step_<meta["step"]>, move `latest` to it, prune the others. All ranks together.
 
-    The last two checkpoints are kept, and every `pinned` one. Raises OSError (disk full, say) with `latest` still at the
-    checkpoint before.
+    The last two checkpoints are kept, and every `pinned` one. Raises OSError (disk full, say), on every rank, with `latest`
+    still at the checkpoint before.
     """
     final = run_dir / "checkpoints" / f"step_{meta['step']:08d}"
     tmp = final.with_suffix(".tmp")
-    for leftover in final.parent.glob("step_*.tmp"):  # of a killed process or a full disk
-        shutil.rmtree(leftover)
+    on_rank_0(remove_leftovers, final.parent)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for name, state in get_optimizer_state(model, optimizer).items():
         tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
@@ -36,14 +39,24 @@ def save(run_dir: Path, model: nn.Module, optimizer, meta: dict, pinned: bool) -
         dcp.save(tensors, checkpoint_id=tmp)
     except CheckpointException as e:
         raise unwrap(e, f"can't write {final}") from None
-    write_json(tmp / "meta.json", meta | {"pinned": pinned})
+    on_rank_0(complete, tmp, final, meta | {"pinned": pinned})
+    return final
+
+
+def remove_leftovers(folder: Path) -> None:
+    for leftover in folder.glob("step_*.tmp"):  # of a killed process or a full disk
+        shutil.rmtree(leftover)
+
+
+def complete(tmp: Path, final: Path, meta: dict) -> None:
+    """Every rank's shards are in `tmp`: make it the newest checkpoint, and only then delete older ones."""
+    write_json(tmp / "meta.json", meta)
     shutil.rmtree(final, ignore_errors=True)  # from before a roll-back; `latest` is elsewhere
     os.replace(tmp, final)
     link = final.parent / "latest"
     link.with_suffix(".tmp").write_text(final.name)
     os.replace(link.with_suffix(".tmp"), link)
     prune(final)
-    return final
 
 
 def load(path: Path, model: nn.Module, optimizer) -> None:
@@ -58,17 +71,64 @@ def load(path: Path, model: nn.Module, optimizer) -> None:
     for name, p in model.named_parameters():
         keys = [key for key in ("exp_avg", "exp_avg_sq", "step") if f"optimizer.{name}.{key}" in saved]
         if keys and p.requires_grad:
-            state[name] = {key: p.new_zeros(()) if key == "step" else p.detach().new_zeros(p.shape) for key in keys}
+            state[name] = {key: torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p.detach()) for key in keys}
     flat = {f"optimizer.{name}.{key}": t for name, s in state.items() for key, t in s.items()}
     if flat:
-        dcp.load(flat, checkpoint_id=path)
+        try:
+            dcp.load(flat, checkpoint_id=path)
+        except CheckpointException as e:
+            raise unwrap(e, f"can't load {path}") from None
     set_optimizer_state(model, optimizer, state)
 
 
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     link = run_dir / "checkpoints" / "latest"
-    return link.parent / link.read_text().strip() if link.exists() else None
+    return link.parent / link.read_text(errors="replace").strip() if link.exists() else None
+
+
+def find(run_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
+    """The checkpoint to go on from: the newest one, or, where its files are missing or cut short, the one before it.
+
+    Returns (path, meta, warnings about those passed over); (None, None, []) if there is none yet. Raises ValueError if there
+    are some and all are damaged.
+    """
+    folder = run_dir / "checkpoints"
+    candidates = sorted((d for d in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", d.name)), reverse=True)
+    newest = latest(run_dir)  # it may point back, after a roll-back by hand
+    if newest and re.fullmatch(r"step_\d{8}", newest.name):  # else no or a damaged link: what stands under its final name is complete
+        candidates = [d for d in candidates if d.name <= newest.name]
+    warnings = []
+    for path in candidates:
+        try:
+            meta = verify(path)
+            return path, meta, warnings
+        except (ValueError, OSError) as e:
+            warnings.append(f"passed over a damaged checkpoint: {e}")
+    if warnings:
+        raise ValueError(f"no intact checkpoint in {folder}: {warnings[0]}")
+    return None, None, []
+
+
+def verify(path: Path) -> dict:
+    """The meta of a checkpoint whose files are all there and as long as DCP's index says. Raises ValueError or OSError otherwise.
+
+    Lengths only: reading hundreds of gigabytes to check their bits is no start of a job.
+    """
+    meta = read_meta(path)
+    try:
+        index = dcp.FileSystemReader(path).read_metadata()
+    except Exception as e:  # whatever unpickling a damaged file raises
+        raise ValueError(f"{path}/.metadata: {e or type(e).__name__}") from None
+    needed: dict[str, int] = {}
+    for item in index.storage_data.values():
+        needed[item.relative_path] = max(needed.get(item.relative_path, 0), item.offset + item.length)
+    for name, size in needed.items():
+        if not (path / name).exists():
+            raise ValueError(f"{path / name} is missing")
+        if (path / name).stat().st_size < size:
+            raise ValueError(f"{path / name} is cut short: {(path / name).stat().st_size} of {size} bytes")
+    return meta
 
 
 def read_meta(path: Path) -> dict:
@@ -91,11 +151,11 @@ def prune(newest: Path) -> None:
 
 
 def unwrap(e: CheckpointException, what: str) -> BaseException:
-    """DCP wraps whatever went wrong, Ctrl-C included, in a BaseException of its own: the cause as an OSError of one line."""
+    """DCP wraps whatever went wrong, Ctrl-C included, in a BaseException of its own: the cause as an OSError of one line, on every rank."""
     cause = next(iter(e.failures.values()))[0]
     while cause.__context__:
         cause = cause.__context__
-    return cause if isinstance(cause, KeyboardInterrupt) else OSError(f"{what}: {str(cause) or type(cause).__name__}")
+    return cause if isinstance(cause, KeyboardInterrupt) else SharedError(f"{what}: {str(cause) or type(cause).__name__}")
 
 
 def write_json(path: Path, value) -> None:

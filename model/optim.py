@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def get_lr(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
@@ -27,6 +28,8 @@ def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
                 matrix = p.ndim >= 2 and (isinstance(module, (nn.Linear, nn.Conv2d)) or ".lora_" in name)
                 (decayed if matrix else rest).append(p)
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    if len({isinstance(p, DTensor) for p in decayed + rest}) > 1:  # a temporary of an unsharded module, see model.parallel.reshard
+        raise AssertionError("some of the trainable parameters are sharded and some are not")
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), fused=True)
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 # embed_dim, depth, num_heads, patch_size. Ti, S: Touvron et al. 2012.12877 table 1; B, L: Dosovitskiy et al. 2010.11929 table 1.
 # tiny-debug has every part of the large ones and none of their size.
@@ -95,12 +97,19 @@ class DropPath(nn.Module):
         return x * (keep / self.keep_prob).to(x.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """In float32 whatever the compute type, also where FSDP hands it its weights in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, layer_norm_eps: float, dropout: float, drop_path: float | None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.norm1 = LayerNorm(dim, eps=layer_norm_eps)
         self.attn = Attention(dim, num_heads, dropout)
-        self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.norm2 = LayerNorm(dim, eps=layer_norm_eps)
         self.mlp = Mlp(dim, 4 * dim, dropout)
         self.drop_path = nn.Identity() if drop_path is None else DropPath(drop_path)
 
@@ -138,15 +147,16 @@ class VisionTransformer(nn.Module):
         rates = [drop_path * i / max(depth - 1, 1) if drop_path else None for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(dim, row["num_heads"], layer_norm_eps, dropout, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.norm = LayerNorm(dim, eps=layer_norm_eps)
         self.head = nn.Linear(dim, num_classes)
+        self.grad_checkpointing = False  # keep only the blocks' inputs, recompute in backward
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch_embed(images)  # (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+N, D)
         x = self.pos_drop(x + self.pos_embed)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
         return self.head(self.norm(x[:, 0]))  # (B, num_classes)
 
     @torch.no_grad()
@@ -155,7 +165,8 @@ class VisionTransformer(nn.Module):
         xavier-uniform kernels (q, k, v each on its own), MLP biases N(0, 1e-6), LeCun-normal patches, positions N(0, 0.02), zero
         class token and zero head. Each tensor draws from a generator of (seed, its name): the same whatever the build order."""
         for name, parameter in self.named_parameters():
-            p = torch.empty_like(parameter, dtype=torch.float32)  # a frozen base in bfloat16 gets the same numbers, rounded
+            # in float32 and whole: a frozen base in bfloat16 gets the same numbers, rounded, and a shard its part of them
+            p = torch.empty(parameter.shape, device=parameter.device)
             rng = torch.Generator(p.device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             if name in ("cls_token", "head.weight") or name.endswith("bias"):
                 p.zero_()
@@ -172,6 +183,8 @@ class VisionTransformer(nn.Module):
             else:
                 for part in p.chunk(3) if name.endswith("qkv.weight") else [p]:
                     nn.init.xavier_uniform_(part, generator=rng)
+            if isinstance(parameter, DTensor):
+                p = distribute_tensor(p, parameter.device_mesh, parameter.placements, src_data_rank=None)  # no traffic: every rank has it
             parameter.copy_(p)
 
 
