@@ -462,7 +462,7 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             init_adapters(model, cfg.seed)
         costs = {} if s.next_phase else enter_phase()  # with a switch due, the phase to come is entered below
         logger.bar.unpause()  # compilation is over: time left counts from here
-        logger.write({"event": "start", "epoch": s.epoch, "step": s.step, "phase": s.phase, "device": device.type, "ranks": world_size,
+        logger.write({"event": "start", "epoch": s.epoch, "step": s.step, "phase": s.phase, "device": device.type, "world_size": world_size,
                       "notes": notes, **costs})
 
         while s.epoch < cfg.epochs:

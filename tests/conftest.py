@@ -1,8 +1,110 @@
+"""Fixtures that several test files use: small data, and processes that play the ranks of a run."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+
+import numpy as np
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from data.beton import import_ffcv, write_beton
+from data.folder import open_dataset
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """600 + 130 learnable images in Fashion-MNIST's files: class c is a bright square at place c, in noise."""
+    root, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, n in (("train", 600), ("t10k", 130)):
+        labels = rng.integers(0, 10, n, dtype=np.uint8)
+        images = rng.integers(0, 120, (n, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels):
+            image[4 + label // 5 * 12:][:8, label % 5 * 5:][:, :6] += 100
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(s.to_bytes(4, "big") for s in array.shape)
+            (raw / f"{split}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    try:
+        import_ffcv()
+    except RuntimeError:  # FFCV's libraries are not there: only the tests that need it are skipped
+        return root
+    for split in ("train", "val"):
+        write_beton(open_dataset("fashion_mnist", root, split), root / f"{split}.beton", workers=1)
+    return root
+
+
+class RankPool:
+    """Processes that play ranks and stay, because importing torch takes longer than most tests."""
+
+    def __init__(self):
+        self.workers = []
+
+    def __call__(self, ranks, function, *args, timeout=240, **environment):
+        """[function(*args) of each rank], run with the environment torchrun would set. `function`: at the top of a test module.
+
+        Raises AssertionError with the first failing rank's traceback; processes that die or hang are replaced.
+        """
+        while len(self.workers) < ranks:
+            here, there = multiprocessing.Pipe()
+            process = multiprocessing.get_context("spawn").Process(target=serve, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self.workers.append((process, here))
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        environment = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+        for rank, (_, pipe) in enumerate(self.workers[:ranks]):
+            pipe.send((function, args, {k: str(v) for k, v in environment.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        results, failed = [], []
+        for rank, (process, pipe) in enumerate(self.workers[:ranks]):
+            try:
+                ok, value = pipe.recv() if pipe.poll(timeout) else (False, "did not answer in time")
+            except EOFError:
+                ok, value = False, "died"
+            results.append(value)
+            if not ok:
+                failed.append(f"rank {rank}: {value}")
+                timeout = 10  # for the others, which may wait for this one
+        if failed:
+            self.close()
+            raise AssertionError("\n".join(failed))
+        return results
+
+    def close(self):
+        for process, pipe in self.workers:
+            process.kill()
+            process.join()
+        self.workers = []
+
+
+def serve(pipe):
+    torch.set_num_threads(1)
+    SummaryWriter.add_figure = lambda *args: None  # half a second each, and test_train.py looks at them
+    while True:
+        function, args, environment = pipe.recv()
+        os.environ.update(environment)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        try:
+            answer = (True, function(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+@pytest.fixture(scope="session")
+def on_ranks():
+    pool = RankPool()
+    yield pool
+    pool.close()

@@ -34,27 +34,6 @@ SMALL = ("--loader folder --num_workers 0 --epochs 9 --batch_size 50 --lr_warmup
          "--rank_max 32").split()
 
 
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """600 + 130 learnable images in Fashion-MNIST's files: class c is a bright square at place c, in noise."""
-    root, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for split, n in (("train", 600), ("t10k", 130)):
-        labels = rng.integers(0, 10, n, dtype=np.uint8)
-        images = rng.integers(0, 120, (n, 28, 28), dtype=np.uint8)
-        for image, label in zip(images, labels):
-            image[4 + label // 5 * 12:][:8, label % 5 * 5:][:, :6] += 100
-        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(s.to_bytes(4, "big") for s in array.shape)
-            (raw / f"{split}-{kind}-ubyte").write_bytes(header + array.tobytes())
-    try:
-        import_ffcv()
-    except RuntimeError:  # FFCV's libraries are not there: only the tests that need it are skipped
-        return root
-    for split in ("train", "val"):
-        write_beton(open_dataset("fashion_mnist", root, split), root / f"{split}.beton", workers=1)
-    return root
 
 
 def argv(small, run_dir, *more):
