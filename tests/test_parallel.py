@@ -1,5 +1,6 @@
 """Several ranks, with gloo on the CPU: the same numbers as one, the same weights on all, the graphs, the mesh, the switch."""
 
+import contextlib
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,14 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import train
 from model import checkpoint, distributed
-from model.parallel import reshard, to_plain
+from model.parallel import to_plain
+from model.vit import LORA_FAMILIES, VARIANTS
 
-# 4 steps an epoch, 36 in all: full 1-3, warmup 4-6, lora 7-9. Nothing random that differs between ranks; every rank sees 4 images or more.
-PLAIN = ("--loader folder --num_workers 0 --train_samples 64 --epochs 9 --batch_size 16 --lr 2e-4 --lr_warmup_steps 4 --dtype float32 "
+# 4 steps an epoch, 36 in all: full 1-3, warmup 4-6, lora 7-9. Nothing random that differs between ranks; each sees 4 images a step.
+PLAIN = ("--loader folder --num_workers 0 --train_samples 64 --epochs 9 --batch_size 16 --lr 1e-3 --lr_warmup_steps 4 --dtype float32 "
          "--compile False --tau 90 --zeta 90 --num_windows 2 --window_epochs 1 --lora_warmup_epochs 3 --rank_min 4 --rank_max 32").split()
 
 
@@ -39,38 +40,153 @@ def watching():
         yield seen
 
 
-def run_main(argv, skip_reduction=False):
-    with watching() as seen, mock.patch.object(train, "parallelize", unreduced if skip_reduction else train.parallelize):
+def run_main(argv, parallelize=None):
+    with watching() as seen, contextlib.ExitStack() as stack:
+        if parallelize:  # the control: moments of what is no longer sharded can't be kept
+            stack.enter_context(mock.patch.object(train, "parallelize", parallelize))
+            stack.enter_context(mock.patch.object(train, "set_optimizer_state", lambda *args: None))
         seen["status"] = train.main([str(a) for a in argv])
+    assert seen["status"] == 0
     return seen
 
 
-def unreduced(model, mesh, *args, parallelize=train.parallelize):
-    """The error to be caught: in the LoRA phase adapters, too, are left out of FSDP, so that nobody averages their gradients."""
-    if mesh is not None and not model.head.weight.requires_grad:
-        mesh = None
-    return parallelize(model, mesh, *args)
-
-
-def compare(on_ranks, small, run_dir, ranks, *more, **kw):
-    return on_ranks(ranks, run_main, [*PLAIN, "--data_dir", small, "--run_dir", run_dir, *more], **kw)
+@pytest.fixture(scope="module")
+def go(on_ranks, small, tmp_path_factory):
+    """go(ranks, "--flag value …") -> what each rank saw of a run of all three phases; the last run's directory is go.run_dir."""
+    def go(ranks, flags="", parallelize=None, **environment):
+        go.run_dir = tmp_path_factory.mktemp("parallel") / "run"
+        return on_ranks(ranks, run_main, [*PLAIN, "--data_dir", small, "--run_dir", go.run_dir, *flags.split()], parallelize, **environment)
+    return go
 
 
 @pytest.fixture(scope="module")
-def one_rank(on_ranks, small, tmp_path_factory):
-    return compare(on_ranks, small, tmp_path_factory.mktemp("one") / "run", 1)[0]
+def one_rank(go):
+    return go(1)[0]
 
 
-@pytest.mark.parametrize("ranks, flags", [
-    (2, ""), (4, ""), (4, "--dp_shard 2"), (4, "--dp_shard 1"), (2, "--frozen_base shard --reshard_after_forward False"),
-    (2, "--grad_accum_steps 2 --activation_checkpointing block")])
-def test_same_numbers_on_any_number_of_ranks(on_ranks, small, one_rank, tmp_path, ranks, flags):
-    seen = compare(on_ranks, small, tmp_path / "run", ranks, *flags.split())
-    assert len(one_rank["losses"]) == 36 and list(one_rank["weights"]) == ["full", "warmup", "lora"]
+def assert_same_numbers(seen, reference, rel=1e-5):
+    assert len(reference["losses"]) == 36 and list(reference["weights"]) == ["full", "warmup", "lora"]
     for rank in seen:
-        print(max(abs(a/b-1) for a,b in zip(one_rank["losses"], rank["losses"])), [max(float((t-one_rank["weights"][ph][n]).abs().max()) for n,t in w.items()) for ph,w in rank["weights"].items()])
-        assert rank["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
-        for phase, weights in one_rank["weights"].items():
-            assert rank["weights"][phase].keys() == weights.keys()
-            assert [n for n in weights if not torch.equal(rank["weights"][phase][n], seen[0]["weights"][phase][n])] == []
-            assert [n for n in weights if not torch.allclose(rank["weights"][phase][n], weights[n], atol=1e-4)] == []
+        assert rank["losses"] == pytest.approx(reference["losses"], rel=rel)
+        for phase, weights in reference["weights"].items():
+            mine = rank["weights"][phase]
+            assert mine.keys() == weights.keys()
+            assert [n for n in weights if not torch.equal(mine[n], seen[0]["weights"][phase][n])] == []  # to the bit on all ranks
+            assert [n for n in weights if not torch.allclose(mine[n], weights[n], atol=1e-4)] == []
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("ranks, flags, per_node", [
+    (2, "", 2), (4, "", 2), (2, "--frozen_base shard --reshard_after_forward False", 2),
+    (2, "--grad_accum_steps 2 --activation_checkpointing block --lora_trainable adapters+rest", 2),
+    pytest.param(4, "", 4, marks=slow), pytest.param(4, "--dp_shard 1", 4, marks=slow), pytest.param(4, "--frozen_base shard", 2, marks=slow)])
+def test_same_numbers_on_any_number_of_ranks(go, one_rank, ranks, flags, per_node):
+    reference = go(1, "--lora_trainable adapters+rest")[0] if "adapters+rest" in flags else one_rank
+    assert_same_numbers(go(ranks, flags, LOCAL_WORLD_SIZE=per_node), reference)
+    mesh = json.loads((checkpoint.latest(go.run_dir) / "meta.json").read_text())["mesh"]
+    shards = 1 if "dp_shard" in flags else per_node  # by default a node
+    assert mesh == ({"dp_shard": ranks} if shards == ranks else {"dp_replicate": ranks // shards, "dp_shard": shards})
+
+
+def unreduced(model, *args, parallelize=train.parallelize):
+    """In the LoRA phase the adapters, too, are left out of FSDP, as if they were frozen: nobody averages their gradients."""
+    adapters = [p for p in model.parameters() if p.requires_grad and not model.head.weight.requires_grad]
+    for p in adapters:
+        p.requires_grad = False
+    parallelize(model, *args)
+    for p in adapters:
+        p.requires_grad = True
+    return model
+
+
+def test_control_gradients_that_are_not_averaged_are_caught(go, one_rank):
+    seen = go(2, parallelize=unreduced)
+    with pytest.raises(AssertionError):
+        assert_same_numbers(seen, one_rank)
+    for phase in ("full", "warmup"):
+        assert all(torch.equal(a, b) for a, b in zip(*(rank["weights"][phase].values() for rank in seen)))
+    different = {n for n, t in seen[0]["weights"]["lora"].items() if not torch.equal(t, seen[1]["weights"]["lora"][n])}
+    assert different == {n for n in seen[0]["weights"]["lora"] if ".lora_" in n}
+
+
+def test_bfloat16(go):
+    """On one rank by autocast, on several with blocks gathered in bfloat16: the same up to the rounding of the norms' weights."""
+    flags = "--train_samples 32 --lr_warmup_steps 2"  # bfloat16 is slow on a CPU
+    one, two = go(1, f"{flags} --dtype bfloat16")[0], go(2, f"{flags} --dtype bfloat16")
+    assert len(one["losses"]) == 18 and two[0]["losses"] == two[1]["losses"] == pytest.approx(one["losses"], rel=3e-3)
+    exact = go(1, flags)[0]["losses"]
+    assert one["losses"] != exact == pytest.approx(one["losses"], rel=3e-3)
+    lora = two[0]["weights"]["lora"]
+    assert {t.dtype for n, t in lora.items() if "lora_" in n} == {torch.float32}
+    assert {lora[f"blocks.0.{n}.weight"].dtype for n in ("attn.qkv", "mlp.fc1", "mlp.fc2")} == {torch.bfloat16}
+    assert lora["blocks.0.norm1.weight"].dtype == torch.float32
+
+
+# ---- graphs
+
+def run_compiled(argv, depth, backend, dynamic):
+    """The graphs of each phase, and those of the whole run, with random ranks."""
+    compile_block, rng = torch.nn.Module.compile, torch.Generator().manual_seed(0)
+    draw = lambda changes, low, high: {f: [4 << int(torch.randint(4, (), generator=rng)) for _ in layers] for f, layers in changes.items()}
+    with (mock.patch.dict(VARIANTS, {"tiny-debug": dict(VARIANTS["tiny-debug"], depth=depth)}), mock.patch.object(train, "assign_ranks", draw),
+          mock.patch.object(torch.nn.Module, "compile", lambda self, **kw: compile_block(self, **kw, backend=backend)),
+          mock.patch.object(train, "mark_ranks_dynamic", train.mark_ranks_dynamic if dynamic else lambda block: None)):
+        assert train.main([str(a) for a in argv]) == 0
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def count_graphs(on_ranks, small, run_dir, depth, backend, dynamic=True):
+    argv = [*PLAIN, "--data_dir", small, "--run_dir", run_dir, "--compile", True, "--dropout", 0.1, "--drop_path", 0.1,
+            "--train_samples", 16, "--lr_warmup_steps", 1]
+    totals = on_ranks(2, run_compiled, argv, depth, backend, dynamic)
+    phases = [e for e in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if e["event"] in ("start", "switch")]
+    return [p["graphs_compiled"] for p in phases], [p["eval_graphs_compiled"] for p in phases], totals
+
+
+@pytest.mark.parametrize("depth, backend", [(4, "eager"), pytest.param(4, "inductor", marks=slow), pytest.param(12, "eager", marks=slow)])
+def test_four_training_graphs_in_all(on_ranks, small, tmp_path, depth, backend):
+    training, evaluation, totals = count_graphs(on_ranks, small, tmp_path / "run", depth, backend)
+    assert training == [1, 1, 2] and evaluation == [1, 1, 1]
+    assert totals == [7, 7]  # none later, in the epochs, and none outside the blocks
+
+
+def test_control_static_ranks_need_more_graphs(on_ranks, small, tmp_path):
+    training, _, _ = count_graphs(on_ranks, small, tmp_path / "run", 4, "eager", dynamic=False)
+    assert sum(training) > 4
+
+
+# ---- activation checkpointing
+
+def saved_bytes_and_gradients(activation_checkpointing, compile):
+    torch.manual_seed(0)
+    dropout = 0.0 if compile else 0.1  # a compiled block's masks depend on its graph
+    cfg = train.Config(dtype="float32", dropout=dropout, compile=compile, activation_checkpointing=activation_checkpointing)
+    torch._dynamo.reset()
+    model = train.build_model(cfg, "lora", {family: [8, 16, 4, 8] for family in LORA_FAMILIES}, "cpu")
+    model.init_weights(0)
+    train.init_adapters(model, 0)
+    torch.nn.init.normal_(model.head.weight)
+    saved, images = {}, torch.randn(32, 3, 28, 28)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in parameters:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    train.seed_torch(0, 0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model.train()(images).square().mean()
+    loss.backward()
+    return sum(saved.values()), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=slow)])
+def test_activation_checkpointing_saves_memory_and_changes_no_gradient(compile):
+    none, expected = saved_bytes_and_gradients("none", compile)
+    for mode, share in [("block", 0.3), ("selective", 0.7)] if compile else [("block", 0.3)]:
+        some, gradients = saved_bytes_and_gradients(mode, compile)
+        print(mode, some / none)
+        assert some < share * none
+        assert all(torch.allclose(gradients[n], expected[n], rtol=1e-4, atol=1e-7) for n in expected)
