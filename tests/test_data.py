@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from data import beton, folder
-from data.augment import (epoch_order, get_indices, mixup, normalise, random_bits, random_flip, random_shift,
+from data.augment import (default_workers, epoch_order, get_indices, mixup, normalise, random_bits, random_flip, random_shift,
                           random_uniform, splitmix64)
 from data.beton import check_beton, import_ffcv, write_beton
 from data.folder import FILES, open_dataset, prepare_fashion_mnist
@@ -194,6 +194,42 @@ def test_workers_resume_epochs_and_seeds(data, loader):
     assert not equal(whole, loader.epoch(4)) and not equal(whole, build(data, "folder", seed=8).epoch(3))
     with pytest.raises(ValueError, match="start_batch"):
         loader.epoch(3, start_batch=10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_share_an_epoch(data, backend):
+    """The batches of 4 ranks side by side are those of one rank, images, labels and augmentations, also from the middle on."""
+    whole = list(build_loader(backend, "fashion_mnist", data.root, "train", 64, 7, 1).epoch(2, start_batch=3))
+    ranks = [build_loader(backend, "fashion_mnist", data.root, "train", 16, 7, 1, None, rank, 4) for rank in range(4)]
+    assert [len(loader) for loader in ranks] == [9] * 4 and len(whole) == 6 and ranks[0].num_samples == TRAIN
+    for batch, parts in zip(whole, zip(*(loader.epoch(2, start_batch=3) for loader in ranks), strict=True), strict=True):
+        assert all(torch.equal(torch.cat(part), one) for part, one in zip(zip(*parts), batch))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch_size", [32, 20])  # 130 images on 4 ranks are 33, 33, 32, 32: with 32 two ranks have nothing in the second
+def test_ranks_evaluate_each_image_once(data, backend, batch_size):
+    ranks = [list(build_loader(backend, "fashion_mnist", data.root, "val", batch_size, 7, 1, None, rank, 4).epoch(0)) for rank in range(4)]
+    assert [len(batches) for batches in ranks] == [2] * 4  # all must go through the model together
+    assert all(images.shape == (batch_size, 3, 28, 28) for batches in ranks for images, _ in batches)
+    seen = [(image[0].numpy().tobytes(), int(label)) for batches in ranks for images, labels in batches
+            for image, label in zip(images, labels) if label >= 0]
+    assert len(seen) == VAL and sorted(seen) == sorted((image.tobytes(), int(label)) for image, label in zip(*data.val))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_too_few_images_for_the_ranks(data, backend):
+    with pytest.raises(ValueError, match="130 images are too few for 131 ranks"):
+        build_loader(backend, "fashion_mnist", data.root, "val", 1, 7, 1, None, 0, 131)
+    with pytest.raises(ValueError, match="expected 1 to 600 in all"):
+        build_loader(backend, "fashion_mnist", data.root, "train", 301, 7, 1, None, 0, 2)
+
+
+def test_ranks_of_a_node_share_its_cpus(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(12))
+    for ranks, workers in [("1", 12), ("4", 3), ("64", 1)]:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert default_workers() == workers
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

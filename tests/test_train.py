@@ -18,8 +18,6 @@ import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from data.beton import import_ffcv, write_beton
-from data.folder import open_dataset
 from lora.inject import init_adapters, is_adapter, match_families
 from model import checkpoint
 from model.optim import build_optimizer, get_optimizer_state
