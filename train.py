@@ -594,9 +594,9 @@ def main(argv: list[str]) -> int:
             print(f"error: {e}", file=sys.stderr)
         distributed.finish()
         return 2
-    with distributed.rank_log(Path(cfg.run_dir)) as log:
+    with distributed.rank_log(Path(cfg.run_dir)) as log, distributed.StopRequest() as stop:
         try:
-            ended = train(cfg, device, mesh, distributed.StopRequest(), notes, *loaders, *found)
+            ended = train(cfg, device, mesh, stop, notes, *loaders, *found)
             distributed.finish()
             return 0 if ended else distributed.REQUEUE
         except (FloatingPointError, distributed.SharedError) as e:  # on every rank

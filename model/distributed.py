@@ -181,13 +181,17 @@ def on_rank_0(function: Callable, *args):
 
 
 class StopRequest:
-    """SIGTERM (a scheduler's, or torchrun's when another process failed), SIGUSR1 or SIGUSR2 (a warning before a time limit): the
-    handler only remembers it. Training looks at it between steps, and all ranks stop after the same one."""
+    """SIGTERM (a scheduler's, or torchrun's when another process failed), SIGUSR1 or SIGUSR2 (a warning before a time limit): inside
+    `with` the handler only remembers it. Training looks at it between steps, and all ranks stop after the same one."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, self.handle)
+        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+        return self
+
+    def __exit__(self, *exc_info):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def handle(self, number, frame) -> None:
         self.signal = signal.Signals(number).name

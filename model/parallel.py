@@ -62,12 +62,12 @@ def parallelize(model: nn.Module, mesh: DeviceMesh | None = None, compile: bool 
         # An A of 8 rows would be padded to one row a rank, 64 of 64: along its input it shards without padding.
         return Shard(1 if p.ndim == 2 and p.shape[0] % shards and p.shape[1] % shards == 0 else 0)
 
-    options = dict(mesh=mesh, reshard_after_forward=reshard_after_forward, shard_placement_fn=place,
+    options = dict(mesh=mesh, shard_placement_fn=place,
                    ignored_params={p for p in model.parameters() if replicate_frozen and not p.requires_grad})
     narrow = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        fully_shard(block, mp_policy=narrow, **options)
-    return fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+        fully_shard(block, mp_policy=narrow, reshard_after_forward=reshard_after_forward, **options)
+    return fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), reshard_after_forward=False, **options)
 
 
 @contextlib.contextmanager
