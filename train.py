@@ -543,10 +543,10 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             if s.phase != "lora" or s.base_norms is None:  # after the freeze they stay: a bfloat16 copy would only blur them
                 s.base_norms = weight_norms(model, families)
             rate = steps_per_epoch * cfg.batch_size / s.epoch_seconds
-            peak = peak_flops(device, cfg.dtype)
+            peak = (peak_flops(device, cfg.dtype) or 0) * world_size
             record = {"event": "epoch", "epoch": s.epoch, "step": s.step, "phase": s.phase, "train_loss": train_loss,
                       "train_top1": 100 * hits / cfg.batch_size, "epoch_seconds": s.epoch_seconds, "images_per_second": rate,
-                      "data_wait_fraction": s.epoch_waited / s.epoch_seconds, "mfu": peak and rate * costs["flops_per_image"] / peak,
+                      "data_wait_fraction": s.epoch_waited / s.epoch_seconds, "mfu": rate * costs["flops_per_image"] / peak if peak else None,
                       "peak_memory_bytes": int(distributed.max_over_ranks(peak_memory(device), device)),
                       "trainable_params": costs["trainable_params"], "lr": get_lr(s.step - 1, cfg.lr, cfg.lr_warmup_steps, total_steps),
                       "weight_norms": s.base_norms, "adapter_norms": adapter_norms(model, families),
