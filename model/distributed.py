@@ -214,13 +214,14 @@ def explain_lost_rank(run_dir: Path, error: BaseException, patience: float = 5.0
     whether this rank is the first to find out, the one to say it.
 
     Each rank that ends here says so in the store; whoever has not after `patience` seconds is the one that hangs or died.
-    The recorder goes to RUN/logs/flight_recorder_RANK for `torchfrtrace`.
+    The recorder goes to RUN/logs/flight_recorder_RANK.json.
     """
-    from torch._C._distributed_c10d import _dump_fr_trace, _dump_fr_trace_json
+    from torch._C._distributed_c10d import _dump_fr_trace_json
     rank, where = get_rank(), "a collective"
+    recorded = _dump_fr_trace_json(True, False)
     with contextlib.suppress(OSError):
-        (run_dir / "logs" / f"flight_recorder_{rank}").write_bytes(_dump_fr_trace())
-    entries = json.loads(_dump_fr_trace_json(True, False)).get("entries")
+        (run_dir / "logs" / f"flight_recorder_{rank}.json").write_text(recorded)
+    entries = json.loads(recorded).get("entries")
     if entries:
         last = entries[-1]
         where = f"{last['profiling_name']} number {last['collective_seq_id']} of group {last['process_group'][1]}, shape {last['input_sizes']}"
