@@ -2,7 +2,8 @@
 
 Every rank writes its own shards and reads what it needs of them, so a checkpoint loads on any number of ranks.
 
-    RUN/checkpoints/step_00001234/   one fresh directory per save, complete or absent: written as *.tmp, then renamed
+    RUN/checkpoints/step_00001234/   one fresh directory per save, complete or absent: written as *.tmp, then renamed;
+                                     one of that name which stands there already is *.old for that moment
     RUN/checkpoints/latest           the name of the newest one, replaced atomically after the rename
 
 DCP's `.metadata` is a pickle: load only your own runs. To share weights, export them to safetensors.
@@ -26,8 +27,8 @@ from model.optim import get_optimizer_state, set_optimizer_state
 def save(run_dir: Path, model: nn.Module, optimizer, meta: dict, pinned: bool) -> Path:
     """Write model, optimiser and `meta` as step_<meta["step"]>, move `latest` to it, prune the others. All ranks together.
 
-    The last two checkpoints are kept, and every `pinned` one. Raises OSError (disk full, say), on every rank, with `latest`
-    still at the checkpoint before.
+    The last two intact checkpoints are kept, and every `pinned` one. Raises OSError (disk full, say), on every rank, with
+    `latest` still at the checkpoint before.
     """
     final = run_dir / "checkpoints" / f"step_{meta['step']:08d}"
     tmp = final.with_suffix(".tmp")
@@ -46,16 +47,22 @@ def save(run_dir: Path, model: nn.Module, optimizer, meta: dict, pinned: bool) -
 def remove_leftovers(folder: Path) -> None:
     for leftover in folder.glob("step_*.tmp"):  # of a killed process or a full disk
         shutil.rmtree(leftover)
+    for old in folder.glob("step_*.old"):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old)
 
 
 def complete(tmp: Path, final: Path, meta: dict) -> None:
     """Every rank's shards are in `tmp`: make it the newest checkpoint, and only then delete older ones."""
     write_json(tmp / "meta.json", meta)
-    shutil.rmtree(final, ignore_errors=True)  # from before a roll-back; `latest` is elsewhere
+    old = final.with_suffix(".old")
+    if final.exists():  # saved on a signal before the epoch's evaluation, or damaged, or from before a roll-back
+        os.replace(final, old)  # where `find` looks too, should a kill come here
     os.replace(tmp, final)
     link = final.parent / "latest"
     link.with_suffix(".tmp").write_text(final.name)
     os.replace(link.with_suffix(".tmp"), link)
+    shutil.rmtree(old, ignore_errors=True)
     prune(final)
 
 
@@ -93,12 +100,14 @@ def find(run_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
     Returns (path, meta, warnings about those passed over); (None, None, []) if there is none yet. Raises ValueError if there
     are some and all are damaged.
     """
-    folder = run_dir / "checkpoints"
-    candidates = sorted((d for d in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", d.name)), reverse=True)
-    newest = latest(run_dir)  # it may point back, after a roll-back by hand
-    if newest and re.fullmatch(r"step_\d{8}", newest.name):  # else no or a damaged link: what stands under its final name is complete
-        candidates = [d for d in candidates if d.name <= newest.name]
-    warnings = []
+    folder, warnings = run_dir / "checkpoints", []
+    candidates = sorted((d for d in folder.glob("step_*") if re.fullmatch(r"step_\d{8}(\.old)?", d.name)),
+                        key=lambda d: (d.stem, not d.suffix), reverse=True)
+    newest = latest(run_dir)
+    if newest and newest.name in [d.stem for d in candidates]:
+        candidates = [d for d in candidates if d.stem <= newest.name]  # it may point back, after a roll-back by hand
+    elif newest or candidates:  # what stands under its final name is complete
+        warnings.append(f"{folder}/latest is missing or names no checkpoint: taking the newest there is")
     for path in candidates:
         try:
             meta = verify(path)
@@ -106,7 +115,7 @@ def find(run_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
         except (ValueError, OSError) as e:
             warnings.append(f"passed over a damaged checkpoint: {e}")
     if warnings:
-        raise ValueError(f"no intact checkpoint in {folder}: {warnings[0]}")
+        raise ValueError(f"no intact checkpoint in {folder}: {warnings[-1]}")
     return None, None, []
 
 
@@ -137,11 +146,16 @@ def read_meta(path: Path) -> dict:
 
 
 def prune(newest: Path) -> None:
-    """Delete what is older than the last two, `newest` being the last, and not pinned. Later steps (of a run rolled back by hand)
-    are left alone until training comes by them again, and so is a checkpoint whose meta.json can't be read."""
+    """Delete what is older than the last two intact ones, `newest` being the last, and not pinned. Later steps (of a run rolled back
+    by hand) are left alone until training comes by them again, and so is a checkpoint whose meta.json can't be read."""
     complete = sorted(d for d in newest.parent.iterdir() if re.fullmatch(r"step_\d{8}", d.name) and d.name <= newest.name)
-    for old in complete[:-2]:
+    intact = 0
+    for old in reversed(complete):
         try:
+            if intact < 2:
+                verify(old)
+                intact += 1
+                continue
             pinned = read_meta(old)["pinned"]
         except (ValueError, OSError):
             pinned = True

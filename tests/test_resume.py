@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -16,6 +19,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 import train
 from model import checkpoint, distributed
@@ -144,6 +148,123 @@ def assert_same_run(run_dir, reference):
     assert_same(weights(run_dir), weights(reference))
 
 
+class Launcher:
+    """Forks the ranks of a run from a process that has imported all it needs: real processes, with real exit statuses, in a moment."""
+
+    def __init__(self):
+        self.pipe, there = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("spawn").Process(target=launch, args=(there,))
+        self.process.start()
+
+    def ask(self, *message):
+        self.pipe.send(message)
+        return self.pipe.recv()
+
+    def start(self, ranks, folder, argv, *fault):
+        """Start train.py; rank 1 prints to folder/console_1. Returns the pids, each also the number of a process group."""
+        folder.mkdir(exist_ok=True)
+        return self.ask("start", [torchrun_environment(ranks, rank) for rank in range(ranks)], folder, [str(a) for a in argv], fault)
+
+    def statuses(self, pids):
+        """Exit statuses, None of those that run, -9 of those killed."""
+        return self.ask("statuses", pids)
+
+    def wait(self, pids, timeout=120):
+        deadline = time.monotonic() + timeout
+        while None in (statuses := self.statuses(pids)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return statuses
+
+    def kill(self, pids, number=signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)
+
+    def close(self):
+        self.pipe.close()
+        self.process.join()
+
+
+def torchrun_environment(ranks, rank, port={}):
+    if rank == 0:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port[0] = s.getsockname()[1]
+    return {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port[0]),
+            "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def launch(pipe):
+    torch.set_num_threads(1)
+    running, ended = set(), {}
+    while True:
+        try:
+            what, *args = pipe.recv()
+        except EOFError:
+            for pid in running:
+                os.killpg(pid, signal.SIGKILL)
+            return
+        if what == "start":
+            pids = [fork(environment, *args[1:]) for environment in args[0]]
+            running |= set(pids)
+            pipe.send(pids)
+        else:
+            for pid in list(running):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    running.remove(pid)
+                    ended[pid] = os.waitstatus_to_exitcode(status)
+            pipe.send([ended.get(pid) for pid in args[0]])
+
+
+def fork(environment, folder, argv, fault):
+    if pid := os.fork():
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)
+        return pid
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    os.environ.update(environment)
+    console = os.open(folder / f"console_{environment['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(console, 1), os.dup2(console, 2)
+    try:
+        function, *args = fault or (contextlib.nullcontext,)
+        with lean(), function(*args):
+            distributed.exit(train.main, argv)
+    except SystemExit as e:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(e.code)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(99)
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+# ---- faults: context managers that both ways of starting enter
+
+@contextlib.contextmanager
+def before_step(rank, step, do, *args):
+    """On one rank, do(*args) as optimiser step `step`, counted from 0, begins."""
+    get_lr, todo = train.get_lr, [do]
+
+    def watched(at, *rest):
+        if at == step and todo:
+            todo.pop()(*args)
+        return get_lr(at, *rest)
+    with mock.patch.object(train, "get_lr", watched if int(os.environ["RANK"]) == rank else get_lr):
+        yield
+
+
+def signal_self(number):
+    os.kill(os.getpid(), number)
+
+
 # ---- resume
 
 @pytest.mark.parametrize("point", [p if p in ("full", "freeze") else pytest.param(p, marks=slow) for p in POINTS])
@@ -156,3 +277,108 @@ def test_resumed_on_as_many_ranks_is_the_same_to_the_bit(runs, whole, tmp_path, 
         assert len(a["losses"]) == step and a["losses"] + b["losses"] == c["losses"]
     assert images_of(before) + images_of(after) == images_of(seen)
     assert_same_run(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("point", POINTS)
+def test_resumed_on_another_number_of_ranks_goes_on_within_rounding(runs, whole, tmp_path, point, ranks, request):
+    reference, seen = whole(2)
+    step, losses = POINTS[point], seen[0]["losses"]
+    before = runs(2, tmp_path / "run", "--max_steps", step)
+    after = runs(ranks, tmp_path / "run", "--resume", True, "--max_steps", None)
+    assert images_of(before) + images_of(after) == images_of(seen)
+    assert all(r["losses"] == after[0]["losses"] for r in after) and len(after[0]["losses"]) == 20 - step
+    assert after[0]["losses"][0] == pytest.approx(losses[step], rel=1e-6) != pytest.approx(losses[step - 1], rel=1e-6)
+    assert after[0]["losses"] == pytest.approx(losses[step:], rel=1e-4)
+    assert [e["epoch"] for e in events(tmp_path / "run", "epoch")] == [1, 2, 3, 4, 5]
+    assert events(tmp_path / "run", "switch")[0]["ranks"] == events(reference, "switch")[0]["ranks"]
+
+
+def test_the_same_micro_batches_and_draws_however_they_are_divided(runs, tmp_path):
+    """With everything random on: dropout and mixup are drawn by a micro-batch's number."""
+    seen = {(ranks, accum): runs(ranks, tmp_path / f"{ranks}x{accum}", *RANDOM, "--grad_accum_steps", accum, "--max_steps", 5)
+            for ranks, accum in [(4, 1), (2, 2), (1, 4), (2, 1)]}
+    losses = {key: ranks[0]["losses"] for key, ranks in seen.items()}
+    assert losses[2, 2] == pytest.approx(losses[1, 4], rel=1e-5) and losses[4, 1] == pytest.approx(losses[1, 4], rel=1e-5)
+    assert losses[2, 1] != pytest.approx(losses[1, 4], rel=1e-5)  # the control: micro-batches of 8, not 4
+    images = images_of(seen[1, 4])
+    assert len(set(images)) > 64 and all(images_of(ranks) == images for ranks in seen.values())  # in two epochs, augmented anew
+
+
+# ---- a save that is killed, at every point
+
+class Killed(BaseException):
+    pass
+
+
+def save_killed_at(point, save):
+    """Run `save`, and leave everything as SIGKILL would at its `point`-th change to the disk, that change half made; whether it came."""
+    left = [point]
+
+    def cut(function, half):
+        def cutting(*args, **kw):
+            if left[0] == 0:
+                half(*args, **kw)
+                raise Killed
+            left[0] -= 1
+            return function(*args, **kw)
+        return cutting
+
+    def half_removed(path, **kw):
+        for file in sorted(Path(path).glob("*"))[:1]:
+            file.unlink()
+
+    def half_saved(tensors, checkpoint_id):
+        checkpoint_id.mkdir()
+        (checkpoint_id / "__0_0.distcp").write_bytes(b"PK")
+    nothing = lambda *args, **kw: None
+    with mock.patch.object(os, "replace", cut(os.replace, nothing)), mock.patch.object(dcp, "save", cut(dcp.save, half_saved)), \
+            mock.patch.object(shutil, "rmtree", cut(shutil.rmtree, half_removed)), \
+            mock.patch.object(Path, "write_text", cut(Path.write_text, lambda path, text: path.open("w").write(text[:len(text) // 2]))):
+        try:
+            save()
+        except Killed:
+            return True
+    return False
+
+
+def steps_in(run_dir):
+    return sorted(int(d.name[5:]) for d in (run_dir / "checkpoints").glob("step_????????"))
+
+
+@pytest.mark.parametrize("first, then, kept", [
+    ([1, 2, 3], 4, [3, 4]),
+    ([1, 2, 3], 3, [2, 3]),  # an epoch's end, after a signal had saved its last step
+    ([1, 2, 3, "damaged"], 3, [2, 3]),  # resumed from 2
+    ([1, 2, 3, "damaged"], 4, [2, 3, 4]),  # two intact ones stay
+    ([1, 2, 3, 4, "back to 2"], 3, [2, 3, 4]),
+])
+def test_no_moment_of_a_save_loses_the_last_complete_checkpoint(tmp_path, first, then, kept):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save = lambda run_dir, step, mark: checkpoint.save(run_dir, model, optimizer, {"step": step, "mark": mark}, pinned=False)
+    start = tmp_path / "start"
+    for step in first:
+        if step == "damaged":
+            (checkpoint.latest(start) / "__0_0.distcp").write_bytes(b"")
+        elif step == "back to 2":
+            (start / "checkpoints/latest").write_text("step_00000002")
+        else:
+            save(start, step, "old")
+            if step == 2:
+                two = shutil.copytree(start / "checkpoints/step_00000002", tmp_path / "two")
+    if 4 in first:
+        shutil.copytree(two, start / "checkpoints/step_00000002")  # kept by hand, to go back to
+    before, _, _ = checkpoint.find(start)
+    for point in range(99):
+        run_dir = shutil.copytree(start, tmp_path / f"{point}")
+        killed = save_killed_at(point, lambda: save(run_dir, then, "new"))
+        found, meta, _ = checkpoint.find(run_dir)
+        assert found and (meta["step"], meta["mark"]) in [(int(before.name[5:]), "old"), (then, "new")], point
+        if not killed:
+            break
+        save(run_dir, then, "again")  # what the resumed run will do
+        assert checkpoint.find(run_dir)[1]["mark"] == "again" and checkpoint.latest(run_dir).name == f"step_{then:08d}"
+        assert steps_in(run_dir) == kept
+        assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"latest", *(f"step_{s:08d}" for s in kept)}
+    assert point > 3 and meta["mark"] == "new"
