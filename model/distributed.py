@@ -93,12 +93,11 @@ def rank_log(run_dir: Path):
     path.parent.mkdir(exist_ok=True)
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str((path.parent / "flight_recorder_").absolute()))
     redirected = [(fd, os.dup(fd)) for fd in (1, 2)] if rank else []
-    with open(path, "a") as file, os.fdopen(os.dup(2), "w") as stderr:
+    with open(path, "ab", buffering=0) as file, os.fdopen(os.dup(2), "w") as stderr:
         def log(text: str, console: bool = True) -> None:
-            file.write(f"{time.strftime('%F %T')} rank {rank}: {text}\n")
-            if sys.exc_info()[0]:
-                file.write(traceback.format_exc())
-            file.flush()
+            where = traceback.format_exc() if sys.exc_info()[0] else ""
+            with contextlib.suppress(OSError):  # a full disk, which the console must hear of
+                file.write(f"{time.strftime('%F %T')} rank {rank}: {text}\n{where}".encode(errors="replace"))
             if console:
                 print(f"rank {rank}: {text}" if rank else text, file=stderr, flush=True)
 

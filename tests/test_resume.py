@@ -1,6 +1,7 @@
 """What a run on several ranks survives: kills, signals, damaged checkpoints, full disks, NaN, ranks that hang or die, bad input."""
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
@@ -8,8 +9,8 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import zlib
@@ -52,8 +53,8 @@ def tiny(small, tmp_path_factory):
 def go(argv, fault=contextlib.nullcontext, *fault_args):
     """train.py on this rank: its status and console, every step's loss, the images of every micro-batch."""
     images = []
-    with lean(), watching() as seen, recording(images), tempfile.TemporaryFile("w+") as console, fault(*fault_args) as extra:
-        with redirected(console):
+    with lean(), watching() as seen, recording(images), fault(*fault_args) as extra:
+        with captured() as console:
             try:
                 status = train.main([str(a) for a in argv])
             except Exception:
@@ -61,8 +62,7 @@ def go(argv, fault=contextlib.nullcontext, *fault_args):
                 status = 1
             if dist.is_initialized():  # it failed: a process would end here
                 dist.destroy_process_group()
-        console.seek(0)
-        return {"status": status, "console": console.read(), "losses": seen["losses"], "images": images, "extra": extra}
+    return {"status": status, "console": console[0], "losses": seen["losses"], "images": images, "extra": extra}
 
 
 @contextlib.contextmanager
@@ -93,16 +93,22 @@ def recording(images):
 
 
 @contextlib.contextmanager
-def redirected(file):
-    kept = [(fd, os.dup(fd)) for fd in (1, 2)]
+def captured():
+    """What goes to the console; through a pipe, which a full disk doesn't concern."""
+    kept, text, (read, write) = [(fd, os.dup(fd)) for fd in (1, 2)], [], os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 2**20)
     for fd, _ in kept:
-        os.dup2(file.fileno(), fd)
+        os.dup2(write, fd)
     try:
-        yield
+        yield text
     finally:
+        sys.stdout.flush(), sys.stderr.flush()
         for fd, copy in kept:
             os.dup2(copy, fd)
             os.close(copy)
+        os.close(write)
+        with open(read, errors="replace") as console:
+            text.append(console.read())
 
 
 def images_of(ranks):
@@ -382,3 +388,171 @@ def test_no_moment_of_a_save_loses_the_last_complete_checkpoint(tmp_path, first,
         assert steps_in(run_dir) == kept
         assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"latest", *(f"step_{s:08d}" for s in kept)}
     assert point > 3 and meta["mark"] == "new"
+
+
+# ---- damaged checkpoints
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+DAMAGES = {  # to the newest checkpoint, of step 10; latest is checked for itself
+    "meta.json cut": lambda step: cut(step / "meta.json"),
+    "meta.json missing": lambda step: (step / "meta.json").unlink(),
+    "meta.json empty": lambda step: (step / "meta.json").write_text(""),
+    ".metadata cut": lambda step: cut(step / ".metadata"),
+    ".metadata empty": lambda step: (step / ".metadata").write_bytes(b""),
+    ".metadata missing": lambda step: (step / ".metadata").unlink(),
+    "shard cut": lambda step: cut(step / "__0_0.distcp"),
+    "shard empty": lambda step: (step / "__0_0.distcp").write_bytes(b""),
+    "shard missing": lambda step: (step / "__0_0.distcp").unlink(),
+    "all missing": lambda step: [file.unlink() for file in step.iterdir()],
+}
+LATEST = {
+    "missing": lambda link: link.unlink(),
+    "empty": lambda link: link.write_text(""),
+    "garbage": lambda link: link.write_bytes(b"\xff\x00\n/"),
+    "beyond": lambda link: link.write_text("step_00000099"),
+    "before": lambda link: link.write_text("step_00000001"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(runs, tmp_path_factory):
+    """One rank, stopped in mid-epoch: checkpoints of steps 8 and 10."""
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
+    runs(1, run_dir, *RANDOM, "--max_steps", 10)
+    assert steps_in(run_dir) == [8, 10]
+    return run_dir
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(stopped, tmp_path, damage):
+    run_dir = shutil.copytree(stopped, tmp_path / "run")
+    assert checkpoint.find(run_dir)[0].name == "step_00000010"
+    DAMAGES[damage](run_dir / "checkpoints/step_00000010")
+    found, meta, warnings = checkpoint.find(run_dir)
+    assert found.name == "step_00000008" and meta["step"] == 8
+    assert len(warnings) == 1 and "passed over a damaged checkpoint" in warnings[0] and "step_00000010" in warnings[0] and "\n" not in warnings[0]
+
+
+@pytest.mark.parametrize("damage", LATEST)
+def test_a_damaged_latest_is_no_fresh_start(stopped, tmp_path, damage):
+    run_dir = shutil.copytree(stopped, tmp_path / "run")
+    LATEST[damage](run_dir / "checkpoints/latest")
+    found, meta, warnings = checkpoint.find(run_dir)
+    assert found.name == "step_00000010" and len(warnings) == 1 and f"{run_dir}/checkpoints/latest" in warnings[0]
+    shutil.rmtree(found.with_name("step_00000010")), shutil.rmtree(found.with_name("step_00000008"))
+    if damage != "missing":
+        with pytest.raises(ValueError, match="no intact checkpoint"):
+            checkpoint.find(run_dir)
+
+
+@pytest.mark.parametrize("damage", ["meta.json cut", ".metadata cut", "shard cut", "latest"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(runs, whole, stopped, tmp_path, damage):
+    reference, seen = whole(1, *RANDOM)
+    run_dir = shutil.copytree(stopped, tmp_path / "run")
+    if damage == "latest":
+        LATEST["before"](run_dir / "checkpoints/latest")
+    else:
+        DAMAGES[damage](run_dir / "checkpoints/step_00000010")
+    after, = runs(1, run_dir, "--resume", True, "--max_steps", 12)
+    assert after["losses"] == seen[0]["losses"][10 if damage == "latest" else 8:12]
+    warning, = events(run_dir, "warning")
+    assert after["console"].count(f"warning: {warning['message']}\n") == 1 and warning["step"] == 12 - len(after["losses"])
+    step = "checkpoints/step_00000012"
+    assert_same(weights(run_dir, run_dir / step), weights(reference, reference / step))
+
+
+def test_two_ranks_go_on_from_the_checkpoint_before_one_that_lacks_a_ranks_shards(runs, whole, tmp_path):
+    reference, _ = whole(2, *RANDOM)
+    run_dir = tmp_path / "run"
+    runs(2, run_dir, *RANDOM, "--max_steps", 10)
+    (run_dir / "checkpoints/step_00000010/__1_0.distcp").unlink()
+    first, second = runs(2, run_dir, "--resume", True, "--max_steps", None)
+    assert "__1_0.distcp is missing" in first["console"] and second["console"] == ""
+    assert [w["step"] for w in events(run_dir, "warning")][0] == 8
+    assert_same_run(run_dir, reference)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_all_checkpoints_damaged_is_one_error_and_nothing_is_deleted(runs, stopped, tmp_path, ranks):
+    run_dir = shutil.copytree(stopped, tmp_path / "run")
+    cut(run_dir / "checkpoints/step_00000008/.metadata")
+    cut(run_dir / "checkpoints/step_00000010/__0_0.distcp")
+    before = files_of(run_dir)
+    first, *others = runs(ranks, run_dir, "--resume", True, status=2)
+    assert first["console"].startswith(f"error: no intact checkpoint in {run_dir}/checkpoints: ") and first["console"].count("\n") == 1
+    assert [r["console"] for r in others] == [""] * (ranks - 1)
+    assert files_of(run_dir) == before
+
+
+# ---- full disks
+
+@contextlib.contextmanager
+def full_disk(rank, step, what):
+    """From the save of `step` on, one rank's files can't grow beyond 100 bytes, as on a full disk: its shards or, after them, meta.json.
+
+    Python ignores SIGXFSZ, so a write beyond the limit fails with an OSError, and really so: nothing is mocked.
+    """
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, write_json = checkpoint.save, checkpoint.write_json
+    fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+
+    def saving(run_dir, model, optimizer, meta, pinned):
+        if what == "shards" and meta["step"] == step:
+            fill()
+        return save(run_dir, model, optimizer, meta=meta, pinned=pinned)
+
+    def writing(path, value):
+        if what == "meta.json" and path.name == what and value["step"] == step:
+            fill()
+        return write_json(path, value)
+    if int(os.environ["RANK"]) != rank:
+        yield
+        return
+    with mock.patch.object(checkpoint, "save", saving), mock.patch.object(checkpoint, "write_json", writing):
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("rank, what", [(1, "shards"), (0, "shards"), (0, "meta.json")])
+def test_a_full_disk_stops_all_ranks_and_keeps_the_checkpoint_before(runs, whole, tmp_path, rank, what):
+    reference, _ = whole(2, *RANDOM)
+    run_dir = tmp_path / "run"
+    first, second = runs(2, run_dir, *RANDOM, fault=(full_disk, rank, 8, what), status=1)
+    errors = [line for line in first["console"].splitlines() if "error" in line]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and "File too large" in errors[0], first["console"]
+    assert "Traceback" not in first["console"] and second["console"] == ""
+    assert "File too large" in (run_dir / f"logs/rank_000{1 - rank}.log").read_text()
+    assert checkpoint.find(run_dir)[0].name == "step_00000004" and steps_in(run_dir) == [4]
+    runs(2, run_dir, "--resume", True)
+    assert_same_run(run_dir, reference)
+    assert not list(run_dir.glob("checkpoints/*.tmp"))
+
+
+def test_a_disk_that_is_full_for_everything(runs, whole, tmp_path):
+    """Checkpoints, logs, metrics and TensorBoard on one small disk: the console, at least, is told."""
+    reference, _ = whole(2, *RANDOM)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        first, second = runs(2, disk / "run", *RANDOM, status=1)
+        errors = [line for line in first["console"].splitlines() if "rror" in line]
+        assert len(errors) == 1 and errors[0].startswith("error: ") and "No space left on device" in errors[0], first["console"]
+        assert "Traceback" not in first["console"] and second["console"] == ""
+        step = checkpoint.find(disk / "run")[1]["step"]
+        assert steps_in(disk / "run")[-1] == step < 20 and "No space" not in "".join(map(str, events(disk / "run")))
+        subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
+        runs(2, disk / "run", "--resume", True)
+        assert_same_run(disk / "run", reference)
+    finally:
+        subprocess.run(["umount", disk], check=True)
