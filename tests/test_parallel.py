@@ -33,7 +33,7 @@ def watching():
 
     def saving(run_dir, model, optimizer, meta, pinned):
         if pinned or meta["state"]["epoch"] == 9:
-            seen["weights"][meta["state"]["phase"]] = {name: to_plain(t).clone() for name, t in model.state_dict().items()}
+            seen["weights"][meta["state"]["phase"]] = {name: to_plain(t).cpu().clone() for name, t in model.state_dict().items()}
         return save(run_dir, model, optimizer, meta=meta, pinned=pinned)
 
     with mock.patch.object(distributed, "sum_over_ranks", summing), mock.patch.object(checkpoint, "save", saving):
@@ -137,17 +137,19 @@ def run_compiled(argv, depth, backend, dynamic):
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def count_graphs(on_ranks, small, run_dir, depth, backend, dynamic=True):
+def count_graphs(on_ranks, small, run_dir, depth, backend, dynamic=True, flags=""):
     argv = [*PLAIN, "--data_dir", small, "--run_dir", run_dir, "--compile", True, "--dropout", 0.1, "--drop_path", 0.1,
-            "--train_samples", 16, "--lr_warmup_steps", 1]
+            "--train_samples", 16, "--lr_warmup_steps", 1, *flags.split()]
     totals = on_ranks(2, run_compiled, argv, depth, backend, dynamic)
     phases = [e for e in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if e["event"] in ("start", "switch")]
     return [p["graphs_compiled"] for p in phases], [p["eval_graphs_compiled"] for p in phases], totals
 
 
-@pytest.mark.parametrize("depth, backend", [(4, "eager"), pytest.param(4, "inductor", marks=slow), pytest.param(12, "eager", marks=slow)])
-def test_four_training_graphs_in_all(on_ranks, small, tmp_path, depth, backend):
-    training, evaluation, totals = count_graphs(on_ranks, small, tmp_path / "run", depth, backend)
+@pytest.mark.parametrize("depth, backend, flags", [
+    (4, "eager", ""), pytest.param(4, "inductor", "", marks=slow), pytest.param(12, "eager", "", marks=slow),
+    pytest.param(4, "eager", "--activation_checkpointing block", marks=slow)])
+def test_four_training_graphs_in_all(on_ranks, small, tmp_path, depth, backend, flags):
+    training, evaluation, totals = count_graphs(on_ranks, small, tmp_path / "run", depth, backend, flags=flags)
     assert training == [1, 1, 2] and evaluation == [1, 1, 1]
     assert totals == [7, 7]  # none later, in the epochs, and none outside the blocks
 
@@ -190,3 +192,18 @@ def test_activation_checkpointing_saves_memory_and_changes_no_gradient(compile):
         print(mode, some / none)
         assert some < share * none
         assert all(torch.allclose(gradients[n], expected[n], rtol=1e-4, atol=1e-7) for n in expected)
+
+
+# ---- GPUs
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_nccl(go):
+    """The path of a real run: NCCL, bfloat16, compiled, both switches; beside one GPU."""
+    flags = "--dtype bfloat16 --compile True --activation_checkpointing selective"
+    one, two = go(1, flags)[0], go(2, flags)
+    phases = [e for e in map(json.loads, (go.run_dir / "metrics.jsonl").read_text().splitlines()) if e["event"] in ("start", "switch")]
+    assert [p["graphs_compiled"] for p in phases] == [1, 1, 2] and [p["eval_graphs_compiled"] for p in phases] == [1, 1, 1]
+    assert two[0]["losses"] == two[1]["losses"] == pytest.approx(one["losses"], rel=1e-2)
+    for phase, weights in two[0]["weights"].items():
+        assert [n for n in weights if not torch.equal(two[1]["weights"][phase][n], weights[n])] == []

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import train
 from lora.inject import init_adapters, is_adapter, match_families
@@ -64,6 +65,12 @@ def weights(run_dir, path=None):
 def assert_same(a, b):
     assert a.keys() == b.keys()
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """TensorBoard's heat maps take a second an epoch; the reference run and those from a shell draw them."""
+    monkeypatch.setattr(SummaryWriter, "add_figure", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
