@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def to_plain(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class LoRALinear(nn.Linear):
     """A Linear with `len(ranks)` row parts; part i has an adapter of rank `ranks[i]`, or none where that is 0.
 
@@ -80,10 +84,13 @@ class LoRALinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)  # (..., out)
 
     def adapter(self, part: int) -> tuple[Tensor, Tensor]:
-        """(s·B, A) of a row part, (rows, rank) and (rank, in): their product is what it adds to the weight. Empty for rank 0."""
+        """(s·B, A) of a row part, (rows, rank) and (rank, in): their product is what it adds to the weight. Empty for rank 0.
+
+        Whole, where they are sharded: a collective, for every rank to call.
+        """
         start = sum(self.ranks[:part])
-        A = self.lora_A[start:start + self.ranks[part]]
-        B = self.lora_B[str(part)] if self.ranks[part] else self.weight.new_empty(len(self.weight) // len(self.ranks), 0)
+        A = to_plain(self.lora_A)[start:start + self.ranks[part]]
+        B = to_plain(self.lora_B[str(part)]) if self.ranks[part] else A.new_empty(self.out_features // len(self.ranks), 0)
         return (B if self.alpha is None or not self.ranks[part] else B * (self.alpha / self.ranks[part])), A
 
     @torch.no_grad()

@@ -2,13 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Families = dict[str, list[tuple[str, int, int]]]  # family -> [(module name, row part, number of row parts) per layer]
-
-
-def to_plain(tensor: Tensor) -> Tensor:
-    """A sharded tensor (DTensor) gathered whole, a collective; a plain one as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def read(norms: dict[str, list[Tensor]]) -> dict[str, list[float]]:
@@ -25,7 +21,8 @@ def weight_norms(model: nn.Module, families: Families) -> dict[str, list[float]]
     """
     norms: dict[str, list[Tensor]] = {}
     for family, layers in families.items():
-        rows = [to_plain(model.get_submodule(name).weight.float().square().sum(dim=1)) for name, _, _ in layers]  # (out,) each
+        rows = [model.get_submodule(name).weight.float().square().sum(dim=1) for name, _, _ in layers]  # (out,) each
+        rows = [r.full_tensor() if isinstance(r, DTensor) else r for r in rows]  # gathered, where they are sharded
         norms[family] = [r.chunk(parts)[part].sum().sqrt() for r, (_, part, parts) in zip(rows, layers)]
     return read(norms)
 
@@ -39,7 +36,7 @@ def adapter_norms(model: nn.Module, families: Families) -> dict[str, list[float]
     norms: dict[str, list[Tensor]] = {}
     for family, layers in families.items():
         modules = [(model.get_submodule(name), part) for name, part, _ in layers]
-        pairs = [tuple(map(to_plain, module.adapter(part))) for module, part in modules if hasattr(module, "adapter")]
+        pairs = [module.adapter(part) for module, part in modules if hasattr(module, "adapter")]
         if len(pairs) == len(layers) and all(A.numel() for _, A in pairs):
             norms[family] = [((B.float().T @ B.float()) * (A.float() @ A.float().T)).sum().clamp_min(0).sqrt() for B, A in pairs]
     return read(norms) if norms else {}

@@ -47,6 +47,8 @@ def run_main(argv, parallelize=None):
             stack.enter_context(mock.patch.object(train, "set_optimizer_state", lambda *args: None))
         seen["status"] = train.main([str(a) for a in argv])
     assert seen["status"] == 0
+    metrics = Path(argv[argv.index("--run_dir") + 1], "metrics.jsonl").read_text().splitlines()
+    seen["epochs"] = [e for e in map(json.loads, metrics) if e["event"] == "epoch"]
     return seen
 
 
@@ -73,6 +75,10 @@ def assert_same_numbers(seen, reference, rel=1e-5):
             assert mine.keys() == weights.keys()
             assert [n for n in weights if not torch.equal(mine[n], seen[0]["weights"][phase][n])] == []  # to the bit on all ranks
             assert [n for n in weights if not torch.allclose(mine[n], weights[n], atol=1e-4)] == []
+    for mine, theirs in zip(seen[0]["epochs"], reference["epochs"], strict=True):
+        assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=rel) and mine["trainable_params"] == theirs["trainable_params"]
+        for norms in ("weight_norms", "adapter_norms"):
+            assert mine[norms] == {family: pytest.approx(layers, rel=1e-3) for family, layers in theirs[norms].items()}
 
 
 slow = pytest.mark.slow
