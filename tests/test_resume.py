@@ -24,6 +24,8 @@ import torch.distributed.checkpoint as dcp
 
 import train
 from model import checkpoint, distributed
+from model.optim import get_optimizer_state
+from model.parallel import reshard, to_plain
 from model.vit import VARIANTS
 from monitor import logger
 from test_parallel import PLAIN, watching
@@ -69,7 +71,8 @@ def go(argv, fault=contextlib.nullcontext, *fault_args):
 def lean():
     """Two blocks, no figures, no FLOPs: what takes time and matters to none of these tests."""
     with mock.patch.dict(VARIANTS["tiny-debug"], depth=2), mock.patch.object(train, "count_flops", lambda *a: 0), \
-            mock.patch.object(logger, "change_heatmap"), mock.patch.object(logger, "rank_heatmap"):
+            mock.patch.object(logger, "change_heatmap"), mock.patch.object(logger, "rank_heatmap"), \
+            mock.patch.object(logger.SummaryWriter, "add_figure"):
         yield
 
 
@@ -231,6 +234,7 @@ def fork(environment, folder, argv, fault):
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in any process that was not spawned: for the loader's workers
     console = os.open(folder / f"console_{environment['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(console, 1), os.dup2(console, 2)
     try:
@@ -266,9 +270,6 @@ def before_step(rank, step, do, *args):
     with mock.patch.object(train, "get_lr", watched if int(os.environ["RANK"]) == rank else get_lr):
         yield
 
-
-def signal_self(number):
-    os.kill(os.getpid(), number)
 
 
 # ---- resume
@@ -556,3 +557,120 @@ def test_a_disk_that_is_full_for_everything(runs, whole, tmp_path):
         assert_same_run(disk / "run", reference)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+# ---- NaN on one rank
+
+@contextlib.contextmanager
+def poisoned(rank, step):
+    """On one rank, NaN images from optimiser step `step` on; yields the weights and the optimiser's state in memory, at the end."""
+    build_optimizer, normalise, finish = train.build_optimizer, train.normalise, dist.destroy_process_group
+    memory, current = {}, []
+
+    def building(model, *rest):
+        current[:] = model, build_optimizer(model, *rest)
+        return current[1]
+
+    def normalising(images, *rest):
+        images = normalise(images, *rest)
+        return images * torch.nan if bad[0] and torch.is_grad_enabled() else images
+
+    def finishing():  # while all ranks are still there
+        reshard(current[0])
+        memory.update({f"model.{name}": to_plain(t.detach()).clone() for name, t in current[0].state_dict().items()})
+        for name, state in get_optimizer_state(*current).items():
+            memory.update({f"optimizer.{name}.{key}": to_plain(t).clone() for key, t in state.items()})
+        finish()
+    bad = [False]
+    with before_step(rank, step, lambda: bad.__setitem__(0, True)), mock.patch.object(train, "build_optimizer", building), \
+            mock.patch.object(train, "normalise", normalising), mock.patch.object(dist, "destroy_process_group", finishing):
+        yield memory
+
+
+@pytest.mark.parametrize("step", [6, pytest.param(14, marks=slow), 18])
+@pytest.mark.parametrize("mesh", ["", pytest.param("--dp_shard 1", marks=slow), pytest.param("--frozen_base shard", marks=slow)])
+def test_a_nan_on_one_rank_stops_all_before_the_step(runs, tmp_path, step, mesh):
+    flags = [*RANDOM, *mesh.split()]
+    clean = runs(2, tmp_path / "clean", *flags, "--max_steps", step)
+    seen = runs(2, tmp_path / "run", *flags, fault=(poisoned, 1, step), status=1)
+    first, second = seen
+    error, = [line for line in first["console"].splitlines() if "error" in line]
+    last = tmp_path / f"run/checkpoints/step_{step // 4 * 4:08d}"
+    assert error.startswith(f"error: non-finite loss or gradient norm at step {step + 1}, epoch {step // 4 + 1}, ") and error.endswith(f" {last}")
+    assert second["console"] == "" and error.split(", ")[1] in (tmp_path / "run/logs/rank_0001.log").read_text()
+    assert first["losses"][:-1] == clean[0]["losses"]
+    for rank in seen:
+        assert_same(rank["extra"], weights(tmp_path / "clean"))
+    assert checkpoint.find(tmp_path / "run")[0] == last
+    runs(2, tmp_path / "run", "--resume", True, "--max_steps", step)  # without the NaN it goes on from there
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "clean"))
+
+
+# ---- signals
+
+def signalled(rank, step, number):
+    return before_step(rank, step, os.kill, os.getpid(), number)
+
+
+@pytest.mark.parametrize("number, step", [
+    (signal.SIGTERM, 5), (signal.SIGUSR2, 11), pytest.param(signal.SIGUSR1, 13, marks=slow), pytest.param(signal.SIGUSR2, 18, marks=slow),
+    pytest.param(signal.SIGTERM, 19, marks=slow)])
+def test_a_signal_on_one_rank_saves_the_same_step_on_all(runs, whole, tmp_path, number, step):
+    """In mid-epoch; at the last step of the epoch that ends in the switch; at the very last step."""
+    reference, seen = whole(2, *RANDOM)
+    run_dir = tmp_path / "run"
+    before = runs(2, run_dir, *RANDOM, fault=(signalled, 1, step, number), status=distributed.REQUEUE)
+    assert [len(r["losses"]) for r in before] == [step + 1] * 2
+    meta = checkpoint.find(run_dir)[1]
+    assert meta["step"] == step + 1 and meta["state"]["epoch"] == step // 4 and meta["state"]["epoch_step"] == step % 4 + 1
+    assert f"another rank was told to stop: saved at step {step + 1}, go on with --resume True" in before[0]["console"]
+    assert "error" not in before[0]["console"]
+    after = runs(2, run_dir, "--resume", True)
+    assert images_of(before) + images_of(after) == images_of(seen)
+    assert_same_run(run_dir, reference)
+
+
+@pytest.mark.parametrize("step", [9, 11])
+def test_a_signal_to_a_single_process(runs, whole, tmp_path, step):
+    reference, _ = whole(1, *RANDOM)
+    first, = runs(1, tmp_path / "run", *RANDOM, fault=(signalled, 0, step, signal.SIGTERM), status=distributed.REQUEUE)
+    assert f"SIGTERM: saved at step {step + 1}, go on with --resume True" in first["console"]
+    runs(1, tmp_path / "run", "--resume", True)
+    assert_same_run(tmp_path / "run", reference)
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_to_all_processes_of_a_rank_spares_its_loader_workers(launcher, whole, tmp_path, tiny, number):
+    reference, _ = whole(2, *RANDOM)
+    run_dir = tmp_path / "run"
+    argv = [*RUN, *RANDOM, "--data_dir", tiny, "--run_dir", run_dir, "--num_workers", 2]
+    pids = launcher.start(2, tmp_path, argv, slowed, 0.15)
+    while not (run_dir / "metrics.jsonl").exists() or len(events(run_dir, "epoch")) < 2 or len(processes_of(pids[1])) < 3:
+        assert None in launcher.statuses(pids), (tmp_path / "console_0").read_text()
+        time.sleep(0.1)
+    launcher.kill(pids[1:], number)
+    assert launcher.wait(pids) == [distributed.REQUEUE] * 2, (tmp_path / "console_0").read_text()
+    assert processes_of(pids[0]) == processes_of(pids[1]) == []
+    assert "rror" not in (run_dir / "logs/rank_0001.log").read_text() and 8 < checkpoint.find(run_dir)[1]["step"] < 20
+    assert launcher.wait(launcher.start(2, tmp_path, [*argv, "--resume", True])) == [0, 0]
+    assert_same_run(run_dir, reference)
+
+
+@contextlib.contextmanager
+def slowed(seconds):
+    """Every step takes longer: time for what happens in the middle of an epoch."""
+    get_lr = train.get_lr
+    with mock.patch.object(train, "get_lr", lambda *a: time.sleep(seconds) or get_lr(*a)):
+        yield
+
+
+def processes_of(group):
+    """Living processes of a group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            _, _, fields = stat.read_text().rpartition(") ")
+            if int(fields.split()[2]) == group and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
