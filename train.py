@@ -353,7 +353,7 @@ class State:
 
 
 def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: list[str]):
-    """Everything that can be found wrong before work begins, with `checkpoint.find`'s answer. Makes run_dir.
+    """Everything that can be found wrong before work begins, with `checkpoint.find`'s answer.
 
     Returns (training loader, validation loader), which yield this rank's share of the micro-batches.
     Raises ValueError, OSError or RuntimeError, in one sentence, for data that is missing, damaged or too small for a batch, a
@@ -388,7 +388,6 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
             raise ValueError(f"{metrics} is missing or shorter than it was when {last} was saved")
     if cfg.lr_warmup_steps >= total_steps:
         raise ValueError(f"lr_warmup_steps {cfg.lr_warmup_steps} leaves nothing of the {total_steps} steps of {cfg.epochs} epochs")
-    run_dir.mkdir(parents=True, exist_ok=True)
     return train_loader, val_loader
 
 
@@ -589,9 +588,14 @@ def main(argv: list[str]) -> int:
         found = distributed.on_rank_0(checkpoint.find, Path(cfg.run_dir)) if cfg.resume else (None, None, [])
         with distributed.together():
             loaders = open_run(cfg, *found)
+        with distributed.together():  # now that no rank has found anything wrong
+            Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as e:
-        if distributed.get_rank() == 0:
+        lost = distributed.get_world_size() > 1 and distributed.is_lost_rank(e)
+        if lost or distributed.get_rank() == 0:
             print(f"error: {e}", file=sys.stderr)
+        if lost:
+            return 1
         distributed.finish()
         return 2
     with distributed.rank_log(Path(cfg.run_dir)) as log, distributed.StopRequest() as stop:

@@ -219,7 +219,7 @@ def explain_lost_rank(run_dir: Path, error: BaseException, patience: float = 5.0
     rank, where = get_rank(), "a collective"
     recorded = _dump_fr_trace_json(True, False)
     with contextlib.suppress(OSError):
-        (run_dir / "logs" / f"flight_recorder_{rank}.json").write_text(recorded)
+        (run_dir / "logs" / f"flight_recorder_{rank}.json").write_bytes(recorded)
     entries = json.loads(recorded).get("entries")
     if entries:
         last = entries[-1]

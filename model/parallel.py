@@ -4,12 +4,13 @@ import contextlib
 import os
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from model.distributed import get_world_size
+from model import distributed
 
 
 def build_mesh(dp_shard: int | None, device_type: str) -> DeviceMesh | None:
@@ -17,7 +18,7 @@ def build_mesh(dp_shard: int | None, device_type: str) -> DeviceMesh | None:
 
     1 is plain replication, the world size plain FSDP, anything between HSDP. Raises ValueError if it doesn't divide the ranks.
     """
-    ranks = get_world_size()
+    ranks = distributed.get_world_size()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     shards = dp_shard or (per_node if ranks % per_node == 0 else ranks)
     if ranks % shards:
@@ -25,6 +26,8 @@ def build_mesh(dp_shard: int | None, device_type: str) -> DeviceMesh | None:
     if ranks == 1:
         return None
     mesh = init_device_mesh(device_type, (ranks // shards, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+    for dim in range(2):
+        dist.set_timeout(distributed.TIMEOUT, mesh.get_group(dim))  # a group of some of the ranks starts with torch's own 30 minutes
     return mesh if shards < ranks else mesh["dp_shard"]  # without replicas there is nothing to all-reduce
 
 

@@ -1,10 +1,12 @@
 """What a run on several ranks survives: kills, signals, damaged checkpoints, full disks, NaN, ranks that hang or die, bad input."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,6 +16,7 @@ import sys
 import time
 import traceback
 import zlib
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -674,3 +677,101 @@ def processes_of(group):
             if int(fields.split()[2]) == group and fields[0] != "Z":
                 found.append(int(stat.parent.name))
     return found
+
+
+# ---- ranks that hang or die
+
+@contextlib.contextmanager
+def impatient(rank, step, do, *args):
+    """before_step, where collectives wait no longer than 8 seconds."""
+    with mock.patch.object(distributed, "TIMEOUT", timedelta(seconds=8)), before_step(rank, step, do, *args):
+        yield
+
+
+@pytest.mark.parametrize("ranks, rank, flags, do", [
+    (2, 1, "", time.sleep), (2, 1, "", os._exit), pytest.param(2, 0, "", time.sleep, marks=slow), pytest.param(2, 0, "", os._exit, marks=slow),
+    pytest.param(4, 3, "--dp_shard 2", time.sleep, marks=slow), pytest.param(4, 3, "--dp_shard 2", os._exit, marks=slow)])
+def test_a_rank_that_hangs_or_dies_ends_the_run_and_is_named(launcher, tmp_path, tiny, ranks, rank, flags, do):
+    run_dir = tmp_path / "run"
+    pids = launcher.start(ranks, tmp_path, [*RUN, "--data_dir", tiny, "--run_dir", run_dir, *flags.split()], impatient, rank, 5, do, 99)
+    others = [r for r in range(ranks) if r != rank]
+    try:
+        launcher.wait([pids[r] for r in others])
+        statuses = launcher.statuses(pids)
+    finally:
+        launcher.kill(pids)
+    consoles = [(tmp_path / f"console_{r}").read_text() for r in range(ranks)]
+    assert statuses == [99 if r == rank and do is os._exit else None if r == rank else 1 for r in range(ranks)], "\n".join(consoles)
+    errors = [line for console in consoles for line in console.splitlines() if "error" in line]
+    assert len(errors) == 1 and re.search(rf"error: rank {rank} did not join gloo:\w+ number \d+ of group .*, shape \[", errors[0]), consoles
+    assert not any("Traceback" in console for console in consoles)
+    for r in others:
+        assert (run_dir / f"logs/flight_recorder_{r}.json").stat().st_size > 100
+        log = (run_dir / f"logs/rank_000{r}.log").read_text()
+        assert f"rank {rank} did not join" in log and "Traceback" in log
+    assert checkpoint.find(run_dir)[0].name == "step_00000004"
+
+
+# ---- bad input
+
+@contextlib.contextmanager
+def without_data(rank):
+    build_loader = train.build_loader
+
+    def building(loader, dataset, data_dir, *rest):
+        return build_loader(loader, dataset, "nowhere" if int(os.environ["RANK"]) == rank else data_dir, *rest)
+    with mock.patch.object(train, "build_loader", building):
+        yield
+
+
+@pytest.mark.parametrize("flags, fault, reason", [
+    ("--batch_size 15", (), "batch_size 15 is not divisible by 2 ranks × grad_accum_steps 1"),
+    ("--dp_shard 3", (), "dp_shard 3 does not divide the 2 ranks of this run"),
+    ("--data_dir nowhere", (), "no Fashion-MNIST under nowhere"),
+    ("", (without_data, 0), "rank 0: no Fashion-MNIST under nowhere"),
+    ("", (without_data, 1), "rank 1: no Fashion-MNIST under nowhere"),
+    ("--learning_rate 1", (), "unknown flag --learning_rate"),
+    ("--lr_warmup_steps 99", (), "lr_warmup_steps 99 leaves nothing of the 20 steps"),
+    ("--num_workers 99", (), "num_workers is 99"),
+    ("--run_dir /proc/nowhere", (), "/proc/nowhere"),
+])
+def test_bad_input_is_one_line_of_rank_0(runs, tmp_path, flags, fault, reason):
+    first, second = runs(2, tmp_path / "run", *flags.split(), fault=fault, status=2)
+    assert first["console"].startswith("error: ") and reason in first["console"] and first["console"].count("\n") == 1
+    assert second["console"] == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ("", "already holds a run: continue it with --resume True or choose another --run_dir"),
+    ("--resume True --seed 1", "was trained with seed = 0, it can't go on with 1"),
+    ("--resume True --lora_alpha 8 --batch_size 32", "was trained with batch_size = 16, it can't go on with 32"),
+    ("--resume True --train_samples 63", "was trained with train_samples = 64, it can't go on with 63"),
+    ("--resume True --dp_shard 3", "dp_shard 3 does not divide the 2 ranks"),
+    ("--resume True --epochs 2", "is past the end of 2 epochs"),
+])
+def test_a_run_that_is_there_is_left_alone(runs, stopped, tmp_path, flags, reason):
+    run_dir = shutil.copytree(stopped, tmp_path / "run")
+    before = files_of(run_dir)
+    first, second = runs(2, run_dir, *flags.split(), status=2)
+    assert first["console"].startswith("error: ") and reason in first["console"] and first["console"].count("\n") == 1
+    assert second["console"] == "" and files_of(run_dir) == before
+
+
+# ---- what a checkpoint says
+
+def test_meta_json_says_where_a_run_stands(runs, tmp_path):
+    run_dir = tmp_path / "run"
+    runs(2, run_dir, "--max_steps", 14, "--grad_accum_steps", 2)
+    meta = json.loads((run_dir / "checkpoints/step_00000014/meta.json").read_text())
+    state, ranks = meta["state"], json.loads((run_dir / "ranks.json").read_text())
+    assert (state["phase"], state["ranks"], meta["step"]) == ("warmup", ranks, 14)
+    assert (state["epoch"], state["epoch_step"], state["phase_epochs"]) == (3, 2, 0)
+    assert meta["order"] == {"seed": 0, "epoch": 3, "next_image": 32}
+    assert meta["rng"] == {"seed": 0, "step": 14, "micro_batches_per_step": 4}
+    assert meta["loader"] == "folder" and meta["train_images"] == 64 and meta["world_size"] == 2 and meta["mesh"] == {"dp_shard": 2}
+    assert meta["config"].keys() == {f.name for f in dataclasses.fields(train.Config)} and meta["config"]["batch_size"] == 16
+    assert meta["versions"]["torch"] == torch.__version__ and {"python", "cuda"} <= meta["versions"].keys()
+    epochs = events(run_dir, "epoch")
+    windows = json.dumps(meta["monitor"])
+    assert len(epochs) == 3 and all(str(e["train_loss"]) in windows for e in epochs[-2:]), windows
+    assert meta["state"]["metrics_bytes"] == (run_dir / "metrics.jsonl").stat().st_size
