@@ -212,11 +212,12 @@ def explain_lost_rank(run_dir: Path, error: BaseException, patience: float = 5.0
     """One sentence: which collective this rank was in, by torch's flight recorder, and which ranks never came or are gone; and
     whether this rank is the first to find out, the one to say it.
 
-    Each rank that ends here says so in the store; whoever has not after `patience` seconds is the one that hangs or died.
+    Each rank that ends here says so in the store; whoever has not after `patience` seconds is the one that hangs or died. Of the
+    collective's own ranks, if one of them has not: others may be waiting, in groups of theirs, for ranks that are ending here.
     The recorder goes to RUN/logs/flight_recorder_RANK.json.
     """
     from torch._C._distributed_c10d import _dump_fr_trace_json
-    rank, where = get_rank(), "a collective"
+    rank, where, members = get_rank(), "a collective", range(get_world_size())
     recorded = _dump_fr_trace_json(True, False)
     with contextlib.suppress(OSError):
         (run_dir / "logs" / f"flight_recorder_{rank}.json").write_bytes(recorded)
@@ -224,6 +225,9 @@ def explain_lost_rank(run_dir: Path, error: BaseException, patience: float = 5.0
     if entries:
         last = entries[-1]
         where = f"{last['profiling_name']} number {last['collective_seq_id']} of group {last['process_group'][1]}, shape {last['input_sizes']}"
+        for group, name in dist.distributed_c10d._world.pg_names.items():
+            if name == last["process_group"][0]:
+                members = dist.get_process_group_ranks(group)
     missing, first = [], True
     try:
         store = dist.distributed_c10d._get_default_store()
@@ -236,5 +240,6 @@ def explain_lost_rank(run_dir: Path, error: BaseException, patience: float = 5.0
             time.sleep(0.1)
     except (RuntimeError, OSError):
         missing = missing or [0]  # it keeps the store, unless torchrun does
+    missing = [r for r in missing if r in members] or missing
     who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "no rank (all of them gave up waiting)"
     return f"error: {who} did not join {where}: {str(error).splitlines()[0][:200]}", first
