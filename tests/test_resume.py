@@ -6,6 +6,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import pkgutil
 import re
 import resource
 import shutil
@@ -683,8 +684,8 @@ def processes_of(group):
 
 @contextlib.contextmanager
 def impatient(rank, step, do, *args):
-    """before_step, where collectives wait no longer than 8 seconds."""
-    with mock.patch.object(distributed, "TIMEOUT", timedelta(seconds=8)), before_step(rank, step, do, *args):
+    """before_step, where collectives wait no longer than 10 seconds."""
+    with mock.patch.object(distributed, "TIMEOUT", timedelta(seconds=10)), before_step(rank, step, do, *args):
         yield
 
 
@@ -710,6 +711,28 @@ def test_a_rank_that_hangs_or_dies_ends_the_run_and_is_named(launcher, tmp_path,
         log = (run_dir / f"logs/rank_000{r}.log").read_text()
         assert f"rank {rank} did not join" in log and "Traceback" in log
     assert checkpoint.find(run_dir)[0].name == "step_00000004"
+
+
+@contextlib.contextmanager
+def dying_in(rank, name):
+    """One rank dies as it calls a function."""
+    function = pkgutil.resolve_name(name)
+    with mock.patch(name, lambda *a, **kw: os._exit(99) if int(os.environ["RANK"]) == rank else function(*a, **kw)):
+        yield
+
+
+@slow
+@pytest.mark.parametrize("rank, name", [(1, "torch.distributed.checkpoint.save"), (0, "model.checkpoint.complete"), (1, "train.evaluate"),
+                                        (1, "train.switch_phase"), (1, "train.build_loader"), (0, "model.checkpoint.find")])
+def test_a_rank_that_dies_outside_of_a_step(launcher, tmp_path, tiny, rank, name):
+    argv = [*RUN, "--data_dir", tiny, "--run_dir", tmp_path / "run", "--resume", True]
+    statuses = launcher.wait(launcher.start(2, tmp_path, argv, dying_in, rank, name))
+    consoles = [(tmp_path / f"console_{r}").read_text() for r in range(2)]
+    assert statuses == [99 if r == rank else 1 for r in range(2)], consoles
+    errors = [line for line in consoles[1 - rank].splitlines() if "error" in line]
+    assert len(errors) == 1 and "Traceback" not in consoles[1 - rank] and "error" not in consoles[rank], consoles
+    early = name in ("train.build_loader", "model.checkpoint.find")
+    assert (tmp_path / "run").exists() != early and (early or f"error: rank {rank} did not join " in errors[0]), errors
 
 
 # ---- bad input
