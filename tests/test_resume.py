@@ -1,12 +1,14 @@
 """What a run on several ranks survives: kills, signals, damaged checkpoints, full disks, NaN, ranks that hang or die, bad input."""
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import json
 import multiprocessing
 import os
 import pkgutil
+import random
 import re
 import resource
 import shutil
@@ -237,6 +239,7 @@ def fork(environment, folder, argv, fault):
         return pid
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans where the tests are interrupted
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # as in any process that was not spawned: for the loader's workers
     console = os.open(folder / f"console_{environment['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -798,3 +801,58 @@ def test_meta_json_says_where_a_run_stands(runs, tmp_path):
     windows = json.dumps(meta["monitor"])
     assert len(epochs) == 3 and all(str(e["train_loss"]) in windows for e in epochs[-2:]), windows
     assert meta["state"]["metrics_bytes"] == (run_dir / "metrics.jsonl").stat().st_size
+
+
+# ---- kills
+
+def after_a_kill(run_dir):
+    """(step of the last complete checkpoint, whether a save was under way), having checked what must be there: saves come every
+    4 steps, those of 12 and 16 stay, and so do the last two."""
+    found, meta, warnings = checkpoint.find(run_dir)
+    last, steps, folder = meta["step"] if found else 0, steps_in(run_dir), run_dir / "checkpoints"
+    assert {step for step in (last, last - 4, 12, 16) if 0 < step <= last} <= set(steps) and (found is None or found == checkpoint.latest(run_dir))
+    assert warnings == [] and all(checkpoint.verify(folder / f"step_{step:08d}")["step"] == step for step in steps)
+    return last, bool(list(folder.glob("step_*.tmp"))) or last < max(steps, default=0)
+
+
+@slow
+def test_twenty_kills(launcher, tiny, tmp_path):
+    """At random moments of the run, every other one in a save. Nothing complete is lost, and what comes out is the same to the bit."""
+    argv = [*RUN, *RANDOM, "--data_dir", tiny, "--resume", True, "--run_dir"]
+    reference, start = tmp_path / "reference", time.monotonic()
+    assert launcher.wait(launcher.start(2, tmp_path, [*argv, reference])) == [0, 0]
+    seconds, draw, kills, in_save, number = time.monotonic() - start, random.Random(0), 0, 0, 0
+    while kills < 20:
+        run_dir, before, number, statuses = tmp_path / f"run{number}", 0, number + 1, [-9]
+        while statuses != [0, 0]:
+            started, saves, moment = time.time(), set(), None
+            pids = launcher.start(2, tmp_path, [*argv, run_dir])
+            while kills < 20 and launcher.statuses(pids) == [None, None]:
+                now = time.time()
+                if kills % 2:  # as the next save begins or the one after it, or shortly after
+                    saves |= {p.name for p in run_dir.glob("checkpoints/step_*.tmp") if modified(p) > started}
+                    if len(saves) > kills // 2 % 2 and moment is None:
+                        moment = now + draw.choice([0, 0.03, 0.15]) * draw.random()
+                elif moment is None and modified(run_dir / "logs/rank_0001.log") > started:
+                    moment = now + draw.uniform(0, seconds / 2)
+                if moment and now >= moment:
+                    launcher.kill(pids)
+                    break
+                time.sleep(0.003)
+            statuses = launcher.wait(pids)
+            assert statuses in ([0, 0], [-9, -9]), (tmp_path / "console_0").read_text()
+            last, saving = after_a_kill(run_dir)
+            assert last >= before
+            before = last
+            if statuses == [-9, -9]:
+                kills, in_save = kills + 1, in_save + saving
+        assert_same_run(run_dir, reference)
+    print(f"{kills} kills, {in_save} of them in a save, {number} runs of {seconds:.1f} s")
+    assert in_save >= 5
+
+
+def modified(path):
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0
