@@ -37,11 +37,21 @@ def save(run_dir: Path, model: nn.Module, optimizer, meta: dict, pinned: bool) -
     for name, state in get_optimizer_state(model, optimizer).items():
         tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
     try:
-        dcp.save(tensors, checkpoint_id=tmp)
+        dcp.save(tensors, checkpoint_id=tmp, storage_writer=Writer(tmp))
     except CheckpointException as e:
         raise unwrap(e, f"can't write {final}") from None
     on_rank_0(complete, tmp, final, meta | {"pinned": pinned})
     return final
+
+
+class Writer(dcp.FileSystemWriter):
+    """Raises the first cause of a failure: on its way to the other ranks an exception loses its causes, "no space left" among them."""
+
+    def write_data(self, *args):
+        try:
+            return super().write_data(*args)
+        except Exception as e:
+            raise first_cause(e) from None
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -166,10 +176,14 @@ def prune(newest: Path) -> None:
 
 def unwrap(e: CheckpointException, what: str) -> BaseException:
     """DCP wraps whatever went wrong, Ctrl-C included, in a BaseException of its own: the cause as an OSError of one line, on every rank."""
-    cause = next(iter(e.failures.values()))[0]
-    while cause.__context__:
-        cause = cause.__context__
+    cause = first_cause(next(iter(e.failures.values()))[0])
     return cause if isinstance(cause, KeyboardInterrupt) else SharedError(f"{what}: {str(cause) or type(cause).__name__}")
+
+
+def first_cause(e: BaseException) -> BaseException:
+    while e.__context__:
+        e = e.__context__
+    return e
 
 
 def write_json(path: Path, value) -> None:

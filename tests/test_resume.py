@@ -35,7 +35,7 @@ from model.parallel import reshard, to_plain
 from model.vit import VARIANTS
 from monitor import logger
 from test_parallel import PLAIN, watching
-from test_train import assert_same, events, weights, without_times
+from test_train import REPO, assert_same, events, weights, without_times
 
 # 4 steps an epoch, 20 in all: full 1-3 (the test decides), warmup 4, lora 5.
 RUN = [*PLAIN, "--epochs", "5", "--lora_warmup_epochs", "1"]
@@ -293,9 +293,9 @@ def test_resumed_on_as_many_ranks_is_the_same_to_the_bit(runs, whole, tmp_path, 
     assert_same_run(tmp_path / "run", reference)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-@pytest.mark.parametrize("point", POINTS)
-def test_resumed_on_another_number_of_ranks_goes_on_within_rounding(runs, whole, tmp_path, point, ranks, request):
+@pytest.mark.parametrize("point, ranks", [(p, r) if (p, r) in [("full", 1), ("switch", 4)] else pytest.param(p, r, marks=slow)
+                                         for p in POINTS for r in (1, 4)])
+def test_resumed_on_another_number_of_ranks_goes_on_within_rounding(runs, whole, tmp_path, point, ranks):
     reference, seen = whole(2)
     step, losses = POINTS[point], seen[0]["losses"]
     before = runs(2, tmp_path / "run", "--max_steps", step)
@@ -342,7 +342,7 @@ def save_killed_at(point, save):
         for file in sorted(Path(path).glob("*"))[:1]:
             file.unlink()
 
-    def half_saved(tensors, checkpoint_id):
+    def half_saved(tensors, checkpoint_id, **kw):
         checkpoint_id.mkdir()
         (checkpoint_id / "__0_0.distcp").write_bytes(b"PK")
     nothing = lambda *args, **kw: None
@@ -530,7 +530,7 @@ def full_disk(rank, step, what):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("rank, what", [(1, "shards"), (0, "shards"), (0, "meta.json")])
+@pytest.mark.parametrize("rank, what", [(1, "shards"), pytest.param(0, "shards", marks=slow), (0, "meta.json")])
 def test_a_full_disk_stops_all_ranks_and_keeps_the_checkpoint_before(runs, whole, tmp_path, rank, what):
     reference, _ = whole(2, *RANDOM)
     run_dir = tmp_path / "run"
@@ -594,7 +594,7 @@ def poisoned(rank, step):
         yield memory
 
 
-@pytest.mark.parametrize("step", [6, pytest.param(14, marks=slow), 18])
+@pytest.mark.parametrize("step", [pytest.param(6, marks=slow), pytest.param(14, marks=slow), 18])
 @pytest.mark.parametrize("mesh", ["", pytest.param("--dp_shard 1", marks=slow), pytest.param("--frozen_base shard", marks=slow)])
 def test_a_nan_on_one_rank_stops_all_before_the_step(runs, tmp_path, step, mesh):
     flags = [*RANDOM, *mesh.split()]
@@ -693,8 +693,8 @@ def impatient(rank, step, do, *args):
 
 
 @pytest.mark.parametrize("ranks, rank, flags, do", [
-    (2, 1, "", time.sleep), (2, 1, "", os._exit), pytest.param(2, 0, "", time.sleep, marks=slow), pytest.param(2, 0, "", os._exit, marks=slow),
-    pytest.param(4, 3, "--dp_shard 2", time.sleep, marks=slow), pytest.param(4, 3, "--dp_shard 2", os._exit, marks=slow)])
+    (2, 1, "", os._exit), pytest.param(2, 1, "", time.sleep, marks=slow), pytest.param(2, 0, "", os._exit, marks=slow),
+    pytest.param(2, 0, "", time.sleep, marks=slow), pytest.param(4, 3, "--dp_shard 2", time.sleep, marks=slow), pytest.param(4, 3, "--dp_shard 2", os._exit, marks=slow)])
 def test_a_rank_that_hangs_or_dies_ends_the_run_and_is_named(launcher, tmp_path, tiny, ranks, rank, flags, do):
     run_dir = tmp_path / "run"
     pids = launcher.start(ranks, tmp_path, [*RUN, "--data_dir", tiny, "--run_dir", run_dir, *flags.split()], impatient, rank, 5, do, 99)
@@ -856,3 +856,48 @@ def modified(path):
         return path.stat().st_mtime
     except OSError:
         return 0
+
+
+@slow
+def test_killed_and_told_to_stop_under_torchrun(tiny, tmp_path):
+    run_dir, torchrun = tmp_path / "run", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "train.py"]
+    argv = [*RUN, *RANDOM, "--data_dir", str(tiny), "--resume", "True", "--run_dir"]
+
+    def start(path):
+        return subprocess.Popen([*torchrun, *argv, str(path)], cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def wait_for(condition):
+        while not condition():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.003)
+
+    def pid_of(rank):
+        return int(re.findall(r"pid (\d+)", (run_dir / f"logs/rank_000{rank}.log").read_text())[-1])
+
+    process = start(tmp_path / "reference")
+    assert process.wait() == 0, process.stderr.read()
+
+    process = start(run_dir)  # everything at once, in the first save
+    wait_for(lambda: list(run_dir.glob("checkpoints/step_*.tmp")))
+    for pid in (process.pid, pid_of(0), pid_of(1)):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    first, _ = after_a_kill(run_dir)
+
+    process = start(run_dir)  # one rank, in the middle of an epoch: torchrun ends the other
+    wait_for(lambda: len(events(run_dir, "epoch")) > 1)
+    os.kill(pid_of(1), signal.SIGKILL)
+    assert process.wait() == 1 and not Path(f"/proc/{pid_of(0)}").exists()
+    second, _ = after_a_kill(run_dir)
+    assert second >= max(first, 4)
+
+    process = start(run_dir)  # torchrun hands SIGTERM on
+    wait_for(lambda: len(events(run_dir, "epoch")) > 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0 and "rror" not in (run_dir / "logs/rank_0001.log").read_text().split("starts on")[-1]
+    third = checkpoint.find(run_dir)[1]["step"]
+    assert third >= 12 and checkpoint.read_meta(checkpoint.latest(run_dir))["state"]["epoch_step"] == (third % 4 or 4)
+
+    process = start(run_dir)
+    assert process.wait() == 0, process.stderr.read()
+    assert_same_run(run_dir, tmp_path / "reference")

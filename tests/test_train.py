@@ -564,10 +564,10 @@ def test_loss_that_overflows_is_caught_too(small, tmp_path, capsys):
 def test_full_disk_stops_the_run_and_keeps_the_checkpoint(small, reference, tmp_path, capsys, monkeypatch):
     run_dir, save = tmp_path / "run", dcp.save
 
-    def disk_full(tensors, checkpoint_id):
+    def disk_full(tensors, checkpoint_id, **kw):
         if "step_00000060" in str(checkpoint_id):
             raise OSError(28, "No space left on device")
-        return save(tensors, checkpoint_id=checkpoint_id)
+        return save(tensors, checkpoint_id=checkpoint_id, **kw)
     monkeypatch.setattr(dcp, "save", disk_full)
     assert train.main(argv(small, run_dir)) == 1
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
