@@ -8,8 +8,8 @@
 Model, phases and sharding are train.py's own; the process group is torch's fake one and the tensors are fake. torch goes through a
 step of rank 0, op by op and collective by collective, but computes nothing and sends nothing. Counted is what FSDP2 really issues
 and what torch really allocates: on 2 real ranks both come out the same, except that watching the LoRA phase keeps one gradient
-of a qkv output alive too long (0.07 of its 11 GiB). Blocks run eagerly; compiled ones send the same, and keep fewer activations
-where the compiler recomputes pointwise work in backward. Dropout, drop path and gradient accumulation are off.
+of a qkv output alive too long (0.07 of its 11 GiB). Blocks run eagerly; FSDP treats compiled ones the same, and they keep fewer
+activations where the compiler recomputes pointwise work in backward. Dropout, drop path and gradient accumulation are off.
 
 All rows of a command take minutes on 2 idle cores and are printed as they come; --dp_shard N takes a third of that.
 """
@@ -187,10 +187,11 @@ WHY_MEMORY = """
 Why less is saved than the paper's 20 -> 16 GB (ViT-L/16, each GPU with its own copy of everything, 64 images): adapters on all six
 families need the same saved activations as full training. What is saved is gradients and Adam moments of the base, 16 -> 2 bytes
 a parameter where nothing is sharded: 4.9 -> 0.6 GB, the paper's 4 GB. Here
-- gradients are freed after each update, and the peak is where backward begins: activations whole, gradients not there yet. 12 -> 2 bytes;
-- sharded over n ranks the 12 are 12 / n. From n = 6 on a frozen base on every rank (2 bytes) takes more than all that full training shards.
-  --frozen_base shard takes 4 / n, and gathers the base every step (python bench.py wire);
-- moments or not, activations are most of it: --activation_checkpointing block saves more than any phase does."""
+- gradients are freed after each update, and without checkpointing the peak is where backward begins, all activations there and no
+  gradients yet: 12 -> 2 bytes. Gradients kept over a step (accumulation, DDP's buckets) make it 16 -> 2;
+- sharded over n ranks the 12 are 12 / n: from n = 6 on a frozen base on every rank (2 bytes) takes more than all that full training
+  shards. --frozen_base shard takes 4 / n, and gathers the base every step (python bench.py wire);
+- activations are most of it: --activation_checkpointing block saves more than any phase does."""
 
 
 def fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

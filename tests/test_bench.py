@@ -194,7 +194,7 @@ def real_memory(model, images, cases):
 
 @with_tiny
 def fake_switch(model, shards, before, after):
-    """Peak of a switch, its lower limit by arithmetic (the old model with its moments beside the new one), the largest parameter's bytes."""
+    """A switch's peak; by arithmetic its lower limit, the old model with its moments beside the new one, and a block's largest weight."""
     cfg, ranks = make_config(model, after), bench.uniform_ranks(model)
     with bench.fake_ranks(8) as mode:
         mesh = build_mesh(shards, "cpu")
@@ -250,6 +250,24 @@ def test_activations_are_what_the_blocks_keep(on_ranks):
     assert activations("tiny/3", "full", "block") - checkpointed == pytest.approx(block_input, rel=1e-2)
 
 
+@pytest.mark.slow
+def test_memory_of_the_paper_s_model(on_ranks):
+    """ViT-L/16, 64 images: what plain replication saves, and that full sharding saves nothing."""
+    lora = "lora, base replicated"
+    asked = [(1, "full"), (1, lora), (64, "full"), (64, lora)]
+    (rows,) = on_ranks(1, fake_memory, "L/16", 64, 64, asked, timeout=900)
+    assert [{part: measured[part] for part in expected} for measured, expected in rows] == [expected for _, expected in rows]
+    tokens = 64 * ((224 // 16) ** 2 + 1)
+    kept = tokens * 24 * (36 * 1024 + 4 * 16 + 16)
+    assert all(kept < measured["activations"] < 1.06 * kept for measured, _ in rows)
+    full, saving, sharded, saving_sharded = [sum(measured.values()) for measured, _ in rows]
+    assert 2.3e9 < full - saving < 2.8e9  # of 304 M parameters 12 -> 2 bytes, and 12 for 28 M of adapters
+    assert saving_sharded > sharded
+    # control: where gradients are kept from step to step, 16 -> 2 bytes, as the paper has it
+    (((full, _), (saving, _)),) = on_ranks(1, fake_memory, "L/16", 64, 64, asked[:2], {}, True, timeout=900)
+    assert sum(full.values()) - sum(saving.values()) > 3.5e9
+
+
 @pytest.mark.parametrize("shards", [8, 1])
 @pytest.mark.parametrize("before, after", [("full", "warmup"), ("warmup", "lora, base replicated")])
 def test_switch_holds_the_old_and_the_new_and_little_else(on_ranks, shards, before, after):
@@ -271,7 +289,7 @@ def test_commands(on_ranks):
     ((status, out, _),) = on_ranks(1, run_main, "wire --model tiny-debug --world_size 4 --dp_shard 4")
     rows = [line.split() for line in out.splitlines() if line.startswith(CASES[-2])]
     assert status == 0 and len(rows) == 2 and all(0 < float(row[-1]) < 1 for row in rows)
-    ((status, out, _),) = on_ranks(1, run_main, "memory --model tiny-debug --world_size 4 --dp_shard 1 --images 64 --activation_checkpointing none")
+    ((status, out, _),) = on_ranks(1, run_main, "memory --model tiny-debug --world_size 4 --dp_shard 1 --activation_checkpointing none")
     assert status == 0 and "20 -> 16 GB" in out
     for line in [line for line in out.splitlines() if line.startswith(tuple(CASES))]:
         peak, _, *parts = map(float, line[52:].split())
