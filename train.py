@@ -77,7 +77,7 @@ class Config:
     mixup: float = 0.0  # alpha of Beta(alpha, alpha); 0 = off
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the compute; masters and optimiser stay float32
     compile: bool = True  # torch.compile, one region per block
-    activation_checkpointing: Literal["none", "block", "selective"] = "none"  # block: recompute all; selective: keep half, the compiler chooses
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"  # block: recompute all; selective: half, by the compiler
     # several GPUs
     dp_shard: int | None = None  # ranks that share one copy of the masters (FSDP); None = those of a node; 1 = plain replication
     reshard_after_forward: bool = True  # free a block's gathered weights between forward and backward, and gather them again
@@ -545,7 +545,8 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             peak = (peak_flops(device, cfg.dtype) or 0) * world_size
             record = {"event": "epoch", "epoch": s.epoch, "step": s.step, "phase": s.phase, "train_loss": train_loss,
                       "train_top1": 100 * hits / cfg.batch_size, "epoch_seconds": s.epoch_seconds, "images_per_second": rate,
-                      "data_wait_fraction": s.epoch_waited / s.epoch_seconds, "mfu": rate * costs["flops_per_image"] / peak if peak else None,
+                      "data_wait_fraction": s.epoch_waited / s.epoch_seconds,
+                      "mfu": rate * costs["flops_per_image"] / peak if peak else None,
                       "peak_memory_bytes": int(distributed.max_over_ranks(peak_memory(device), device)),
                       "trainable_params": costs["trainable_params"], "lr": get_lr(s.step - 1, cfg.lr, cfg.lr_warmup_steps, total_steps),
                       "weight_norms": s.base_norms, "adapter_norms": adapter_norms(model, families),

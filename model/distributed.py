@@ -224,7 +224,8 @@ def explain_lost_rank(run_dir: Path, error: BaseException, patience: float = 5.0
     entries = json.loads(recorded).get("entries")
     if entries:
         last = entries[-1]
-        where = f"{last['profiling_name']} number {last['collective_seq_id']} of group {last['process_group'][1]}, shape {last['input_sizes']}"
+        where = (f"{last['profiling_name']} number {last['collective_seq_id']} of group {last['process_group'][1]}, "
+                 f"shape {last['input_sizes']}")
         for group, name in dist.distributed_c10d._world.pg_names.items():
             if name == last["process_group"][0]:
                 members = dist.get_process_group_ranks(group)

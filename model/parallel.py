@@ -67,7 +67,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh | None = None, compile: bool 
 
     options = dict(mesh=mesh, shard_placement_fn=place,
                    ignored_params={p for p in model.parameters() if replicate_frozen and not p.requires_grad})
-    narrow = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    narrow = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mp_policy=narrow, reshard_after_forward=reshard_after_forward, **options)
     return fully_shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), reshard_after_forward=False, **options)
