@@ -11,7 +11,7 @@ and what torch really allocates: on 2 real ranks both come out the same, except 
 of a qkv output alive too long (0.07 of its 11 GiB). Blocks run eagerly; FSDP treats compiled ones the same, and they keep fewer
 activations where the compiler recomputes pointwise work in backward. Dropout, drop path and gradient accumulation are off.
 
-All rows of a command take minutes on 2 idle cores and are printed as they come; --dp_shard N takes a third of that.
+All rows take 4 minutes (wire) and 6 (memory) of one core and are printed as they come; --dp_shard N takes a third of that.
 """
 
 import contextlib
