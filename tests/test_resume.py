@@ -293,6 +293,15 @@ def test_resumed_on_as_many_ranks_is_the_same_to_the_bit(runs, whole, tmp_path, 
     assert_same_run(tmp_path / "run", reference)
 
 
+@slow
+def test_resumed_compiled_in_bfloat16_is_the_same_to_the_bit(runs, tmp_path):
+    flags = [*RANDOM, "--compile", True, "--dtype", "bfloat16", "--mode", "lora", "--epochs", 3]
+    whole = runs(2, tmp_path / "whole", *flags)
+    runs(2, tmp_path / "run", *flags, "--max_steps", 6)
+    assert runs(2, tmp_path / "run", *flags, "--resume", True, "--max_steps", None)[1]["losses"] == whole[1]["losses"][6:]
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("point, ranks", [(p, r) if (p, r) in [("full", 1), ("switch", 4)] else pytest.param(p, r, marks=slow)
                                          for p in POINTS for r in (1, 4)])
 def test_resumed_on_another_number_of_ranks_goes_on_within_rounding(runs, whole, tmp_path, point, ranks):
@@ -644,6 +653,19 @@ def test_a_signal_to_a_single_process(runs, whole, tmp_path, step):
     assert f"SIGTERM: saved at step {step + 1}, go on with --resume True" in first["console"]
     runs(1, tmp_path / "run", "--resume", True)
     assert_same_run(tmp_path / "run", reference)
+
+
+@slow
+def test_a_signal_with_ffcv(on_ranks, small, tmp_path):
+    """At an epoch's last step: the resumed epoch has no batch left."""
+    pytest.importorskip("ffcv")
+    runs = Runs(on_ranks, small)
+    flags = [*RANDOM, "--loader", "ffcv", "--num_workers", 1]
+    whole = runs(2, tmp_path / "whole", *flags)
+    before = runs(2, tmp_path / "run", *flags, fault=(signalled, 1, 11, signal.SIGTERM), status=distributed.REQUEUE)
+    after = runs(2, tmp_path / "run", "--resume", True)
+    assert images_of(before) + images_of(after) == images_of(whole)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @slow
