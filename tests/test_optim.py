@@ -261,7 +261,7 @@ def test_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
     expected = snapshot(model, optimizer)
     checkpoint.save(tmp_path, model, optimizer, {"step": 2}, pinned=False)
 
-    def disk_full(tensors, checkpoint_id):
+    def disk_full(tensors, checkpoint_id, storage_writer):
         checkpoint_id.mkdir()
         (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
         raise OSError(28, "No space left on device")
