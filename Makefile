@@ -7,6 +7,8 @@ LOADER ?= ffcv
 DATA := datasets/fashion_mnist
 RAW := $(DATA)/FashionMNIST/raw/t10k-labels-idx1-ubyte
 PY := .venv/bin/python
+# two at a time, one thread each: most tests wait for processes of their own, and two OpenMP pools on two cores spin against each other
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 LIBRARIES := python3-venv python3-dev g++ pkg-config libopencv-dev libturbojpeg0-dev
 
@@ -53,7 +55,7 @@ train: setup data
 	$(PY) -m monitor.plot runs/debug
 
 test: setup data .venv/.dev
-	$(PY) -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 test-slow: setup data .venv/.dev
-	$(PY) -m pytest -m slow
+	$(TEST) -m slow

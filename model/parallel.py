@@ -4,6 +4,8 @@ import contextlib
 import os
 
 import torch
+import torch._dynamo.config
+import torch._functorch.config  # not there before something else imports it
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh

@@ -172,7 +172,10 @@ def fake_memory(model, world_size, images, asked, options={}, keep_gradients=Fal
 
 @with_tiny
 def real_memory(model, images, cases):
-    """The largest sum of a step's allocations less frees, of each case, on real ranks, as torch's profiler has it from the allocator."""
+    """The largest sum of a step's allocations less frees, of each case, on real ranks, as torch's profiler has it from the allocator.
+
+    The least of three steps: gloo's threads hold what they have sent until they are scheduled, which the peak may see or not.
+    """
     distributed.start()
     peaks = []
     for case in cases:
@@ -181,13 +184,16 @@ def real_memory(model, images, cases):
         optimizer = build_optimizer(built, cfg.weight_decay)
         bench.fill_moments(built, optimizer)
         bench.take_step(cfg, built, optimizer, images)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-            bench.take_step(cfg, built, optimizer, images)
-        held = [0]
-        for event in prof.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held.append(held[-1] + event.nbytes())
-        peaks.append(max(held))
+        of_steps = []
+        for _ in range(3):
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+                bench.take_step(cfg, built, optimizer, images)
+            held = [0]
+            for event in prof.profiler.kineto_results.events():
+                if event.name() == "[memory]":
+                    held.append(held[-1] + event.nbytes())
+            of_steps.append(max(held))
+        peaks.append(min(of_steps))
     distributed.finish()
     return peaks
 

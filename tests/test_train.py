@@ -468,6 +468,12 @@ def test_bad_input_from_a_shell(small, tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+def test_a_compiled_run_from_a_shell(small, tmp_path):
+    """In a process that has imported nothing else, as this one has."""
+    command = [sys.executable, "train.py", *argv(small, tmp_path / "run", "--compile", True, "--max_steps", 1)]
+    assert "stopped at step 1" in subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 @pytest.mark.parametrize("text, reason", [
     ("learning_rate = 1", "unknown key 'learning_rate'"),
     ("epoch = 3", "unknown key 'epoch', did you mean epochs?"),
