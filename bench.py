@@ -1,12 +1,15 @@
-"""What a step costs on many GPUs, without having them: bytes on the wire and memory of a rank, phase by phase.
+"""What data loading costs on this machine, and what a step costs on many GPUs, without having them: bytes on the wire and memory of a
+rank, phase by phase.
 
+    python bench.py data                                     images/s of FFCV, beside torchvision's DataLoader on the same images
+    python bench.py data --images /data/imagenet/val         … on a tree of one's own
     python bench.py wire                                     ViT-L/16 on 64 ranks: what each rank sends in a step
     python bench.py wire --model B/16 --world_size 16 --dp_shard 16
     python bench.py memory                                   ViT-L/16 on 64 ranks, 64 images each: a rank's peak, and what it is made of
     python bench.py memory --dp_shard 1 --activation_checkpointing block
 
-Model, phases and sharding are train.py's own; the process group is torch's fake one and the tensors are fake. torch goes through a
-step of rank 0, op by op and collective by collective, but computes nothing and sends nothing. Counted is what FSDP2 really issues
+For wire and memory, model, phases and sharding are train.py's own; the process group is torch's fake one and the tensors are fake.
+torch goes through a step of rank 0, op by op and collective by collective, but computes nothing and sends nothing. Counted is what FSDP2 really issues
 and what torch really allocates: on 2 real ranks both come out the same, except that watching the LoRA phase keeps one gradient
 of a qkv output alive too long (0.07 of its 11 GiB). Blocks run eagerly; FSDP treats compiled ones the same, and they keep fewer
 activations where the compiler recomputes pointwise work in backward. Dropout, drop path and gradient accumulation are off.
@@ -15,16 +18,26 @@ All rows take 4 minutes (wire) and 6 (memory) of one core and are printed as the
 """
 
 import contextlib
+import os
 import random
+import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Literal
 from unittest import mock
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the loader's threads and torch's would spin against each other on few cores
+
+import numba
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform as timm_rand_augment
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fake_collectives import CollectiveOp, sync_ops
@@ -34,16 +47,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torchvision import transforms as T
+from torchvision.datasets import ImageFolder
 
 import train
-from data.loader import DATASETS, DatasetSpec
+from data.augment import normalise
+from data.beton import read_samples, write_beton
+from data.decode import decode_jpeg
+from data.folder import ImageTree
+from data.loader import DATASETS, build_loader
+from data.order import default_workers
 from model.optim import build_optimizer
 from model.parallel import build_mesh, to_plain
 from model.vit import LORA_FAMILIES, VARIANTS
 from train import Config, autocast, build_model, switch_phase
 
 Model = Literal[*VARIANTS]
-DATASETS.setdefault("imagenet", DatasetSpec(224, 1000, (0.5,) * 3, (0.5,) * 3, ()))  # only its sizes matter here
 
 # What is compared: title -> phase, frozen_base
 CASES = {"full": ("full", "replicate"), "warmup": ("warmup", "replicate"), "lora, base replicated": ("lora", "replicate"),
@@ -274,12 +293,106 @@ def memory(model: Model = "L/16", world_size: int = 64, images: int = 64, dp_sha
     return held
 
 
+# ---------------------------------------------------------------------------------------------------------------------------------
+# data loading
+
+def make_photos(folder: Path, count: int) -> None:
+    """A tree of `count` JPEGs that cost what ImageNet's do: 500 × 375, 110 kB; noise whose spectrum falls as photographs' does."""
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500))
+    frequency[0, 0] = 1
+    for i in range(count):
+        noise = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(3, 375, 500))) / frequency**1.05, s=(375, 500))
+        noise = noise + noise.mean(axis=0)  # channels agree more than not
+        pixels = (noise / noise.std() * 55 + 120).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+        path = folder / f"class_{i % 4}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=90)
+
+
+def torchvision_batches(folder: Path, batch_size: int, num_workers: int, rand_augment: int):
+    """A function that goes through an epoch of what one would write without this repo, normalised float32 batches."""
+    extra = [timm_rand_augment(f"rand-m{rand_augment}-mmax{rand_augment}-p1.0-n2", {"img_mean": (128,) * 3})] if rand_augment else []
+    pipeline = T.Compose([T.RandomResizedCrop(224, (0.05, 1.0)), T.RandomHorizontalFlip(), *extra, T.ToTensor(),
+                          T.Normalize((0.5,) * 3, (0.5,) * 3)])
+    return torch.utils.data.DataLoader(ImageFolder(str(folder), pipeline), batch_size, shuffle=True, num_workers=num_workers,
+                                       drop_last=True, persistent_workers=True, pin_memory=torch.cuda.is_available())
+
+
+def data(images: str | None = None, num_workers: int | None = None, count: int = 768, batch_size: int = 32, rounds: int = 5,
+         rand_augment: int = 15) -> dict[str, float]:
+    """Images/s of a training epoch, to normalised float32 batches of 224 × 224, and how many times torchvision's DataLoader's that is.
+
+    images: a tree of CLASS/IMAGE; None = photo-like noise, made for the occasion. num_workers: threads of FFCV, processes of torchvision;
+    None = one per core. count: images of an epoch. batch_size: float32 batches above 32 MB are fresh memory from the system each time,
+    which costs a CPU more than normalising (a GPU does that itself). All take turns, in another order every round, `rounds` times;
+    medians. Limit: JPEG decoding alone, by the same libturbojpeg on the same threads. Returns {row: images/s}, and prints it.
+    """
+    num_workers = num_workers or default_workers()
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(images) if images else Path(scratch) / "photos"
+        if images is None:
+            make_photos(tree, count)
+        source = ImageTree(tree)
+        source.samples = source.samples[:: max(1, len(source.samples) // count)][:count]
+        if len(source) < batch_size:
+            raise ValueError(f"{tree} has {len(source)} images, fewer than a batch of {batch_size}")
+        same = Path(scratch) / "same"  # torchvision reads what the .beton holds: quality 90, at most 500 pixels
+        for mode in ("jpg", "raw"):
+            write_beton(source, Path(scratch) / mode / "train.beton", mode=mode)
+        samples, file = read_samples(Path(scratch) / "jpg/train.beton"), np.memmap(Path(scratch) / "jpg/train.beton", np.uint8, "r")
+        for i, (start, size, _, _, _, label) in enumerate(samples.tolist()):
+            path = same / str(label) / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file[start: start + size].tobytes())
+
+        def ours(mode, magnitude):
+            loader = build_loader("ffcv", "imagenet", Path(scratch) / mode, "train", batch_size, 0, num_workers,
+                                  num_classes=len(source.classes), rand_augment_magnitude=magnitude)
+            return lambda epoch: sum(len(normalise(x, (0.5,) * 3, (0.5,) * 3)) for x, _ in loader.epoch(epoch))
+
+        def theirs(magnitude):
+            loader = torchvision_batches(same, batch_size, num_workers, magnitude)
+            return lambda epoch: sum(len(x) for x, _ in loader)
+
+        def decoding(epoch):
+            numba.set_num_threads(num_workers)
+            return decode_all(file, samples)
+
+        runs = {"torchvision, JPEG": theirs(0), "FFCV, JPEG": ours("jpg", 0), "FFCV, raw": ours("raw", 0),
+                "torchvision, JPEG, RandAugment": theirs(rand_augment), "FFCV, JPEG, RandAugment": ours("jpg", rand_augment),
+                "FFCV, raw, RandAugment": ours("raw", rand_augment), "limit: JPEG decoding alone": decoding}
+        rates = {name: [] for name in runs}
+        for epoch in range(rounds + 1):
+            for name, run in random.sample(list(runs.items()), len(runs)):  # each behind another one every time
+                start = time.perf_counter()
+                seen = run(epoch)
+                if epoch:  # the first of each warms up
+                    rates[name].append(seen / (time.perf_counter() - start))
+        rates = {name: statistics.median(values) for name, values in rates.items()}
+    megabytes = samples[:, 1].mean() / 1e6
+    print(f"{len(source)} images of {megabytes:.3f} MB on average, {num_workers} workers, batches of {batch_size}, "
+          f"RandAugment(2, {rand_augment}), medians of {rounds} epochs each\n\n{'':34}{'images/s':>10}{'× torchvision':>15}")
+    for name, rate in rates.items():
+        peer = rates["torchvision, JPEG" + ", RandAugment" * name.endswith("RandAugment")]
+        print(f"{name:34}{rate:10.0f}{rate / peer:15.2f}")
+    return rates
+
+
+@numba.njit(nogil=True, parallel=True)  # no cache: it would not notice a change of decode_jpeg
+def decode_all(file, samples):
+    for i in numba.prange(len(samples)):
+        image = np.empty((samples[i, 3], samples[i, 4], 3), np.uint8)
+        decode_jpeg(file[samples[i, 0]: samples[i, 0] + samples[i, 1]], image)
+    return len(samples)
+
+
 def main(argv: list[str]) -> int:
     """Exit status: 0, or 2 for a user's mistake."""
     try:
-        tyro.extras.subcommand_cli_from_dict({"wire": wire, "memory": memory}, prog="bench.py", args=argv, description=__doc__,
-                                             use_underscores=True)
-    except ValueError as e:
+        tyro.extras.subcommand_cli_from_dict({"data": data, "wire": wire, "memory": memory}, prog="bench.py", args=argv,
+                                             description=__doc__, use_underscores=True)
+    except (ValueError, OSError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0

@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from data.augment import mixup, normalise
-from data.loader import DATASETS, build_loader
+from data.loader import DATASETS, build_loader, get_staged_dir, prefetch, stage
 from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families
 from lora.ranks import assign_ranks
 from model import checkpoint, distributed
@@ -60,6 +60,8 @@ class Config:
     data_dir: str = "datasets/fashion_mnist"  # holds train.beton and val.beton (ffcv) or the raw files (folder)
     loader: Literal["ffcv", "folder"] = "ffcv"  # folder: torchvision, where FFCV's system libraries are missing
     num_workers: int | None = None  # loader threads or processes; None = one per core this process may use
+    num_classes: int | None = None  # None = those of the row; for a tree of one's own
+    stage_dir: str | None = None  # copy the .beton files to this folder, on each node's local disk, at the start; None = read them in place
     train_samples: int | None = None  # train on a fixed random subset of so many images; None = all
     # model
     model: str = "tiny-debug"  # a row of model/vit.py's VARIANTS
@@ -74,6 +76,7 @@ class Config:
     lr_warmup_steps: int = 10_000  # linear, from 0
     weight_decay: float = 0.1  # in torch's sense, multiplied by lr; Linear and Conv weights and adapters only
     grad_clip: float = 1.0  # global norm; 0 = off
+    rand_augment: int = 0  # magnitude M of RandAugment(2, M): two operations on every image; 10 is the nominal maximum; 0 = off
     mixup: float = 0.0  # alpha of Beta(alpha, alpha); 0 = off
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the compute; masters and optimiser stay float32
     compile: bool = True  # torch.compile, one region per block
@@ -109,14 +112,17 @@ def check_config(cfg: Config) -> None:
     check(cfg.seed < 2**63, f"seed must be below 2**63, not {cfg.seed}")
     for name in ("epochs", "batch_size", "grad_accum_steps", "lr", "window_epochs", "rank_min", "tau", "zeta", "layer_norm_eps"):
         check(getattr(cfg, name) > 0, f"{name} must be above 0, not {getattr(cfg, name)}")
-    for name in ("seed", "keep_every", "lr_warmup_steps", "weight_decay", "grad_clip", "mixup", "lora_warmup_epochs", "num_workers"):
+    for name in ("seed", "keep_every", "lr_warmup_steps", "weight_decay", "grad_clip", "rand_augment", "mixup", "lora_warmup_epochs",
+                 "num_workers"):
         check(getattr(cfg, name) is None or getattr(cfg, name) >= 0, f"{name} must not be negative, not {getattr(cfg, name)}")
-    for name in ("max_steps", "train_samples", "switch_epoch", "lora_alpha", "dp_shard"):
+    for name in ("max_steps", "train_samples", "num_classes", "switch_epoch", "lora_alpha", "dp_shard"):
         check(getattr(cfg, name) is None or getattr(cfg, name) > 0, f"{name} must be above 0 or None, not {getattr(cfg, name)}")
     for name in ("dropout", "drop_path"):
         check(0 <= getattr(cfg, name) < 1, f"{name} must be in [0, 1), not {getattr(cfg, name)}")
     check(cfg.model in VARIANTS, f"unknown model {cfg.model!r}, there are: {', '.join(VARIANTS)}")
     check(cfg.dataset in DATASETS, f"unknown dataset {cfg.dataset!r}, there are: {', '.join(DATASETS)}")
+    check(cfg.stage_dir is None or cfg.loader == "ffcv", "stage_dir is for .beton files: it needs --loader ffcv")
+    check(cfg.stage_dir != "", "stage_dir is empty")
     size, patch = DATASETS[cfg.dataset].image_size, VARIANTS[cfg.model]["patch_size"]
     check(size % patch == 0, f"{cfg.dataset}'s images of {size} pixels can't be cut into {cfg.model}'s patches of {patch}")
     check(cfg.batch_size % cfg.grad_accum_steps == 0,
@@ -238,8 +244,8 @@ def build_model(cfg: Config, phase: str, ranks: dict[str, list[int]] | None, dev
     The only way to build one."""
     data = DATASETS[cfg.dataset]
     with torch.device("meta"):
-        model = VisionTransformer(cfg.model, data.image_size, data.num_classes, dropout=cfg.dropout, drop_path=cfg.drop_path,
-                                  layer_norm_eps=cfg.layer_norm_eps)
+        model = VisionTransformer(cfg.model, data.image_size, cfg.num_classes or data.num_classes, dropout=cfg.dropout,
+                                  drop_path=cfg.drop_path, layer_norm_eps=cfg.layer_norm_eps)
         if phase != "full":  # ranks may be there already, for the switch that is due
             add_lora(model, match_families(model, LORA_FAMILIES, tuple(ranks)), ranks, cfg.lora_alpha)
     if phase == "lora":
@@ -319,8 +325,7 @@ def evaluate(cfg: Config, model, loader, device: torch.device) -> dict:
     """Loss, top-1 and top-5 in % over the validation set, each image once on one of the ranks; labels of -1 are padding."""
     data, model = DATASETS[cfg.dataset], model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # summed loss, top-1 hits, top-5 hits, images
-    for images, labels in loader.epoch(0):
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    for images, labels in prefetch(loader.epoch(0), device):
         with autocast(cfg, device):
             logits = model(normalise(images, data.mean, data.std)).float()  # (B, C)
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5), a padded row never hits
@@ -363,9 +368,10 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
     if cfg.batch_size % (cfg.grad_accum_steps * world_size):
         raise ValueError(f"batch_size {cfg.batch_size} is not divisible by {world_size} ranks × grad_accum_steps {cfg.grad_accum_steps}")
     batch_size = cfg.batch_size // (cfg.grad_accum_steps * world_size)
-    train_loader = build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "train", batch_size, cfg.seed, cfg.num_workers, cfg.train_samples,
-                                rank, world_size)
-    val_loader = build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "val", batch_size, cfg.seed, cfg.num_workers, None, rank, world_size)
+    data_dir = get_staged_dir(cfg.data_dir, cfg.stage_dir) if cfg.stage_dir else cfg.data_dir
+    train_loader, val_loader = [
+        build_loader(cfg.loader, cfg.dataset, data_dir, split, batch_size, cfg.seed, cfg.num_workers, num_samples, cfg.num_classes,
+                     cfg.rand_augment, rank, world_size) for split, num_samples in (("train", cfg.train_samples), ("val", None))]
     images, total_steps = train_loader.num_samples, train_loader.num_samples // cfg.batch_size * cfg.epochs
     if not total_steps:
         raise ValueError(f"batch_size {cfg.batch_size} is above the {images} training images")
@@ -373,7 +379,7 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
         if not {"state", "monitor", "config", "train_images"} <= meta.keys():
             raise ValueError(f"{last}/meta.json is damaged: keys are missing")
         old, state = typed_config(meta["config"], f"{last}/meta.json"), State(**meta["state"])
-        fixed = ["model", "dataset", "mode", "seed", "batch_size", "train_samples", "target_modules", "window_epochs"]
+        fixed = ["model", "dataset", "num_classes", "mode", "seed", "batch_size", "train_samples", "target_modules", "window_epochs"]
         if state.ranks:  # adapters of these ranks and this scaling, a base in this precision; the freeze's checkpoint is still open
             fixed += ["rank_min", "rank_max", "lora_alpha", "lora_trainable", "dtype"]
         for name in fixed:
@@ -482,7 +488,7 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             params = [p for p in model.parameters() if p.requires_grad]
             totals = torch.tensor(s.epoch_totals, dtype=torch.float64, device=device)  # summed loss, hits
             bad_step = torch.zeros((), dtype=torch.int64, device=device)  # the first with a non-finite loss or gradient norm, from 1
-            batches = train_loader.epoch(s.epoch, start_batch=s.epoch_step * cfg.grad_accum_steps)
+            batches = prefetch(train_loader.epoch(s.epoch, start_batch=s.epoch_step * cfg.grad_accum_steps), device)
             first_step, start, stopped = s.epoch_step, time.perf_counter() - s.epoch_seconds, False
             reset_peak_memory(device)
             model.train()
@@ -494,7 +500,6 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
                     before = time.perf_counter()
                     images, labels = next(batches)  # (B, 3, H, W) uint8 channels_last, (B,)
                     s.epoch_waited += time.perf_counter() - before
-                    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                     seed_torch(cfg.seed, micro_batch)
                     images, other_labels, lam = mixup(normalise(images, data.mean, data.std), labels, cfg.mixup, cfg.seed, micro_batch)
                     if mesh is not None:  # gradients travel once a step
@@ -587,6 +592,8 @@ def main(argv: list[str]) -> int:
             cfg, notes = parse_config(argv)
         mesh = build_mesh(cfg.dp_shard, device.type)
         found = distributed.on_rank_0(checkpoint.find, Path(cfg.run_dir)) if cfg.resume else (None, None, [])
+        if cfg.stage_dir:
+            distributed.once_per_node(stage, cfg.dataset, cfg.data_dir, cfg.stage_dir, distributed.get_rank() == 0)
         with distributed.together():
             loaders = open_run(cfg, *found)
         with distributed.together():  # now that no rank has found anything wrong

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = timedelta(minutes=10)  # until a collective that some rank has not joined ends the run
+PATIENCE = timedelta(hours=2)  # of ranks that wait for another on their node to copy files
 REQUEUE = os.EX_TEMPFAIL  # 75, the exit status of a run that was told to stop and wants to go on: "temporary failure, try again"
 
 
@@ -177,6 +178,28 @@ def on_rank_0(function: Callable, *args):
     if outcome[1]:
         raise outcome[1]
     return outcome[0]
+
+
+def once_per_node(function: Callable, *args) -> None:
+    """Call `function` on one rank of each node while the others wait, for PATIENCE if need be: they look into the store, because a
+    collective would time out. What one raises is raised on every rank, as a ValueError; a DistError where one never comes back."""
+    error, key, deadline = None, f"once_per_node/{function.__name__}", time.monotonic() + PATIENCE.total_seconds()
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        try:
+            function(*args)
+        except Exception as e:  # whatever it is, the others must hear of it
+            error = str(e) if isinstance(e, (ValueError, OSError)) else repr(e)
+    if dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        ready = store.add(key, 1)
+        while ready % get_world_size():  # a second call would count on from here
+            if time.monotonic() > deadline:
+                done = f"{ready % get_world_size()} of {get_world_size()} ranks"
+                raise dist.DistError(f"only {done} were through with {function.__name__} after {PATIENCE}")
+            time.sleep(0.2)
+            ready = store.add(key, 0)
+    if error := agree(error):
+        raise ValueError(error)
 
 
 class StopRequest:

@@ -286,7 +286,7 @@ def test_switch_holds_the_old_and_the_new_and_little_else(on_ranks, shards, befo
 
 def run_main(argv):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        status = bench.main(argv.split())
+        status = bench.main(argv.split() if isinstance(argv, str) else argv)
     assert not dist.is_initialized()
     return status, out.getvalue(), err.getvalue()
 
@@ -307,3 +307,12 @@ def test_commands(on_ranks):
 def test_mistakes_are_one_sentence(on_ranks, argv, reason):
     ((status, _, err),) = on_ranks(1, run_main, argv)
     assert status == 2 and reason in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_data_command():
+    pytest.importorskip("ffcv")
+    status, out, err = run_main(["data", "--count", "64", "--rounds", "1", "--num_workers", "1"])
+    rows = [line.split() for line in out.splitlines() if line.startswith(("FFCV", "torchvision", "limit"))]
+    assert status == 0 and len(rows) == 7 and all(float(row[-2]) > 0 for row in rows), err
+    assert run_main(["data", "--images", "nowhere"])[0] == 2
