@@ -91,7 +91,7 @@ class FFCVLoader:
         self.close()
         order = get_epoch_indices(self.indices, self.train, self.batch_size, self.seed, epoch, start_batch, self.rank, self.ranks)
         self._epoch[0] = epoch
-        self._thread = _start_thread(self._ffcv, self._loader, order)
+        self._thread = _start_thread(self._ffcv, self._loader, np.ascontiguousarray(order))  # a stride would be another type to compile
         return self._iterate(self._thread, -(-len(order) // self.batch_size), len(self) - start_batch)
 
     def _iterate(self, thread, num_filled, num_batches):
