@@ -372,6 +372,10 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
     train_loader, val_loader = [
         build_loader(cfg.loader, cfg.dataset, data_dir, split, batch_size, cfg.seed, cfg.num_workers, num_samples, cfg.num_classes,
                      cfg.rand_augment, rank, world_size) for split, num_samples in (("train", cfg.train_samples), ("val", None))]
+    if None not in (train_loader.classes, val_loader.classes) and train_loader.classes != val_loader.classes:
+        here, there = next(pair for pair in zip(train_loader.classes, val_loader.classes) if pair[0] != pair[1])
+        raise ValueError(f"train and val of {data_dir} do not have the same classes: {here!r} in one stands where {there!r} does "
+                         "in the other")
     images, total_steps = train_loader.num_samples, train_loader.num_samples // cfg.batch_size * cfg.epochs
     if not total_steps:
         raise ValueError(f"batch_size {cfg.batch_size} is above the {images} training images")

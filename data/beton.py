@@ -146,9 +146,9 @@ class _Pixels:
         return np.array(image), int(label)
 
 
-def _run_worker(errors, work, *args):
+def _run_worker(errors, *args):
     try:
-        work(*args)
+        _work(*args)
     except BaseException as error:
         errors.put(f"{type(error).__name__}: {error}" if not isinstance(error, DataError) else str(error))
         sys.exit(1)
@@ -183,7 +183,7 @@ def _write(partial, path, dataset, workers, mode, quality, skip_bad):
         """FFCV's own waits for ever for a worker that failed or was killed; this one ends with the worker's error."""
 
         def write(self):
-            self.num_samples, self.bad = len(dataset), {}
+            self.num_samples = len(dataset)
             self.prepare()
             todo, allocations = multiprocessing.Queue(), multiprocessing.Queue()
             errors, done = multiprocessing.SimpleQueue(), multiprocessing.Value(ctypes.c_uint64, 0)
@@ -193,7 +193,7 @@ def _write(partial, path, dataset, workers, mode, quality, skip_bad):
             for _ in range(self.num_workers):
                 todo.put(None)
             allocator = ffcv.writer.MemoryAllocator(self.fname, self.data_region_start, self.page_size)
-            args = (errors, _work, todo, self.metadata_sm, self.metadata_type, self.fields, allocator, done, allocations, dataset, skip_bad)
+            args = (errors, todo, self.metadata_sm, self.metadata_type, self.fields, allocator, done, allocations, dataset, skip_bad)
             processes = [multiprocessing.Process(target=_run_worker, args=args, daemon=True) for _ in range(self.num_workers)]
             results = []
             try:
@@ -208,7 +208,8 @@ def _write(partial, path, dataset, workers, mode, quality, skip_bad):
                                 reason = "a worker was killed" if errors.empty() else errors.get()
                                 raise RuntimeError(f"{path}: {reason}")
                         bar.update(done.value - bar.n)
-                self.finish([row for rows, _ in results for row in rows], dict(row for _, rows in results for row in rows))
+                bad = dict(row for _, rows in results for row in rows)
+                self.finish([row for rows, _ in results for row in rows], bad)
             finally:
                 for process in processes:
                     if process.is_alive() and len(results) < len(processes):
@@ -216,11 +217,10 @@ def _write(partial, path, dataset, workers, mode, quality, skip_bad):
                 todo.cancel_join_thread()  # after a failure nobody reads it, and exit would wait for that
                 self.metadata_sm.unlink()
                 self.metadata_sm.close()
-            return self.bad
+            return bad
 
         def finish(self, allocations, bad):
             """Metadata without the bad images, the allocation table behind the data, and the header again, now with the table's place."""
-            self.bad = bad
             good = np.setdiff1d(np.arange(len(dataset)), list(bad))
             if len(good) == 0:
                 raise RuntimeError(f"{path}: none of {len(dataset)} images can be read, the first: {bad[0]}")
@@ -320,6 +320,8 @@ def main(argv):
                 unpack_imagenet(root, split)
             source = open_dataset(name, root, split)
         else:
+            if args.root:
+                raise ValueError(f"--root belongs to a named data set, imagenet:train say, not to the folder {args.source}")
             source = ImageTree(args.source)
         if isinstance(source, ImageTree):
             if source.ignored:

@@ -3,7 +3,6 @@
 python -m data.folder fashion_mnist DIR     # prepares the raw files: from Debian's package, else torchvision's download
 """
 import argparse
-import contextlib
 import gzip
 import os
 import shutil
@@ -56,9 +55,7 @@ def read_image(path):
     Raises DataError, naming the file."""
     try:
         with Image.open(path) as image:
-            image.load()
-            with contextlib.suppress(Exception):  # a damaged EXIF beside a sound image: it stays as it lies in the file
-                image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") and (pixels := np.asarray(image)).max() > 255:  # 16 bits: Pillow would cut off the upper
                 image = Image.fromarray((pixels >> 8).clip(0, 255).astype(np.uint8))
             elif image.mode == "P" and "transparency" in image.info:
@@ -87,6 +84,7 @@ class ImageTree(ImageFolder):
         self.is_valid_file = None  # else it could not be sent to processes
 
     def empty_classes(self):
+        """Names of the class folders without an image."""
         return [self.classes[label] for label in sorted(set(range(len(self.classes))) - set(self.targets))]
 
 
@@ -138,6 +136,7 @@ def unpack_imagenet(root, split):
 # the loader
 
 def shift(image, seed, epoch, index, pad):
+    """random_shift of one Pillow image; the next two are random_flip and rand_augment, that one by timm's own operations."""
     down, right = get_shift(seed, epoch, index, pad)
     return image.transform(image.size, Image.Transform.AFFINE, (1, 0, -right, 0, 1, -down))
 
@@ -209,9 +208,10 @@ class FolderLoader:
 
     def __init__(self, dataset, data_dir, split, batch_size, seed, num_workers, num_samples, num_classes, augmentations, rank, ranks):
         self.source, self.spec, self.num_classes = open_dataset(dataset, data_dir, split), DATASETS[dataset], num_classes
-        if len(self.source.classes) != num_classes:
-            raise ValueError(f"{split} of {data_dir} has {len(self.source.classes)} classes, expected {num_classes}: "
-                             f"say --num_classes {len(self.source.classes)}")
+        self.classes = list(self.source.classes)
+        if len(self.classes) != num_classes:
+            raise ValueError(f"{split} of {data_dir} has {len(self.classes)} classes, expected {num_classes}: "
+                             f"say --num_classes {len(self.classes)}")
         self.train, self.batch_size, self.seed, self.augmentations = split == "train", batch_size, seed, augmentations
         self.indices = get_indices(len(self.source), self.train, batch_size, num_samples, ranks)
         self.rank, self.ranks, self.image_size = rank, ranks, self.spec.image_size

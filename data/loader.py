@@ -42,8 +42,8 @@ DATASETS = {
 class FFCVLoader:
     """This rank's batches of a .beton file; a training epoch's are a pure function of (seed, epoch), whatever the number of workers.
 
-    Attributes: num_samples (of an epoch on all ranks, so of the subset if num_samples restricts it), num_classes, batch_size (of
-    a rank), backend.
+    Attributes: num_samples (of an epoch on all ranks, so of the subset if num_samples restricts it), num_classes, classes (their
+    names, None for a .beton without its .json), batch_size (of a rank), backend.
     Raises FileNotFoundError without the file, ValueError on a damaged one or numbers that do not fit together.
     """
 
@@ -60,9 +60,9 @@ class FFCVLoader:
         num_workers = default_workers() if num_workers is None else num_workers
         if not 1 <= num_workers <= cpus:
             raise ValueError(f"num_workers is {num_workers}: expected 1 to {cpus}, the CPUs this process may use")
-        classes = read_classes(path)
-        if classes is not None and len(classes) != num_classes:
-            raise ValueError(f"{path} has {len(classes)} classes, expected {num_classes}: say --num_classes {len(classes)}")
+        self.classes = read_classes(path)
+        if self.classes is not None and len(self.classes) != num_classes:
+            raise ValueError(f"{path} has {len(self.classes)} classes, expected {num_classes}: say --num_classes {len(self.classes)}")
         self._ffcv = ffcv = import_ffcv()
         self._epoch, self._thread = np.zeros(1, dtype=np.int64), None
         min_area = spec.min_area if self.train else 0
@@ -158,7 +158,7 @@ def stage(dataset, data_dir, stage_dir, show=True):
         files += [path, path.with_suffix(".json")]
     target.mkdir(parents=True, exist_ok=True)
     for leftover in target.glob("*.tmp"):  # of a process that was killed, unless one still holds it
-        with contextlib.suppress(OSError), open(leftover, "rb") as file:
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), open(leftover, "rb") as file:  # it does, or another was faster
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
 
@@ -172,7 +172,7 @@ def stage(dataset, data_dir, stage_dir, show=True):
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"staging to {target}", disable=not (files and show)) as bar:
         for file in files:
             if not file.exists():  # FFCV's own writer makes no .json
-                (target / file.name).unlink()
+                (target / file.name).unlink(missing_ok=True)
                 continue
             partial = target / f"{file.name}.{socket.gethostname()}.{os.getpid()}.tmp"
             try:
@@ -199,6 +199,7 @@ def get_staged_dir(data_dir, stage_dir):
 
 
 def find_beton(dataset, data_dir, split):
+    """data_dir/{split}.beton; FileNotFoundError, with the command that makes it, where it is not."""
     path = Path(data_dir) / f"{split}.beton"
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: make it with `python -m data.beton {dataset}:{split} {path} --root {data_dir}`")

@@ -215,6 +215,7 @@ def test_one_image(tmp_path):
     (["TREE", "out.beton", "--workers", "0"], "0 workers"),
     (["TREE", "/dev/null/out.beton"], "/dev/null"),
     (["TREE", "out.json"], "ends in .beton"),
+    (["TREE", "out.beton", "--root", "elsewhere"], "--root belongs to a named data set"),
 ])
 def test_mistakes_are_one_line(tree, tmp_path, monkeypatch, capsys, argv, reason):
     monkeypatch.chdir(tmp_path)
@@ -417,6 +418,17 @@ def test_train_on_a_tree_by_both_loaders_and_resume(tree, betons, tmp_path, at_2
     assert [e["val_top1"] for e in whole] == [e["val_top1"] for e in cut]
     assert train.main(["--run_dir", str(tmp_path / "cut"), "--resume", "True", "--num_classes", "4", "--epochs", "4"]) == 2
     assert "classes" in capsys.readouterr().err.strip().split("\n")[-1]
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "folder"])
+def test_train_and_val_of_different_classes(tree, tmp_path, at_28_pixels, capsys, backend):
+    """As many, so that only their names tell: an accuracy over mixed-up labels would look like a bad model."""
+    shutil.copytree(tree, tmp_path / "data")
+    (tmp_path / "data/val/bee").rename(tmp_path / "data/val/wasp")
+    for split in ("train", "val"):
+        assert main([str(tmp_path / "data" / split), str(tmp_path / f"data/{split}.beton")]) == 0
+    assert train_on(tmp_path / "data", tmp_path / "run", "--loader", backend) == 2
+    assert "do not have the same classes: 'bee' in one stands where 'wasp' does" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "folder"])
