@@ -9,8 +9,8 @@ rank, phase by phase.
     python bench.py memory --dp_shard 1 --activation_checkpointing block
 
 For wire and memory, model, phases and sharding are train.py's own; the process group is torch's fake one and the tensors are fake.
-torch goes through a step of rank 0, op by op and collective by collective, but computes nothing and sends nothing. Counted is what FSDP2 really issues
-and what torch really allocates: on 2 real ranks both come out the same, except that watching the LoRA phase keeps one gradient
+torch goes through a step of rank 0, op by op and collective by collective, but computes nothing and sends nothing. Counted is what
+FSDP2 really issues and what torch really allocates: on 2 real ranks both come out the same, except that watching the LoRA phase keeps one gradient
 of a qkv output alive too long (0.07 of its 11 GiB). Blocks run eagerly; FSDP treats compiled ones the same, and they keep fewer
 activations where the compiler recomputes pointwise work in backward. Dropout, drop path and gradient accumulation are off.
 
