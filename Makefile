@@ -1,5 +1,6 @@
 # make train   set up, prepare Fashion-MNIST, run config/debug.py through its three phases, draw the figures
 # make test    set up, run the tests; make test-slow: those that take minutes
+# make slurm   install Slurm (Debian's), on which the tests then start a cluster of their own
 # LOADER=folder does without FFCV, its system libraries and root; PYTHON=python3.12 picks the interpreter
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 LIBRARIES := python3-venv python3-dev g++ pkg-config libopencv-dev libturbojpeg0-dev
 
-.PHONY: setup data train test test-slow
+.PHONY: setup data train slurm test test-slow
 .DELETE_ON_ERROR:
 
 setup: .venv/.requirements $(if $(filter ffcv,$(LOADER)),.venv/.ffcv)
@@ -59,3 +60,8 @@ test: setup data .venv/.dev
 
 test-slow: setup data .venv/.dev
 	$(TEST) -m slow
+
+# nothing is configured or started: each test run has its own daemons, keys and ports
+slurm:
+	@missing=$$(for p in slurm-wlm munge; do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -n "$$missing" ]; then $(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends $$missing; fi

@@ -4,6 +4,7 @@
     python train.py config/debug.py --mode full             the baseline
     python train.py config/debug.py --lr 1e-3 --tau 0.25    any field of Config is a flag
     torchrun --nproc_per_node 4 train.py config/debug.py    several GPUs, or CPU processes
+    python launch/submit.py --nodes 16 config/x.py          a Slurm cluster
     python train.py --run_dir runs/debug --resume True      go on where the last checkpoint stands, on any number of ranks
 """
 
@@ -42,7 +43,7 @@ from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
 from monitor.convergence import ConvergenceMonitor, failure_signs, rank_signs
 from monitor.logger import RunLogger, phase_table
 from monitor.norms import adapter_norms, weight_norms
-from monitor.perf import count_flops, peak_flops, peak_memory, reset_peak_memory
+from monitor.perf import Stopwatch, count_flops, peak_flops, peak_memory, reset_peak_memory
 from monitor.plot import load_run
 
 
@@ -58,7 +59,7 @@ class Config:
     # data
     dataset: str = "fashion_mnist"  # a row of data/loader.py's DATASETS
     data_dir: str = "datasets/fashion_mnist"  # holds train.beton and val.beton (ffcv) or the raw files (folder)
-    loader: Literal["ffcv", "folder"] = "ffcv"  # folder: torchvision, where FFCV's system libraries are missing
+    loader: Literal["ffcv", "folder", "synthetic"] = "ffcv"  # folder: torchvision, where FFCV's libraries are missing; synthetic: no files
     num_workers: int | None = None  # loader threads or processes; None = one per core this process may use
     num_classes: int | None = None  # None = those of the row; for a tree of one's own
     stage_dir: str | None = None  # copy the .beton files to this folder, on each node's local disk, at the start; None = read them in place
@@ -121,6 +122,7 @@ def check_config(cfg: Config) -> None:
         check(0 <= getattr(cfg, name) < 1, f"{name} must be in [0, 1), not {getattr(cfg, name)}")
     check(cfg.model in VARIANTS, f"unknown model {cfg.model!r}, there are: {', '.join(VARIANTS)}")
     check(cfg.dataset in DATASETS, f"unknown dataset {cfg.dataset!r}, there are: {', '.join(DATASETS)}")
+    check(cfg.loader != "synthetic" or not cfg.rand_augment, "synthetic images are not augmented: loader synthetic goes with rand_augment 0")
     check(cfg.stage_dir is None or cfg.loader == "ffcv", "stage_dir is for .beton files: it needs --loader ffcv")
     check(cfg.stage_dir != "", "stage_dir is empty")
     size, patch = DATASETS[cfg.dataset].image_size, VARIANTS[cfg.model]["patch_size"]
@@ -183,14 +185,16 @@ def typed_config(values: dict, where: str) -> Config:
     return Config(**values)
 
 
-def suggest(key: str) -> str:
-    close = difflib.get_close_matches(key.lstrip("-"), [f.name for f in dataclasses.fields(Config)], n=1)
+def suggest(key: str, *others) -> str:
+    """", did you mean …?" with the nearest field of Config or `others`, if one is near."""
+    close = difflib.get_close_matches(key.lstrip("-"), [f.name for kind in (Config, *others) for f in dataclasses.fields(kind)], n=1)
     return f", did you mean {close[0]}?" if close else ""
 
 
-def parse_flags(argv: list[str], default: Config) -> Config:
-    """Flags over `default`, by tyro. Raises ValueError with tyro's reason in one line; --help prints and exits."""
-    known = {f"--{f.name}" for f in dataclasses.fields(Config)}
+def parse_flags(argv: list[str], default, prog: str = "train.py", description: str = __doc__):
+    """Flags over `default`, a Config or another dataclass, by tyro. Raises ValueError with tyro's reason in one line; --help prints and
+    exits."""
+    known = {f"--{f.name}" for f in dataclasses.fields(default)}
     for flag in argv:
         name = flag.split("=")[0].replace("-", "_").replace("__", "--", 1)
         if flag.startswith("--") and flag != "--help" and name not in known:
@@ -198,8 +202,8 @@ def parse_flags(argv: list[str], default: Config) -> Config:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(tyro.conf.FlagConversionOff[Config], prog="train.py", args=argv, default=default, use_underscores=True,
-                            description=__doc__)
+            return tyro.cli(tyro.conf.FlagConversionOff[type(default)], prog=prog, args=argv, default=default, use_underscores=True,
+                            description=description)
     except SystemExit as e:
         if not e.code:
             raise
@@ -471,8 +475,11 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             init_adapters(model, cfg.seed)
         costs = {} if s.next_phase else enter_phase()  # with a switch due, the phase to come is entered below
         logger.bar.unpause()  # compilation is over: time left counts from here
+        hosts = distributed.gather(distributed.get_host())
         logger.write({"event": "start", "epoch": s.epoch, "step": s.step, "phase": s.phase, "device": device.type, "world_size": world_size,
-                      "notes": notes, **costs})
+                      "hosts": hosts, "notes": notes, **costs})
+        if world_size > 1:
+            logger.message("ranks: " + ", ".join(f"{[r for r, h in enumerate(hosts) if h == host]} on {host}" for host in dict.fromkeys(hosts)))
 
         while s.epoch < cfg.epochs:
             if s.next_phase:  # -- the switch: full -> warmup puts the adapters in, warmup -> lora freezes the base
@@ -494,6 +501,7 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             bad_step = torch.zeros((), dtype=torch.int64, device=device)  # the first with a non-finite loss or gradient norm, from 1
             batches = prefetch(train_loader.epoch(s.epoch, start_batch=s.epoch_step * cfg.grad_accum_steps), device)
             first_step, start, stopped = s.epoch_step, time.perf_counter() - s.epoch_seconds, False
+            waited_before, forward = s.epoch_waited, Stopwatch(device)
             reset_peak_memory(device)
             model.train()
             while s.epoch_step < steps_per_epoch and s.step < last_step:
@@ -508,8 +516,10 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
                     images, other_labels, lam = mixup(normalise(images, data.mean, data.std), labels, cfg.mixup, cfg.seed, micro_batch)
                     if mesh is not None:  # gradients travel once a step
                         model.set_requires_gradient_sync(micro_step == cfg.grad_accum_steps - 1)
+                    forward.start()
                     with autocast(cfg, device):
                         logits = model(images).float()  # (B, C)
+                    forward.stop()
                     loss = lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, other_labels)
                     (loss / cfg.grad_accum_steps).backward()
                     hits = (logits.argmax(dim=1) == labels).sum()  # under mixup: against the label of the image itself
@@ -551,10 +561,17 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             if s.phase != "lora" or s.base_norms is None:  # after the freeze they stay: a bfloat16 copy would only blur them
                 s.base_norms = weight_norms(model, families)
             rate = steps_per_epoch * cfg.batch_size / s.epoch_seconds
+            # A rank's own part of a step, data and forward: up to there it waits for nobody (its shards' ranks apart), so this tells
+            # the slow one from those that wait for it.
+            steps, waited = max(1, s.epoch_step - first_step), s.epoch_waited - waited_before  # none after a stop at the last one
+            own = distributed.gather({"step_seconds": (waited + forward.seconds()) / steps, "data_wait_seconds": waited / steps})
+            slowest = max(range(world_size), key=lambda r: own[r]["step_seconds"])
             peak = (peak_flops(device, cfg.dtype) or 0) * world_size
             record = {"event": "epoch", "epoch": s.epoch, "step": s.step, "phase": s.phase, "train_loss": train_loss,
                       "train_top1": 100 * hits / cfg.batch_size, "epoch_seconds": s.epoch_seconds, "images_per_second": rate,
                       "data_wait_fraction": s.epoch_waited / s.epoch_seconds,
+                      "slowest_rank": {"rank": slowest, "host": hosts[slowest], **own[slowest],
+                                       "median_step_seconds": sorted(o["step_seconds"] for o in own)[world_size // 2]},
                       "mfu": rate * costs["flops_per_image"] / peak if peak else None,
                       "peak_memory_bytes": int(distributed.max_over_ranks(peak_memory(device), device)),
                       "trainable_params": costs["trainable_params"], "lr": get_lr(s.step - 1, cfg.lr, cfg.lr_warmup_steps, total_steps),

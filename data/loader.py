@@ -209,7 +209,8 @@ def find_beton(dataset, data_dir, split):
 def build_loader(backend, dataset, data_dir, split, batch_size, seed, num_workers=None, num_samples=None, num_classes=None,
                  rand_augment_magnitude=0, rank=0, ranks=1):
     """The loader of `split` ("train" or "val") of a data set of DATASETS: backend "ffcv" reads data_dir/{split}.beton,
-    "folder" the raw files in data_dir; both yield the same batches, to the bit where the .beton holds the same pixels.
+    "folder" the raw files in data_dir; both yield the same batches, to the bit where the .beton holds the same pixels;
+    "synthetic" makes images of that size up and reads nothing.
     num_samples: train on a random subset. batch_size is one rank's: the ranks' batches together are the micro-batch.
 
     Raises FileNotFoundError (no data: how to make it), RuntimeError (no FFCV: what to install), ValueError (arguments).
@@ -222,8 +223,10 @@ def build_loader(backend, dataset, data_dir, split, batch_size, seed, num_worker
         Loader = FFCVLoader
     elif backend == "folder":
         from data.folder import FolderLoader as Loader
+    elif backend == "synthetic":
+        from data.synthetic import SyntheticLoader as Loader
     else:
-        raise ValueError(f"unknown loader {backend!r}: expected ffcv or folder")
+        raise ValueError(f"unknown loader {backend!r}: expected ffcv, folder or synthetic")
     spec = DATASETS[dataset]
     augmentations = spec.augmentations + ((rand_augment, 2, rand_augment_magnitude),) * (rand_augment_magnitude > 0)
     return Loader(dataset, data_dir, split, batch_size, seed, num_workers, num_samples, num_classes or spec.num_classes,

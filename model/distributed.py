@@ -34,6 +34,11 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def get_host() -> str:
+    """This node's name: Slurm's, where it has one, because that is the name its commands take."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # start and end
 
@@ -102,7 +107,7 @@ def rank_log(run_dir: Path):
             if console:
                 print(f"rank {rank}: {text}" if rank else text, file=stderr, flush=True)
 
-        log(f"starts on {socket.gethostname()}, pid {os.getpid()}, {get_world_size()} ranks", console=False)
+        log(f"starts on {get_host()}, pid {os.getpid()}, {get_world_size()} ranks", console=False)
         faulthandler.enable(file)
         try:
             sys.stdout.flush(), sys.stderr.flush()
@@ -136,12 +141,19 @@ def max_over_ranks(value: float, device: torch.device) -> float:
     return tensor.item()
 
 
+def gather(value) -> list:
+    """Every rank's value (pickled), in the order of ranks, on every rank."""
+    values = [value] * get_world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def agree(error: str | None) -> str | None:
     """The first rank's error, on every rank, or None if no rank has one: so that all of them stop, or none."""
     if not dist.is_initialized():
         return error
-    errors: list[str | None] = [None] * get_world_size()
-    dist.all_gather_object(errors, error and f"{error} (on {socket.gethostname()})")
+    errors = gather(error and f"{error} (on {get_host()})")
     bad = [rank for rank, e in enumerate(errors) if e]
     if not bad:
         return None
@@ -204,11 +216,17 @@ def once_per_node(function: Callable, *args) -> None:
 
 class StopRequest:
     """SIGTERM (a scheduler's, or torchrun's when another process failed), SIGUSR1 or SIGUSR2 (a warning before a time limit): inside
-    `with` the handler only remembers it. Training looks at it between steps, and all ranks stop after the same one."""
+    `with` the handler only remembers it. Training looks at it between steps, and all ranks stop after the same one.
+
+    A launcher may have blocked them while the run was being set up (launch/job.py does): what came meanwhile arrives here.
+    """
+
+    SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 
     def __enter__(self):
         self.signal: str | None = None
-        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+        self.previous = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
     def __exit__(self, *exc_info):

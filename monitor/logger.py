@@ -66,6 +66,7 @@ class RunLogger:
                          ("perf/peak_memory_bytes", "peak_memory_bytes"), ("lora/trainable_params", "trainable_params")]:
             if record[key] is not None:
                 tb.add_scalar(tag, record[key], step)
+        tb.add_scalar("perf/slowest_rank_step_seconds", record["slowest_rank"]["step_seconds"], step)
         for prefix, norms in [("norm", record["weight_norms"]), ("adapter_norm", record["adapter_norms"])]:
             for family, layers in norms.items():
                 tb.add_scalar(f"{prefix}/{family}", sum(layers) / len(layers), step)

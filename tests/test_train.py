@@ -25,7 +25,7 @@ from model.optim import build_optimizer, get_optimizer_state
 from model.vit import LORA_FAMILIES, VARIANTS
 
 REPO = Path(__file__).parent.parent
-TIMES = ("seconds", "epoch_seconds", "images_per_second", "data_wait_fraction", "peak_memory_bytes", "mfu")
+TIMES = ("seconds", "epoch_seconds", "images_per_second", "data_wait_fraction", "slowest_rank", "peak_memory_bytes", "mfu")
 # 12 steps an epoch. Windows of one epoch; the first overlaps the warmup of the learning rate, so that the loose test passes after
 # epoch 3: full 1-3, warmup 4-6, lora 7-9. Everything random is on.
 SMALL = ("--loader folder --num_workers 0 --epochs 9 --batch_size 50 --lr_warmup_steps 12 --dtype float32 --compile False --dropout 0.1 "
@@ -89,7 +89,7 @@ def test_three_phases(reference):
     assert [e["epoch"] for e in epochs] == list(range(1, 10)) and [e["step"] for e in epochs] == list(range(12, 109, 12))
     assert [(s["epoch"], s["from"], s["to"]) for s in switches] == [(3, "full", "warmup"), (6, "warmup", "lora")]
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
-    keys = ("epoch step phase train_loss train_top1 val_loss val_top1 val_top5 epoch_seconds images_per_second data_wait_fraction mfu "
+    keys = ("epoch step phase train_loss train_top1 val_loss val_top1 val_top5 epoch_seconds images_per_second data_wait_fraction slowest_rank mfu "
             "peak_memory_bytes trainable_params lr weight_norms adapter_norms").split()
     assert all(set(keys) <= e.keys() for e in epochs)
 

@@ -1,0 +1,1 @@
+"""Running train.py on many nodes."""
