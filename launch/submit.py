@@ -266,11 +266,17 @@ def check_writable(folder: Path) -> None:
 
 def take_snapshot(target: Path) -> int:
     """Copy the repository's files, tracked and untracked but not ignored, so that edits after the submission don't reach the job.
-    Returns their number. Raises ValueError where git can't list them."""
+    Returns their number. Raises ValueError where git can't list them, and for more than 200 MB, which is not code."""
     listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True)
     if listed.returncode:
         raise ValueError(f"git can't list the files of {ROOT} for the snapshot: {listed.stderr.decode().strip()}")
-    files = [name for name in os.fsdecode(listed.stdout).split("\0") if name and (ROOT / name).is_file()]  # a deleted file is still tracked
+    files = [Path(name) for name in os.fsdecode(listed.stdout).split("\0") if name]
+    files = [name for name in files if (ROOT / name).is_file()]  # a deleted file is still tracked
+    sizes = {name: (ROOT / name).stat().st_size for name in files}
+    if sum(sizes.values()) > 200e6:
+        raise ValueError(f"a snapshot of the code would have {sum(sizes.values()) / 1e6:,.0f} MB, {max(sizes, key=sizes.get)} the most: "
+                         "put what is not code in .gitignore")
+    files += [path.relative_to(ROOT) for path in ROOT.glob("data/__pycache__/*.nb[ic]")]  # numba's kernels: half a minute
     for name in files:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target / name)
