@@ -603,9 +603,9 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
     return not stopped
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], early_signals=()) -> int:
     """Exit status: 0; 2 for a user's mistake, before any work; 1 for a run that had to stop; 75 (EX_TEMPFAIL) for one that a signal
-    told to stop, which saved and wants to be started again with --resume True; 130 for Ctrl-C."""
+    told to stop, which saved and wants to be started again with --resume True; 130 for Ctrl-C. `early_signals`: see StopRequest."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it is
     try:
         device = distributed.start()
@@ -627,7 +627,7 @@ def main(argv: list[str]) -> int:
             return 1
         distributed.finish()
         return 2
-    with distributed.rank_log(Path(cfg.run_dir)) as log, distributed.StopRequest() as stop:
+    with distributed.rank_log(Path(cfg.run_dir)) as log, distributed.StopRequest(early_signals) as stop:
         try:
             ended = train(cfg, device, mesh, stop, notes, *loaders, *found)
             distributed.finish()

@@ -18,7 +18,7 @@ class SyntheticLoader:
 
     def __init__(self, dataset, data_dir, split, batch_size, seed, num_workers, num_samples, num_classes, augmentations, rank, ranks):
         self.train, self.batch_size, self.seed, self.num_classes = split == "train", batch_size, seed, num_classes
-        total = num_samples or max(SIZES[split], batch_size * ranks)
+        total = num_samples or max(SIZES[split], ranks)
         self.indices, self.num_samples = get_indices(total, self.train, batch_size, None, ranks), total
         self.rank, self.ranks, self.image_size = rank, ranks, DATASETS[dataset].image_size
         self.images = get_generator(SYNTHETIC, 0, 0).integers(0, 256, (POOL, self.image_size, self.image_size, 3), dtype=np.uint8)

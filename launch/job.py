@@ -70,7 +70,9 @@ def get_first_host(env: Mapping[str, str], launcher: str, one_node: bool) -> str
 def run(argv: list[str]) -> int:
     """train.py's main as this rank of the job: the exit status of the process (see there). A run that was told to stop has saved by
     then on every rank; rank 0 requeues the job, and the others leave with 0, because srun ends a job on the first other status."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})  # until train.py can heed them
+    early = []  # what comes before train.py can heed it
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: early.append(number))
     signal.signal(signal.SIGCONT, signal.SIG_IGN)  # comes with every SIGTERM of Slurm's; submitit's handler logs, which is not reentrant
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     try:
@@ -83,7 +85,7 @@ def run(argv: list[str]) -> int:
     print(f"rank {rank} of {os.environ.get('WORLD_SIZE', 1)} on {host}: start {os.environ.get('SLURM_RESTART_COUNT', 0)}", flush=True)
     import train
     try:
-        status = train.main([*argv, "--resume", "True"])
+        status = train.main([*argv, "--resume", "True"], early)
     except Exception as e:
         traceback.print_exc()
         print(f"error: {type(e).__name__}: {e}", file=sys.stderr)

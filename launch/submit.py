@@ -218,7 +218,7 @@ def build_executor(launch: Launch, runs: list[Run], folder: Path) -> submitit.Au
         slurm_partition=launch.partition, slurm_account=launch.account, slurm_qos=launch.qos, slurm_constraint=launch.constraint,
         slurm_exclude=launch.exclude, slurm_signal_delay_s=min(SITE["signal_seconds"], minutes * 15),
         slurm_comment=os.pathsep.join(run.cfg.run_dir for run in runs), slurm_additional_parameters={"requeue": True, **SITE["extra"]},
-        # sh: a signal that comes before Python can block it must not kill the rank
+        # sh: a signal that comes before Python has a handler must not kill the rank
         slurm_srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={launch.cpus_per_task}",
                          "sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh"],
         slurm_setup=setup, local_setup=setup, slurm_teardown=["status=$?", f"[ $status = 0 ] || {report}", "exit $status"])

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -218,15 +218,16 @@ class StopRequest:
     """SIGTERM (a scheduler's, or torchrun's when another process failed), SIGUSR1 or SIGUSR2 (a warning before a time limit): inside
     `with` the handler only remembers it. Training looks at it between steps, and all ranks stop after the same one.
 
-    A launcher may have blocked them while the run was being set up (launch/job.py does): what came meanwhile arrives here.
+    `early`: a list to which a launcher's own handler has added what came before.
     """
 
-    SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+    def __init__(self, early: Sequence[int] = ()):
+        self.early, self.signal = early, None
 
     def __enter__(self):
-        self.signal: str | None = None
-        self.previous = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+        if self.early:  # looked at now: from here on nothing is added to it
+            self.handle(self.early[0], None)
         return self
 
     def __exit__(self, *exc_info):

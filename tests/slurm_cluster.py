@@ -44,7 +44,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf
 EnforcePartLimits=ALL
 JobRequeue=1
 ReturnToService=2
-KillWait=5
+KillWait=15
 MinJobAge=3600
 SlurmdTimeout=10
 FirstJobId={first_job}
@@ -55,7 +55,8 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
 
 
 def is_installed() -> bool:
-    os.environ["PATH"] += ":/usr/sbin:/sbin"  # an ordinary user's lacks them
+    if "/usr/sbin" not in os.environ["PATH"].split(":"):
+        os.environ["PATH"] += ":/usr/sbin:/sbin"  # an ordinary user's lacks them
     return all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch")))
 
 

@@ -227,6 +227,26 @@ def test_too_few_images_for_the_ranks(data, backend):
         build_loader(backend, "fashion_mnist", data.root, "train", 301, 7, 1, ranks=2)
 
 
+def test_synthetic_images_are_the_same_for_any_number_of_ranks():
+    def build(split, batch_size, rank=0, ranks=1, **kwargs):
+        return build_loader("synthetic", "imagenet", "no folder", split, batch_size, 7, rank=rank, ranks=ranks, **kwargs)
+
+    whole = build("train", 32, num_samples=100)
+    batches = list(whole.epoch(2))
+    assert len(batches) == len(whole) == 3 and whole.num_samples == 100 and batches[0][0].shape == (32, 3, 224, 224)
+    assert equal(batches[1:], whole.epoch(2, start_batch=1)) and not equal(batches, whole.epoch(3))
+    ranks = [build("train", 16, rank, 2, num_samples=100).epoch(2) for rank in range(2)]
+    for batch, parts in zip(batches, zip(*ranks, strict=True), strict=True):
+        assert all(torch.equal(torch.cat(part), one) for part, one in zip(zip(*parts), batch))
+    label_of = {}  # an image always has the same one
+    for image, label in ((image, label) for images, labels in batches for image, label in zip(images, labels)):
+        assert label_of.setdefault(image.numpy().tobytes(), int(label)) == label
+    assert len(set(label_of.values())) == len(label_of) > 20
+    seen = [(labels >= 0).sum() for rank in range(3) for _, labels in build("val", 30, rank, 3).epoch(0)]
+    assert len(seen) == 6 and sum(seen) == 128
+    assert sum((labels >= 0).sum() for rank in range(200) for _, labels in build("val", 1, rank, 200).epoch(0)) == 200
+
+
 def test_ranks_of_a_node_share_its_cpus(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(12))
     for ranks, workers in [("1", 12), ("4", 3), ("64", 1)]:

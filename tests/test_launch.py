@@ -25,12 +25,25 @@ RUN = ("--loader folder --num_workers 0 --train_samples 64 --epochs 12 --batch_s
 DEBUG = str(REPO / "config/debug.py")
 
 
+def require_slurm(installed):
+    if not installed and "SLURM_REQUIRED" in os.environ:
+        pytest.fail("SLURM_REQUIRED is set, but there is no slurmctld, slurmd, munged or sbatch: make slurm")
+    if not installed:
+        pytest.skip("no Slurm here: make slurm")
+
+
+def test_ci_fails_where_others_skip(monkeypatch):
+    monkeypatch.delenv("SLURM_REQUIRED", raising=False)
+    with pytest.raises(pytest.skip.Exception):
+        require_slurm(False)
+    monkeypatch.setenv("SLURM_REQUIRED", "1")
+    with pytest.raises(pytest.fail.Exception):
+        require_slurm(False)
+
+
 @pytest.fixture(scope="module")
 def cluster():
-    if not is_installed():
-        if "SLURM_REQUIRED" in os.environ:
-            pytest.fail("SLURM_REQUIRED is set, but there is no slurmctld, slurmd, munged or sbatch: make slurm")
-        pytest.skip("no Slurm here: make slurm")
+    require_slurm(is_installed())
     os.environ["OMP_NUM_THREADS"] = "1"
     cluster = SlurmCluster(16)
     yield cluster
@@ -94,8 +107,7 @@ def send(cluster, small, tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def torchrun(small, tmp_path_factory):
     """The same run without Slurm and without interruption: torchrun with 4 ranks."""
-    if not is_installed() and "SLURM_REQUIRED" not in os.environ:
-        pytest.skip("no Slurm to compare with: make slurm")
+    require_slurm(is_installed())  # nothing to compare with
     run_dir = tmp_path_factory.mktemp("torchrun") / "run"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "train.py",
                            "config/debug.py", *RUN, "--data_dir", small, "--run_dir", run_dir],
@@ -130,6 +142,7 @@ def test_two_nodes_give_what_torchrun_gives(send, torchrun):
 
 
 FAULTS = {  # epoch after which it comes, and what comes; whether rank 0 requeues the job, or Slurm by itself
+    "usr2 while importing": (0, lambda c, j: c(f"scancel --signal=USR2 {j.id}"), True),
     "usr2": (2, lambda c, j: c(f"scancel --signal=USR2 {j.id}"), True),
     "preemption": (4, lambda c, j: c(f"sbatch -p high --exclusive -w {','.join(j.nodes())} -t 1 --wrap 'sleep 3'"), True),
     "requeue": (6, lambda c, j: c(f"scontrol requeue {j.id}"), False),
@@ -142,7 +155,7 @@ FAULTS = {  # epoch after which it comes, and what comes; whether rank 0 requeue
 def test_goes_on_by_itself(send, cluster, torchrun, fault):
     epoch, inject, by_rank_0 = FAULTS[fault]
     sent = send()
-    sent.wait_for_epoch(epoch)
+    sent.wait_for_epoch(epoch) if epoch else wait(lambda: all("start 0" in sent.log(rank) for rank in range(4)), 60)
     inject(cluster, sent)
     wait(lambda: sent.restarts() == 1, 60)
     sent.wait()

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -198,6 +200,31 @@ def test_activation_checkpointing_saves_memory_and_changes_no_gradient(compile):
         print(mode, some / none)
         assert some < share * none
         assert all(torch.allclose(gradients[n], expected[n], rtol=1e-4, atol=1e-7) for n in expected)
+
+
+def run_with_a_slow_rank(argv, slow):
+    """One rank sleeps, in the loader or in the forward pass."""
+    mine = int(os.environ["RANK"]) == slow[0]
+    prefetch, autocast = train.prefetch, train.autocast
+
+    def fetching(batches, device):
+        for batch in prefetch(batches, device):
+            time.sleep(0.2 * (mine and slow[1] == "data"))
+            yield batch
+
+    def casting(*args):
+        time.sleep(0.2 * (mine and slow[1] == "forward"))
+        return autocast(*args)
+    with mock.patch.object(train, "prefetch", fetching), mock.patch.object(train, "autocast", casting):
+        return run_main(argv)["epochs"]
+
+
+@pytest.mark.parametrize("slow", [(1, "data"), (0, "forward")])
+def test_the_slow_rank_is_named(on_ranks, small, tmp_path, slow):
+    epochs = on_ranks(2, run_with_a_slow_rank, [*PLAIN, "--data_dir", small, "--run_dir", tmp_path / "run", "--epochs", 2, "--dp_shard", 1], slow)
+    for slowest in (e["slowest_rank"] for e in epochs[0]):
+        assert slowest["rank"] == slow[0] and slowest["host"] == distributed.get_host() and slowest["step_seconds"] > 0.2
+        assert (slowest["data_wait_seconds"] > 0.2) == (slow[1] == "data")
 
 
 # ---- GPUs

@@ -669,6 +669,14 @@ def test_a_signal_with_ffcv(on_ranks, small, tmp_path):
 
 
 @slow
+def test_a_signal_that_came_before_training_is_heeded():
+    early = []
+    with distributed.StopRequest(early) as stop:
+        assert not stop.on_any_rank(torch.device("cpu"))
+    with distributed.StopRequest([signal.SIGUSR2]) as stop:
+        assert stop.on_any_rank(torch.device("cpu")) and stop.signal == "SIGUSR2"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_all_processes_of_a_rank_spares_its_loader_workers(launcher, whole, tmp_path, tiny, number):
     reference, _ = whole(2, *RANDOM)
