@@ -361,6 +361,21 @@ class State:
     metrics_bytes: int = 0  # length of metrics.jsonl
 
 
+def check_data(cfg: Config, images: int, classes: list[str] | None, val_classes: list[str] | None) -> int:
+    """The run's optimiser steps on so many training images. Raises ValueError for a batch or a warmup that is too large for them, and for
+    training and validation sets with different classes (None: not known)."""
+    if None not in (classes, val_classes) and classes != val_classes:
+        here, there = next(pair for pair in zip(classes, val_classes) if pair[0] != pair[1])
+        raise ValueError(f"train and val of {cfg.data_dir} do not have the same classes: {here!r} in one stands where {there!r} does "
+                         "in the other")
+    total_steps = images // cfg.batch_size * cfg.epochs
+    if not total_steps:
+        raise ValueError(f"batch_size {cfg.batch_size} is above the {images} training images")
+    if cfg.lr_warmup_steps >= total_steps:
+        raise ValueError(f"lr_warmup_steps {cfg.lr_warmup_steps} leaves nothing of the {total_steps} steps of {cfg.epochs} epochs")
+    return total_steps
+
+
 def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: list[str]):
     """Everything that can be found wrong before work begins, with `checkpoint.find`'s answer.
 
@@ -376,13 +391,8 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
     train_loader, val_loader = [
         build_loader(cfg.loader, cfg.dataset, data_dir, split, batch_size, cfg.seed, cfg.num_workers, num_samples, cfg.num_classes,
                      cfg.rand_augment, rank, world_size) for split, num_samples in (("train", cfg.train_samples), ("val", None))]
-    if None not in (train_loader.classes, val_loader.classes) and train_loader.classes != val_loader.classes:
-        here, there = next(pair for pair in zip(train_loader.classes, val_loader.classes) if pair[0] != pair[1])
-        raise ValueError(f"train and val of {data_dir} do not have the same classes: {here!r} in one stands where {there!r} does "
-                         "in the other")
-    images, total_steps = train_loader.num_samples, train_loader.num_samples // cfg.batch_size * cfg.epochs
-    if not total_steps:
-        raise ValueError(f"batch_size {cfg.batch_size} is above the {images} training images")
+    images = train_loader.num_samples
+    total_steps = check_data(cfg, images, train_loader.classes, val_loader.classes)
     if last:
         if not {"state", "monitor", "config", "train_images"} <= meta.keys():
             raise ValueError(f"{last}/meta.json is damaged: keys are missing")
@@ -400,8 +410,6 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
         metrics = run_dir / "metrics.jsonl"
         if not metrics.exists() or metrics.stat().st_size < state.metrics_bytes:
             raise ValueError(f"{metrics} is missing or shorter than it was when {last} was saved")
-    if cfg.lr_warmup_steps >= total_steps:
-        raise ValueError(f"lr_warmup_steps {cfg.lr_warmup_steps} leaves nothing of the {total_steps} steps of {cfg.epochs} epochs")
     return train_loader, val_loader
 
 
@@ -603,9 +611,9 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
     return not stopped
 
 
-def main(argv: list[str], early_signals=()) -> int:
+def main(argv: list[str], signals: list[int] | None = None) -> int:
     """Exit status: 0; 2 for a user's mistake, before any work; 1 for a run that had to stop; 75 (EX_TEMPFAIL) for one that a signal
-    told to stop, which saved and wants to be started again with --resume True; 130 for Ctrl-C. `early_signals`: see StopRequest."""
+    told to stop, which saved and wants to be started again with --resume True; 130 for Ctrl-C. `signals`: see StopRequest's `received`."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it is
     try:
         device = distributed.start()
@@ -627,7 +635,7 @@ def main(argv: list[str], early_signals=()) -> int:
             return 1
         distributed.finish()
         return 2
-    with distributed.rank_log(Path(cfg.run_dir)) as log, distributed.StopRequest(early_signals) as stop:
+    with distributed.rank_log(Path(cfg.run_dir)) as log, distributed.StopRequest(signals) as stop:
         try:
             ended = train(cfg, device, mesh, stop, notes, *loaders, *found)
             distributed.finish()

@@ -47,10 +47,12 @@ def get_environment(env: Mapping[str, str]) -> dict[str, str]:
         if not re.fullmatch(r"\d+(\(x\d+\))?", local_size):
             raise ValueError(f"the nodes have different numbers of tasks, {local_size}: use --ntasks-per-node")
         local_size = local_size.split("(")[0]
-    number = int(re.search(r"\d+", env.get("SLURM_JOB_ID") or env.get("PBS_JOBID") or "9500")[0]) + int(env.get("SLURM_RESTART_COUNT", 0))
+    job = env.get("SLURM_JOB_ID") or env.get("PBS_JOBID") or env.get("SUBMITIT_LOCAL_JOB_ID") or "9500"
+    number = int(re.search(r"\d+", job)[0]) + 1009 * int(env.get("SLURM_RESTART_COUNT", 0))
     return {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size,
             "MASTER_ADDR": env.get("MASTER_ADDR") or get_first_host(env, launcher, one_node=size == local_size),
-            # Below the ports that systems hand out by themselves (from 32768), another for each job on the node, and for each of its starts
+            # Below the ports that systems hand out by themselves (from 32768); another for the next job, which may be on the same node, and
+            # for the next start, because the last one's store may still be there.
             "MASTER_PORT": env.get("MASTER_PORT") or str(20_000 + number % 12_000),
             "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS") or env.get("SLURM_CPUS_PER_TASK")
             or str(max(1, len(os.sched_getaffinity(0)) // int(local_size)))}
@@ -70,11 +72,12 @@ def get_first_host(env: Mapping[str, str], launcher: str, one_node: bool) -> str
 def run(argv: list[str]) -> int:
     """train.py's main as this rank of the job: the exit status of the process (see there). A run that was told to stop has saved by
     then on every rank; rank 0 requeues the job, and the others leave with 0, because srun ends a job on the first other status."""
-    early = []  # what comes before train.py can heed it
+    signals = []  # what comes before train.py can heed it, and what comes then
     for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda number, frame: early.append(number))
+        signal.signal(number, lambda number, frame: signals.append(number))
     signal.signal(signal.SIGCONT, signal.SIG_IGN)  # comes with every SIGTERM of Slurm's; submitit's handler logs, which is not reentrant
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    scheduled = "SLURM_JOB_ID" in os.environ or "SUBMITIT_LOCAL_JOB_ID" in os.environ
     try:
         os.environ.update(get_environment(os.environ))
     except ValueError as e:
@@ -83,33 +86,34 @@ def run(argv: list[str]) -> int:
     os.environ.setdefault("NCCL_DEBUG", "WARN")
     rank = int(os.environ.get("RANK", 0))
     print(f"rank {rank} of {os.environ.get('WORLD_SIZE', 1)} on {host}: start {os.environ.get('SLURM_RESTART_COUNT', 0)}", flush=True)
-    import train
     try:
-        status = train.main([*argv, "--resume", "True"], early)
+        import train
+        status = train.main([*argv, "--resume", "True"], signals)
+        if status == os.EX_TEMPFAIL and scheduled:
+            status = requeue(signals) if rank == 0 else 0
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)  # nothing to tell submitit: the job isn't over
     except Exception as e:
         traceback.print_exc()
         print(f"error: {type(e).__name__}: {e}", file=sys.stderr)
-        status = 1
-    if status == train.distributed.REQUEUE and ("SLURM_JOB_ID" in os.environ or "SUBMITIT_LOCAL_JOB_ID" in os.environ):
-        status = requeue() if rank == 0 else 0
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)  # nothing to tell submitit: the job isn't over
+        return 1
     return status
 
 
-def requeue() -> int:
+def requeue(signals: list[int]) -> int:
     """Ask Slurm to start this job again, up to PRELORA_MAX_REQUEUES times; every start counts, those after a node's failure too.
     Returns the exit status, should the process live to use it. Only a running job: one that is being cancelled stays so, one that
-    Slurm is requeueing by itself needs nothing."""
-    if "SUBMITIT_LOCAL_JOB_ID" in os.environ:
-        return LOCAL_REQUEUE
-    job, limit = os.environ["SLURM_JOB_ID"], int(os.environ.get("PRELORA_MAX_REQUEUES", MAX_REQUEUES))
+    Slurm is requeueing by itself needs nothing. submitit's local executor starts a job again too, 5 times, but not after a SIGTERM."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return os.EX_TEMPFAIL if signal.SIGTERM in signals else LOCAL_REQUEUE
+    job, limit = get_job_id(os.environ), int(os.environ.get("PRELORA_MAX_REQUEUES", MAX_REQUEUES))
     shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
     state, restarts = re.search(r"JobState=(\w+)", shown.stdout), re.search(r"Restarts=(\d+)", shown.stdout)
     if not state or not restarts:
         reason = shown.stderr.strip() or "scontrol does not know it"
     elif state[1] != "RUNNING":
-        reason = f"it is {state[1]}"
+        print(f"job {job} is saved; not requeued from here, Slurm has it as {state[1]}", flush=True)
+        return os.EX_TEMPFAIL
     elif int(restarts[1]) >= limit:
         reason = f"it was started again {restarts[1]} times (--max_requeues {limit})"
     else:
@@ -118,8 +122,14 @@ def requeue() -> int:
         if not asked.returncode:
             return os.EX_TEMPFAIL
         reason = asked.stderr.strip()
-    print(f"error: job {job} was saved but not requeued: {reason}", file=sys.stderr, flush=True)
+    print(f"error: job {job} is saved but not requeued: {reason}", file=sys.stderr, flush=True)
     return os.EX_TEMPFAIL
+
+
+def get_job_id(env: Mapping[str, str]) -> str:
+    """As submitit names it. Of an array never the plain number: one of the tasks has the array's own, which means all of them."""
+    task = env.get("SLURM_ARRAY_TASK_ID")
+    return f"{env['SLURM_ARRAY_JOB_ID']}_{task}" if task else env["SLURM_JOB_ID"]
 
 
 class Job:
@@ -159,8 +169,9 @@ def get_failures(folder: Path, job: str) -> list[str]:
     return [*errors, *(line for line in killed if "Exited with exit code" not in line or not errors), *lost]
 
 
-def print_failures(folder: str, job: str) -> None:
-    for line in get_failures(Path(folder), job):
+def print_failures(folder: str) -> None:
+    """For the batch script, after srun."""
+    for line in get_failures(Path(folder), get_job_id(os.environ)):
         print(f"failed: {line}")
 
 

@@ -30,9 +30,10 @@ sys.path[0] = str(ROOT) if Path(sys.path[0]).resolve() == ROOT / "launch" else s
 import submitit
 from submitit.slurm.slurm import SlurmExecutor
 
-from data.beton import check_beton
+from data.beton import check_beton, read_classes, read_samples
 from data.folder import open_dataset
 from data.loader import DATASETS, find_beton
+from data.order import get_indices
 from launch.job import MAX_REQUEUES, Job, get_failures
 from model.vit import VARIANTS
 from monitor.logger import phase_table
@@ -75,6 +76,10 @@ class Launch:
     cluster: Literal["slurm", "local", "debug"] = "slurm"  # local: processes on this machine; debug: in this process, with pdb
     dry_run: bool = False  # print the batch script and the resolved configuration, submit nothing
     wait: bool = False  # until the jobs end; then print what came out, or which rank failed; exit status 0 if all went well
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.cluster == "debug" else self.nodes * self.gpus_per_node
 
 
 @dataclass
@@ -135,7 +140,7 @@ def parse(argv: list[str]) -> tuple[Launch, list[Run]]:
         raise ValueError(f"max_requeues must not be negative, not {launch.max_requeues}")
     if launch.cluster != "slurm" and launch.nodes > 1:
         raise ValueError(f"--cluster {launch.cluster} has one node, not {launch.nodes}")
-    if launch.cluster == "debug" and (launch.gpus_per_node > 1 and "--gpus_per_node" in argv or len(presets) > 1):
+    if launch.cluster == "debug" and (launch.gpus_per_node not in (1, SITE["gpus_per_node"]) or len(presets) > 1):
         raise ValueError("--cluster debug runs one preset in this one process")
     if launch.cluster == "slurm" and not launch.dry_run and not shutil.which("sbatch"):
         raise ValueError("there is no Slurm here (no sbatch): submit from its login node, look with --dry_run, or run with --cluster local")
@@ -158,18 +163,28 @@ def resolve(launch: Launch, preset: str | None, flags: list[str]) -> Run:
         print(note)
     cfg = dataclasses.replace(cfg, **{name: os.path.abspath(getattr(cfg, name)) for name in PATHS if getattr(cfg, name) is not None})
     explicit = any(flag.split("=")[0].replace("-", "_") == "__grad_accum_steps" for flag in flags)
-    ranks = 1 if launch.cluster == "debug" else launch.nodes * launch.gpus_per_node
-    cfg = dataclasses.replace(cfg, grad_accum_steps=divide_batch(cfg, ranks, explicit))
-    return Run(Path(preset).absolute() if preset else None, flags, cfg)
+    if not explicit:  # a resumed run's own number was for the GPUs it had
+        cfg = dataclasses.replace(cfg, grad_accum_steps=train.load_preset(preset).grad_accum_steps if preset else 1)
+    cfg = dataclasses.replace(cfg, grad_accum_steps=divide_batch(cfg, launch.ranks, explicit))
+    return Run(Path(os.path.abspath(preset)) if preset else None, flags, cfg)
 
 
-def check_data(cfg: train.Config) -> None:
-    """Raise OSError or ValueError for data that is missing or damaged, without building the loaders."""
-    for split in ("train", "val") if cfg.loader != "synthetic" else ():
+def check_data(cfg: train.Config, ranks: int) -> None:
+    """Raise OSError or ValueError for data that is missing, damaged, or too small for this schedule, without building the loaders."""
+    if cfg.loader == "synthetic":
+        return
+    images, classes = {}, {}
+    for split in ("train", "val"):
         if cfg.loader == "ffcv":
-            check_beton(find_beton(cfg.dataset, cfg.data_dir, split))
+            path = find_beton(cfg.dataset, cfg.data_dir, split)
+            check_beton(path)
+            total, classes[split] = len(read_samples(path)), read_classes(path)
         else:
-            open_dataset(cfg.dataset, cfg.data_dir, split)
+            source = open_dataset(cfg.dataset, cfg.data_dir, split)
+            total, classes[split] = len(source), list(source.classes)
+        micro_batch = cfg.batch_size // (cfg.grad_accum_steps * ranks)
+        images[split] = len(get_indices(total, split == "train", micro_batch, cfg.train_samples if split == "train" else None, ranks))
+    train.check_data(cfg, images["train"], *classes.values())
 
 
 def get_images_that_fit(cfg: train.Config, memory_gib: float) -> int:
@@ -209,9 +224,8 @@ def build_executor(launch: Launch, runs: list[Run], folder: Path) -> submitit.Au
     environment = SITE["environment"] | {"PRELORA_MAX_REQUEUES": launch.max_requeues}
     setup = [*(f"module load {module}" for module in SITE["modules"]),
              *(f"export {name}={shlex.quote(str(value))}" for name, value in environment.items()),
-             f"cd {shlex.quote(str(folder / 'code'))}", 'export PYTHONPATH="$PWD"']
-    job_id = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
-    report = f"{shlex.quote(sys.executable)} -c 'from launch.job import *; print_failures(*sys.argv[1:])' {shlex.quote(str(folder))} {job_id}"
+             f"cd {shlex.quote(str(folder / 'code'))}", 'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"']
+    report = f"{shlex.quote(sys.executable)} -c 'from launch.job import *; print_failures(sys.argv[1])' {shlex.quote(str(folder))}"
     executor.update_parameters(
         name=Path(runs[0].cfg.run_dir).name if len(runs) == 1 else "prelora", nodes=launch.nodes, tasks_per_node=launch.gpus_per_node,
         gpus_per_node=launch.gpus_per_node, cpus_per_task=launch.cpus_per_task, timeout_min=minutes, stderr_to_stdout=True,
@@ -221,7 +235,7 @@ def build_executor(launch: Launch, runs: list[Run], folder: Path) -> submitit.Au
         # sh: a signal that comes before Python has a handler must not kill the rank
         slurm_srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={launch.cpus_per_task}",
                          "sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh"],
-        slurm_setup=setup, local_setup=setup, slurm_teardown=["status=$?", f"[ $status = 0 ] || {report}", "exit $status"])
+        slurm_setup=setup, slurm_teardown=["status=$?", f"[ $status = 0 ] || {report}", "exit $status"])
     return executor
 
 
@@ -293,20 +307,34 @@ def get_preset_in(snapshot: Path, preset: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def outside_of_jobs():
+    """Without the variables of a job that this may be called from; those that a user or a site sets for sbatch stay."""
+    own = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or name.startswith("SBATCH_")}
+    with submitit.helpers.clean_env():
+        os.environ.update(own)
+        yield
+
+
 def submit(launch: Launch, runs: list[Run], folder: Path) -> list[submitit.Job]:
     """Make `folder` with the snapshot and submit. Leaves nothing behind if that fails (OSError, ValueError, RuntimeError)."""
-    created = next(path for path in [*folder.parents][::-1] + [folder] if not path.exists())
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    code = folder / "code"
     try:
         folder.mkdir(parents=True)
-        print(f"code: {take_snapshot(folder / 'code')} files in {folder / 'code'}")
+        print(f"code: {take_snapshot(code)} files in {code}")
         executor = build_executor(launch, runs, folder)
-        jobs = [Job(run.get_argv(folder / "code")) for run in runs]
-        conf = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-        with submitit.helpers.clean_env():  # of a job that this may be called from
-            os.environ.update(conf)
-            return executor.submit_array(jobs) if len(jobs) > 1 else [executor.submit(jobs[0])]
-    except BaseException:
-        shutil.rmtree(created, ignore_errors=True)
+        jobs = [Job(run.get_argv(code)) for run in runs]
+        if launch.cluster == "local":  # with its `setup` a shell would stand between us and the job, and not pass signals on
+            path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+            with contextlib.chdir(code), submitit.helpers.environment_variables(PYTHONPATH=path, **SITE["environment"]):
+                return executor.submit_array(jobs)
+        return executor.submit_array(jobs)  # one job is no array
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in created[1:]:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                path.rmdir()
         raise
 
 
@@ -355,38 +383,39 @@ def main(argv: list[str]) -> int:
     try:
         launch, runs = parse(argv)
         folder = Path(launch.folder).absolute() / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
-        if launch.cluster == "debug" and not launch.dry_run:
-            job = submitit.AutoExecutor(folder, cluster="debug").submit(train.main, [*runs[0].get_argv(None), "--resume", "True"])
-            return job.result()  # made here, from the working tree
-        for path in [folder, *(Path(run.cfg.run_dir) for run in runs)]:
-            check_writable(path)
         script = get_script(build_executor(launch, runs, folder), len(runs)) if launch.cluster == "slurm" else ""
         for run in runs:
-            ranks, steps = launch.nodes * launch.gpus_per_node, run.cfg.grad_accum_steps
-            print(f"{run.cfg.run_dir}: {run.cfg.batch_size} images a step = {ranks} GPUs × {steps} accumulation step{'s' * (steps > 1)} "
-                  f"× {run.cfg.batch_size // (ranks * steps)} images")
+            steps = run.cfg.grad_accum_steps
+            print(f"{run.cfg.run_dir}: {run.cfg.batch_size} images a step = {launch.ranks} GPUs × {steps} accumulation step{'s' * (steps > 1)} "
+                  f"× {run.cfg.batch_size // (launch.ranks * steps)} images")
         if launch.dry_run:
             print(script, *(json.dumps(dataclasses.asdict(run.cfg), indent=1) for run in runs), sep="\n")
         for run in runs:
             try:
-                check_data(run.cfg)
+                check_data(run.cfg, launch.ranks)
             except (ValueError, OSError) as e:
                 if not launch.dry_run:
                     raise
                 print(f"warning: {e}", file=sys.stderr)
         if launch.dry_run:
             return 0
-        if launch.cluster == "slurm":
-            print(check_with_slurm(launch, runs, script))
-        jobs = submit(launch, runs, folder)
+        for path in [folder, *(Path(run.cfg.run_dir) for run in runs)]:
+            check_writable(path)
+        if launch.cluster == "debug":  # made here, from the working tree
+            job = submitit.AutoExecutor(folder, cluster="debug").submit(train.main, [*runs[0].get_argv(None), "--resume", "True"])
+            return job.result()
+        with outside_of_jobs():
+            if launch.cluster == "slurm":
+                print(check_with_slurm(launch, runs, script))
+            jobs = submit(launch, runs, folder)
     except (ValueError, OSError, RuntimeError) as e:
-        print(f"error: {str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__}", file=sys.stderr)
+        print(f"error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
         return 2
     for job, run in zip(jobs, runs):
         print(f"job {job.job_id}: {launch.nodes} × {launch.gpus_per_node} GPUs, {launch.hours:g} hours a start, {run.cfg.run_dir}\n"
               f"  follow  tail -F {folder}/{job.job_id}_0_log.out\n"
               f"          tensorboard --logdir {run.cfg.run_dir}/tb\n"
-              f"  cancel  {'scancel' if launch.cluster == 'slurm' else 'kill -INT'} {job.job_id}", flush=True)
+              f"  cancel  {'scancel' if launch.cluster == 'slurm' else 'kill'} {job.job_id}", flush=True)
     try:
         return follow(jobs, runs, folder) if launch.wait else 0
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -216,18 +216,16 @@ def once_per_node(function: Callable, *args) -> None:
 
 class StopRequest:
     """SIGTERM (a scheduler's, or torchrun's when another process failed), SIGUSR1 or SIGUSR2 (a warning before a time limit): inside
-    `with` the handler only remembers it. Training looks at it between steps, and all ranks stop after the same one.
+    `with` the handler only remembers it, in `received`. Training looks at it between steps, and all ranks stop after the same one.
 
-    `early`: a list to which a launcher's own handler has added what came before.
+    `received`: a launcher's list, to which a handler of its own has added what came before.
     """
 
-    def __init__(self, early: Sequence[int] = ()):
-        self.early, self.signal = early, None
+    def __init__(self, received: list[int] | None = None):
+        self.received = [] if received is None else received
 
     def __enter__(self):
         self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
-        if self.early:  # looked at now: from here on nothing is added to it
-            self.handle(self.early[0], None)
         return self
 
     def __exit__(self, *exc_info):
@@ -235,11 +233,16 @@ class StopRequest:
             signal.signal(number, handler)
 
     def handle(self, number, frame) -> None:
-        self.signal = signal.Signals(number).name
+        self.received.append(number)
+
+    @property
+    def signal(self) -> str | None:
+        """The first one's name."""
+        return signal.Signals(self.received[0]).name if self.received else None
 
     def on_any_rank(self, device: torch.device) -> bool:
         """Whether any rank was told to stop. A sync, and on several ranks a collective."""
-        return bool(max_over_ranks(self.signal is not None, device))
+        return bool(max_over_ranks(bool(self.received), device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
+import train
 from launch import job, submit
 from slurm_cluster import SlurmCluster, is_installed, wait
 from test_train import REPO, assert_same, events, weights, without_times
@@ -200,7 +202,6 @@ def test_goes_on_past_its_time_limit(send, long):
 
 
 def main_on_a_rank(argv):
-    import train
     return train.main(argv)
 
 
@@ -242,12 +243,34 @@ def test_cancelled_stays_cancelled(send, cluster):
     sent = send()
     sent.wait_for_epoch(2)
     cluster(f"scancel {sent.id}")
-    wait(lambda: "saved but not requeued" in sent.log(), 30)
+    wait(lambda: f"job {sent.id} is saved; not requeued from here" in sent.log(), 30)
     sent.wait("CANCELLED")
     saved = int(re.search(r"SIGTERM: saved at step (\d+)", sent.log())[1])
     assert (sent.run_dir / "checkpoints/latest").read_text().strip() == f"step_{saved:08d}"
     time.sleep(3)
     assert sent.state() == "CANCELLED" and sent.restarts() == 0
+
+
+@slow
+def test_tasks_of_an_array_are_requeued_and_cancelled_one_by_one(cluster, tmp_path, monkeypatch, small, capsys):
+    """The last one has the array's own number as its job id, which Slurm takes for all of them."""
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        (tmp_path / f"{name}.py").write_text(f"from config.debug import *\nrun_dir = '{name}'\n")
+    assert submit.main([*"--gpus_per_node 2 --cpus_per_task 1 a.py b.py c.py".split(), *RUN, "--data_dir", str(small)]) == 0
+    array = re.search(r"^job (\d+)_0:", capsys.readouterr().out, re.MULTILINE)[1]
+    a, b, c = [f"{array}_{i}" for i in range(3)]
+    assert array in [cluster.field(task, "JobId") for task in (a, b, c)]
+    wait(lambda: all((tmp_path / name / "metrics.jsonl").exists() for name in "abc"), 180)
+    cluster(f"scancel {a}")
+    wait(lambda: cluster.field(a, "JobState") == "CANCELLED", 60)
+    for task in (b, c):
+        cluster(f"scancel --signal=USR2 {task}")
+        wait(lambda: cluster.field(task, "Restarts") == "1", 60)
+    wait(lambda: {cluster.field(task, "JobState") for task in (b, c)} == {"COMPLETED"}, 240)
+    assert [(cluster.field(task, "JobState"), cluster.field(task, "Restarts")) for task in (a, b, c)] == [
+        ("CANCELLED", "0"), ("COMPLETED", "1"), ("COMPLETED", "1")]
+    assert_same(weights(tmp_path / "b"), weights(tmp_path / "c"))
 
 
 FAILING = """
@@ -316,10 +339,15 @@ BAD = {
     "--lrr 2": "unknown flag --lrr, did you mean lr?",
     "--lr fast": "fast",
     "-p gpu": "-p is neither a flag nor a preset",
-    "stray": "stray is neither a flag nor a preset",
+    "--wait stray": "stray is neither a flag nor a preset",
     "config/nope.py": "no such preset: config/nope.py",
     "--cluster local --nodes 2": "--cluster local has one node, not 2",
     "--nodes 5 --gpus_per_node 3": "batch_size 96 can't be divided over 15 GPUs",
+    "--epochs 1": "lr_warmup_steps 125 leaves nothing of the 6 steps of 1 epochs",
+    "--batch_size 960 --gpus_per_node 4": "batch_size is 240 on 4 rank(s): expected 1 to 600 in all",
+    "--train_samples 601": "a training subset of 601 images was asked for",
+    "--cluster debug --gpus_per_node=2": "--cluster debug runs one preset in this one process",
+    "--cluster debug --data_dir nowhere": "work/nowhere: make it with",
     "--grad_accum_steps 2 --gpus_per_node 32": "batch_size 96 can't be divided over 32 GPUs × 2 accumulation steps",
     "--data_dir nowhere": "work/nowhere: make it with",
     "--data_dir nowhere --loader ffcv": "nowhere/train.beton is not there: make it with",
@@ -338,7 +366,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     before = left(tmp_path)
     words = flags.split()
     preset = [] if any(word.endswith(".py") for word in words) else [DEBUG]
-    assert submit.main([*preset, "--loader", "folder", "--data_dir", str(small), "--gpus_per_node", "1", *words]) == 2
+    assert submit.main([*preset, "--loader", "folder", "--data_dir", str(small), "--gpus_per_node", "1", "--epochs", "50", "--train_samples",
+                        "None", *words]) == 2
     printed = capsys.readouterr()
     assert BAD[flags] in printed.err and printed.err.startswith("error: ") and len(printed.err.splitlines()) == 1
     assert left(tmp_path) == before
@@ -357,8 +386,8 @@ def test_no_slurm_is_one_line(tmp_path, monkeypatch, capsys):
     ("--exclude nid001", "Slurm refuses the job: Invalid node name specified"), ("--constraint h100", "Slurm refuses the job: Invalid feature specification")])
 def test_slurm_refuses_what_it_has_not(cluster, tmp_path, monkeypatch, capsys, small, flags, says):
     monkeypatch.chdir(tmp_path)
-    assert submit.main([DEBUG, *RUN, "--data_dir", str(small), "--gpus_per_node", "1", "--dp_shard", "1", "--batch_size", "816",
-                        *flags.split()]) == 2
+    assert submit.main([DEBUG, *RUN, "--data_dir", str(small), "--gpus_per_node", "1", "--dp_shard", "1", "--batch_size", "272",
+                        "--train_samples", "600", *flags.split()]) == 2
     printed = capsys.readouterr().err
     assert len(printed.splitlines()) == 1 and f"error: {says}" in printed
     assert left(tmp_path) == []
@@ -380,7 +409,8 @@ def test_sbatch_that_fails_leaves_nothing(cluster, tmp_path, monkeypatch, capsys
     """Between the question and the submission everything may change."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(submit, "check_with_slurm", lambda *args: "it would start")
-    flags = [*RUN, "--data_dir", str(small), "--run_dir", "run", "--nodes", "17", "--gpus_per_node", "1", "--batch_size", "68", "--dp_shard", "1"]
+    flags = [*RUN, "--data_dir", str(small), "--run_dir", "run", "--nodes", "17", "--gpus_per_node", "1", "--batch_size", "68", "--dp_shard", "1",
+             "--train_samples", "600"]
     assert submit.main([DEBUG, *flags]) == 2
     assert "error: sbatch: error: Batch job submission failed: " in capsys.readouterr().err and left(tmp_path) == []
 
@@ -437,6 +467,58 @@ def test_the_script_is_the_one_that_slurm_gets(send, cluster, capsys, monkeypatc
     assert (sent.folder / f"{sent.id}_submission.sh").read_text() == scripts[0]
 
 
+def test_a_resumed_run_accumulates_for_the_gpus_it_has_now(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stored = dataclasses.asdict(train.load_preset(str(REPO / submit.PAPER))) | {"grad_accum_steps": 4, "run_dir": "run"}
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(stored))
+    for flags in ("", str(REPO / submit.PAPER)):
+        assert submit.main([*flags.split(), "--nodes", "16", "--dry_run", "--run_dir", "run", "--resume", "True"]) == 0
+        assert "64 GPUs × 1 accumulation step × 64 images" in capsys.readouterr().out
+
+
+def test_presets_from_elsewhere_are_copied_each_time(tmp_path, monkeypatch, small, capsys):
+    """Also where their path climbs out of the repository."""
+    monkeypatch.chdir(tmp_path)
+    climbing = REPO / os.path.relpath(tmp_path / "mine.py", REPO)
+    for seed in (1, 2):
+        (tmp_path / "mine.py").write_text(f"from config.debug import *\nseed = {seed}\n")
+        _, (run,) = submit.parse(["--dry_run", "--gpus_per_node", "1", str(climbing)])
+        code = tmp_path / f"jobs/{seed}/code"
+        preset = Path(run.get_argv(code)[0])
+        assert preset.is_relative_to(code) and f"seed = {seed}" in preset.read_text()
+    assert left(tmp_path / "jobs/1") != [] and not list((tmp_path / "jobs").glob("*.py"))
+    _, (run,) = submit.parse(["--dry_run", "--gpus_per_node", "1", DEBUG])
+    assert run.get_argv(code)[0] == str(code / "config/debug.py")
+
+
+def test_sbatch_is_asked_and_told_under_the_same_variables(cluster, send, monkeypatch):
+    """Those of a job that submit.py is called from are gone, a user's for sbatch stay."""
+    monkeypatch.setenv("SBATCH_PARTITION", "high")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("RANK", "3")
+    sent = send("--max_steps", "1")
+    cluster(f"scancel {sent.id}")
+    assert cluster.field(sent.id, "Partition") == "high" and "in partition high" in sent.printed
+    assert os.environ["RANK"] == "3"
+
+
+def test_a_snapshot_is_code(tmp_path, monkeypatch, capsys, small):
+    """Here the repository has 300 MB of something that git doesn't ignore."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "repo").mkdir()
+    subprocess.run(["git", "init", "-q", "repo"], check=True)
+    with open("repo/weights.bin", "wb") as file:
+        file.truncate(300_000_000)
+    monkeypatch.setattr(submit, "ROOT", tmp_path / "repo")
+    assert submit.main(["--cluster", "local", "--gpus_per_node", "1", DEBUG, *RUN, "--dp_shard", "1", "--data_dir", str(small)]) == 2
+    assert "a snapshot of the code would have 300 MB, weights.bin the most: put what is not code in .gitignore" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    shutil.rmtree("repo/.git")
+    assert submit.main(["--cluster", "local", "--gpus_per_node", "1", DEBUG, *RUN, "--dp_shard", "1", "--data_dir", str(small)]) == 2
+    assert "git can't list the files" in capsys.readouterr().err and not Path("runs").exists()
+
+
 def test_bad_presets_of_an_array(tmp_path, monkeypatch, capsys, small):
     monkeypatch.chdir(tmp_path)
     Path("other.py").write_text("from config.debug import *\n")
@@ -454,7 +536,7 @@ OPENMPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_
 
 @pytest.mark.parametrize("env, address, port", [
     (SRUN, "nid003", "20123"),
-    (SRUN | {"SLURM_RESTART_COUNT": "2"}, "nid003", "20125"),  # a store of the start before may still be there
+    (SRUN | {"SLURM_RESTART_COUNT": "2"}, "nid003", "22141"),  # neither the start before, whose store may still be there, nor job 125
     (SRUN | {"SLURM_JOB_ID": "50273134"}, "nid003", str(20_000 + 50273134 % 12_000)),
     (SRUN | {"SLURM_STEP_NODELIST": "a-1,b[2-3]"}, "a-1", "20123"), (SRUN | {"SLURM_STEP_NODELIST": "c[07,09-12]-gpu,d1"}, "c07-gpu", "20123"),
     (SRUN | {"SLURM_STEP_NODELIST": "127.0.0.[11-12]"}, "127.0.0.11", "20123"),
@@ -497,7 +579,7 @@ echo "$@" >> asked
 
 @pytest.mark.parametrize("state, restarts, fails, asked, says", [
     ("RUNNING", 0, 0, True, ""), ("RUNNING", 2, 0, True, ""), ("RUNNING", 3, 0, False, "it was started again 3 times (--max_requeues 3)"),
-    ("CANCELLED", 0, 0, False, "it is CANCELLED"), ("COMPLETING", 0, 0, False, "it is COMPLETING"), ("PENDING", 1, 0, False, "it is PENDING"),
+    ("CANCELLED", 0, 0, False, "has it as CANCELLED"), ("COMPLETING", 0, 0, False, "has it as COMPLETING"), ("PENDING", 1, 0, False, "as PENDING"),
     ("RUNNING", 0, 1, False, "Requested operation is presently disabled")])
 def test_only_a_running_job_is_requeued(tmp_path, monkeypatch, capfd, state, restarts, fails, asked, says):
     monkeypatch.chdir(tmp_path)
@@ -506,9 +588,20 @@ def test_only_a_running_job_is_requeued(tmp_path, monkeypatch, capfd, state, res
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("PRELORA_MAX_REQUEUES", "3")
-    assert job.requeue() == 75
+    assert job.requeue([signal.SIGTERM]) == 75
     assert Path("asked").exists() == asked and (not asked or Path("asked").read_text() == "requeue 7\n")
-    assert says in capfd.readouterr().err
+    printed = capfd.readouterr()
+    assert says in printed.out + printed.err and ("error" in printed.err) == (says.startswith(("it was", "Requested")))
+
+
+def test_what_submitits_local_executor_starts_again(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert job.requeue([signal.SIGUSR2]) == job.LOCAL_REQUEUE == LOCAL_REQUEUE_RETURN_CODE and job.requeue([signal.SIGTERM]) == 75
+
+
+def test_job_ids_are_submitits():
+    assert job.get_job_id({"SLURM_JOB_ID": "12"}) == "12"
+    assert job.get_job_id({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "1"}) == "12_1"
 
 
 def test_failures_are_those_since_the_last_start(tmp_path):
@@ -526,20 +619,22 @@ def test_failures_are_those_since_the_last_start(tmp_path):
 
 # ---- without Slurm
 
-@pytest.mark.parametrize("ranks", [2])
-def test_cluster_local(tmp_path, monkeypatch, capfd, small, ranks):
-    """As processes of this machine: a job that is told to stop starts again by itself."""
+def test_cluster_local(tmp_path, monkeypatch, capfd, small):
+    """As processes of this machine, two jobs at once: one that is told to stop starts again by itself, one that is killed ends."""
     monkeypatch.chdir(tmp_path)
-    preset = tmp_path / "stopping.py"
-    preset.write_text(FAILING.format(fault="").replace('"3":\n        ', '"1" and not os.path.exists("../stopped"):\n        '
-                      'open("../stopped", "w").close(); os.kill(os.getpid(), signal.SIGUSR2)'))
-    assert submit.main(["--cluster", "local", "--gpus_per_node", str(ranks), "--wait", str(preset), *RUN, "--max_steps", "12",
-                        "--data_dir", str(small), "--run_dir", "run"]) == 0
+    for name, number in (("goes_on", "SIGUSR2"), ("ends", "SIGTERM")):
+        stopping = f'"1" and not os.path.exists("{tmp_path}/{name}"):\n        open("{tmp_path}/{name}", "w").close(); os.kill(' + (
+            f"os.getpid(), signal.{number})" if number == "SIGUSR2" else f"os.getppid(), signal.{number})")
+        (tmp_path / f"{name}.py").write_text(FAILING.format(fault="").replace('"3":\n        ', stopping) + f"\nrun_dir = 'runs/{name}'\n")
+    assert submit.main(["--cluster", "local", "--gpus_per_node", "2", "--wait", "goes_on.py", "ends.py", *RUN, "--max_steps", "12",
+                        "--data_dir", str(small)]) == 1
     printed = capfd.readouterr().out
-    job_id = re.search(r"^job (\d+):", printed, re.MULTILINE)[1]
-    log = next((tmp_path / "runs/jobs").glob(f"*/{job_id}_0_log.out")).read_text()
-    assert len(re.findall(r"^rank 0 of 2 on", log, re.MULTILINE)) == 2 and "another rank was told to stop: saved at step 7" in log
-    assert events(tmp_path / "run", "epoch")[-1]["step"] == 12 and f"job {job_id}, {tmp_path}/run: COMPLETED" in printed
+    first, second = re.findall(r"^job (\d+):", printed, re.MULTILINE)
+    assert f"job {first}, {tmp_path}/runs/goes_on: COMPLETED" in printed and f"job {second}, {tmp_path}/runs/ends: FAILED" in printed
+    logs = [next((tmp_path / "runs/jobs").glob(f"*/{job_id}_0_log.out")).read_text() for job_id in (first, second)]
+    assert [len(re.findall(r"^rank 0 of 2 on", log, re.MULTILINE)) for log in logs] == [2, 1]
+    assert all("saved at step 7" in log for log in logs) and "SIGTERM" in logs[1]
+    assert events(tmp_path / "runs/goes_on", "epoch")[-1]["step"] == 12
 
 
 def test_cluster_debug(tmp_path, monkeypatch, small):
