@@ -7,7 +7,7 @@ from data.order import count_batches, empty_batch, get_epoch_indices, get_genera
 
 SYNTHETIC = 4  # purpose of the random numbers, beside those of data/order.py
 POOL = 64  # different images; of 224 pixels they take 10 MB
-SIZES = {"train": 65_536, "val": 128}  # images of an epoch, unless train_samples says otherwise
+SIZES = {"train": 65_536, "val": 64}  # images of an epoch, unless train_samples says otherwise
 
 
 class SyntheticLoader:

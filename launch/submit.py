@@ -188,13 +188,13 @@ def check_data(cfg: train.Config, ranks: int) -> None:
 
 
 def get_images_that_fit(cfg: train.Config, memory_gib: float) -> int:
-    """Images of a micro-batch that fit a GPU, roughly: bfloat16 activations of a block are 34 bytes per token and width (Korthikanti
-    et al., arXiv 2205.05198; `bench.py memory` measures 33 for ViT-L/16), masters, moments and gradients 16 bytes a parameter, unsharded;
-    a fifth of the memory stays free."""
+    """Images of a micro-batch that fit a GPU, roughly: a block's bfloat16 activations are 34 bytes per token and unit of width (Korthikanti
+    et al., arXiv 2205.05198; `bench.py memory` gives 33 for ViT-L/16), and 39 in the warmup phase, with ranks of 64; masters, moments and
+    gradients 16 bytes a parameter, unsharded; a fifth of the memory stays free."""
     spec = VARIANTS[cfg.model]
     width, depth = spec["embed_dim"], spec["depth"]
     tokens = (DATASETS[cfg.dataset].image_size // spec["patch_size"]) ** 2 + 1
-    bytes_per_token = {"none": 34, "selective": 17, "block": 4}[cfg.activation_checkpointing] * (1 if cfg.dtype == "bfloat16" else 2)
+    bytes_per_token = {"none": 39, "selective": 20, "block": 4}[cfg.activation_checkpointing] * (1 if cfg.dtype == "bfloat16" else 2)
     return int((0.8 * memory_gib * 2**30 - 16 * 12 * depth * width**2) / (bytes_per_token * tokens * width * depth))
 
 

@@ -1,5 +1,6 @@
 """A real Slurm cluster on this machine: slurmctld, munged and one slurmd per node, all this user's own; no root, no cgroups."""
 
+import ctypes
 import getpass
 import os
 import random
@@ -90,7 +91,7 @@ class SlurmCluster:
 
     def start(self, name, *command):
         log = open(self.dir / "log" / f"{name}.out", "ab")
-        self.daemons[name] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        self.daemons[name] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent)
 
     def start_node(self, node):
         self.start(node, "slurmd", "-D", "-N", node)
@@ -126,6 +127,10 @@ class SlurmCluster:
                 os.kill(int(process.name), signal.SIGKILL)
         del os.environ["SLURM_CONF"]
         shutil.rmtree(self.dir, ignore_errors=True)
+
+
+def die_with_parent():
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: nothing is left where the tests are interrupted
 
 
 def find_ports(count: int) -> int:

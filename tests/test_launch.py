@@ -166,43 +166,51 @@ def test_goes_on_by_itself(send, cluster, torchrun, fault):
     assert_same_as(torchrun, sent.run_dir)
 
 
-@pytest.fixture(scope="module")
-def long(on_ranks, small, tmp_path_factory):
-    """The run for as long as Slurm needs to notice a lost node or a time limit."""
-    run_dir = tmp_path_factory.mktemp("long") / "run"
-    flags = [DEBUG, *RUN, *LONG, "--data_dir", str(small), "--run_dir", str(run_dir)]
-    assert on_ranks(4, main_on_a_rank, flags, timeout=480, LOCAL_WORLD_SIZE=2) == [0] * 4
-    return run_dir
+PATCHED = """
+from config.debug import *
+import os
+import signal
+import time
+import train
+_get_lr = train.get_lr
+def _patched(step, *rest):
+    {patch}
+    return _get_lr(step, *rest)
+if "RANK" in os.environ:
+    train.get_lr = _patched
+"""
 
 
-LONG = ["--epochs", "80"]
+@pytest.fixture
+def preset(tmp_path):
+    """preset(patch): the debug preset and, on every rank, a line of code in each step."""
+    def preset(patch, name="patched", more=""):
+        (tmp_path / f"{name}.py").write_text(PATCHED.format(patch=patch) + more)
+        return str(tmp_path / f"{name}.py")
+    return preset
 
 
 @slow
-def test_goes_on_when_slurmd_dies(send, cluster, long):
-    """What Slurm sees of a node that lost its power or its network."""
-    sent = send(*LONG)
-    sent.wait_for_epoch(4)
+def test_goes_on_when_slurmd_dies(send, cluster, preset, torchrun):
+    """What Slurm sees of a node that lost its power or its network; it takes half a minute to."""
+    sent = send(preset=preset("time.sleep(1.5)"))
+    sent.wait_for_epoch(2)
     node = sent.nodes()[1]
     cluster.kill_node(node)
     wait(lambda: sent.restarts() == 1, 90)
     cluster.start_node(node)
     sent.wait(timeout=400)
     assert sent.restarts() == 1 and "requeueing job" not in sent.log()
-    assert_same_as(long, sent.run_dir)
+    assert_same_as(torchrun, sent.run_dir)
 
 
 @slow
-def test_goes_on_past_its_time_limit(send, long):
-    """A minute, whose end Slurm announces 15 to 45 seconds before."""
-    sent = send("--hours", 1 / 60, *LONG)
+def test_goes_on_past_its_time_limit(send, preset, torchrun):
+    """Two minutes, whose end Slurm announces 30 to 60 seconds before."""
+    sent = send("--hours", 2 / 60, preset=preset("time.sleep(2.5)"))
     sent.wait(timeout=500)
     assert sent.restarts() >= 1 and "requeueing job" in sent.log()
-    assert_same_as(long, sent.run_dir)
-
-
-def main_on_a_rank(argv):
-    return train.main(argv)
+    assert_same_as(torchrun, sent.run_dir)
 
 
 @slow
@@ -273,30 +281,13 @@ def test_tasks_of_an_array_are_requeued_and_cancelled_one_by_one(cluster, tmp_pa
     assert_same(weights(tmp_path / "b"), weights(tmp_path / "c"))
 
 
-FAILING = """
-from config.debug import *
-import os
-import signal
-import train
-_get_lr = train.get_lr
-def _fail(step, *rest):
-    if step == 6 and os.environ["RANK"] == "3":
-        {fault}
-    return _get_lr(step, *rest)
-if "RANK" in os.environ:
-    train.get_lr = _fail
-"""
-
-
 @pytest.mark.parametrize("fault, says", [
     ("raise ZeroDivisionError('on purpose')", r"rank 3 on {node}: ZeroDivisionError: on purpose"),
     pytest.param("raise OSError('No space left on device')", r"rank 3 on {node}: No space left on device", marks=slow),
     pytest.param("os.kill(os.getpid(), signal.SIGKILL)", r"srun: error: {node}: task 3: Killed", marks=slow),
 ])
-def test_one_failing_rank_ends_the_job(send, tmp_path, capsys, fault, says):
-    preset = tmp_path / "failing.py"
-    preset.write_text(FAILING.format(fault=fault))
-    sent = send("--wait", preset=str(preset), status=1)
+def test_one_failing_rank_ends_the_job(send, preset, fault, says):
+    sent = send("--wait", preset=preset(f"if step == 6 and os.environ['RANK'] == '3': {fault}"), status=1)
     assert sent.state() == "FAILED" and sent.restarts() == 0
     failures = job.get_failures(sent.folder, sent.id)
     node = sent.nodes()[1]
@@ -619,13 +610,12 @@ def test_failures_are_those_since_the_last_start(tmp_path):
 
 # ---- without Slurm
 
-def test_cluster_local(tmp_path, monkeypatch, capfd, small):
-    """As processes of this machine, two jobs at once: one that is told to stop starts again by itself, one that is killed ends."""
+def test_cluster_local(tmp_path, monkeypatch, capfd, small, preset):
+    """As processes of this machine, two jobs at once: one that is told to stop starts again by itself, one that is cancelled ends."""
     monkeypatch.chdir(tmp_path)
-    for name, number in (("goes_on", "SIGUSR2"), ("ends", "SIGTERM")):
-        stopping = f'"1" and not os.path.exists("{tmp_path}/{name}"):\n        open("{tmp_path}/{name}", "w").close(); os.kill(' + (
-            f"os.getpid(), signal.{number})" if number == "SIGUSR2" else f"os.getppid(), signal.{number})")
-        (tmp_path / f"{name}.py").write_text(FAILING.format(fault="").replace('"3":\n        ', stopping) + f"\nrun_dir = 'runs/{name}'\n")
+    for name, target in (("goes_on", "os.getpid(), signal.SIGUSR2"), ("ends", "os.getppid(), signal.SIGTERM")):
+        once = f"os.environ['RANK'] == '1' and not os.path.exists('{tmp_path}/{name}')"
+        preset(f"if step == 6 and {once}: open('{tmp_path}/{name}', 'w').close(); os.kill({target})", name, f"run_dir = 'runs/{name}'\n")
     assert submit.main(["--cluster", "local", "--gpus_per_node", "2", "--wait", "goes_on.py", "ends.py", *RUN, "--max_steps", "12",
                         "--data_dir", str(small)]) == 1
     printed = capfd.readouterr().out
