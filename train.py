@@ -361,9 +361,9 @@ class State:
     metrics_bytes: int = 0  # length of metrics.jsonl
 
 
-def check_data(cfg: Config, images: int, classes: list[str] | None, val_classes: list[str] | None) -> int:
-    """The run's optimiser steps on so many training images. Raises ValueError for a batch or a warmup that is too large for them, and for
-    training and validation sets with different classes (None: not known)."""
+def check_data(cfg: Config, images: int, classes: list[str] | None, val_classes: list[str] | None) -> None:
+    """Raise ValueError for a batch or a warmup that is too large for so many training images, and for training and validation sets with
+    different classes (None: not known)."""
     if None not in (classes, val_classes) and classes != val_classes:
         here, there = next(pair for pair in zip(classes, val_classes) if pair[0] != pair[1])
         raise ValueError(f"train and val of {cfg.data_dir} do not have the same classes: {here!r} in one stands where {there!r} does "
@@ -373,7 +373,6 @@ def check_data(cfg: Config, images: int, classes: list[str] | None, val_classes:
         raise ValueError(f"batch_size {cfg.batch_size} is above the {images} training images")
     if cfg.lr_warmup_steps >= total_steps:
         raise ValueError(f"lr_warmup_steps {cfg.lr_warmup_steps} leaves nothing of the {total_steps} steps of {cfg.epochs} epochs")
-    return total_steps
 
 
 def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: list[str]):
@@ -392,7 +391,6 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
         build_loader(cfg.loader, cfg.dataset, data_dir, split, batch_size, cfg.seed, cfg.num_workers, num_samples, cfg.num_classes,
                      cfg.rand_augment, rank, world_size) for split, num_samples in (("train", cfg.train_samples), ("val", None))]
     images = train_loader.num_samples
-    total_steps = check_data(cfg, images, train_loader.classes, val_loader.classes)
     if last:
         if not {"state", "monitor", "config", "train_images"} <= meta.keys():
             raise ValueError(f"{last}/meta.json is damaged: keys are missing")
@@ -405,11 +403,12 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
                 raise ValueError(f"{last} was trained with {name} = {getattr(old, name)}, it can't go on with {getattr(cfg, name)}")
         if meta["train_images"] != images:
             raise ValueError(f"{last} was trained on {meta['train_images']} images, {cfg.data_dir} gives {images}")
-        if state.step > total_steps:
+        if state.step > (total_steps := images // cfg.batch_size * cfg.epochs):
             raise ValueError(f"{last} is past the end of {cfg.epochs} epochs, {total_steps} steps")
         metrics = run_dir / "metrics.jsonl"
         if not metrics.exists() or metrics.stat().st_size < state.metrics_bytes:
             raise ValueError(f"{metrics} is missing or shorter than it was when {last} was saved")
+    check_data(cfg, images, train_loader.classes, val_loader.classes)
     return train_loader, val_loader
 
 
