@@ -297,7 +297,7 @@ def memory(model: Model = "L/16", world_size: int = 64, images: int = 64, dp_sha
 # data loading
 
 def make_photos(folder: Path, count: int) -> None:
-    """A tree of `count` JPEGs that cost what ImageNet's do: 500 × 375, 110 kB; noise whose spectrum falls as photographs' does."""
+    """A tree of `count` JPEGs that cost what ImageNet's do: 500 × 375, 120 kB; noise whose spectrum falls as photographs' does."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500))
     frequency[0, 0] = 1
@@ -311,7 +311,7 @@ def make_photos(folder: Path, count: int) -> None:
 
 
 def torchvision_batches(folder: Path, batch_size: int, num_workers: int, rand_augment: int):
-    """A function that goes through an epoch of what one would write without this repo, normalised float32 batches."""
+    """The loader one would write without this repo: normalised float32 batches (B, 3, 224, 224) and labels."""
     extra = [timm_rand_augment(f"rand-m{rand_augment}-mmax{rand_augment}-p1.0-n2", {"img_mean": (128,) * 3})] if rand_augment else []
     pipeline = T.Compose([T.RandomResizedCrop(224, (0.05, 1.0)), T.RandomHorizontalFlip(), *extra, T.ToTensor(),
                           T.Normalize((0.5,) * 3, (0.5,) * 3)])

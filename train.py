@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import gc
 import io
-import json
 import math
 import platform
 import runpy

@@ -21,7 +21,7 @@ from torchvision.transforms.functional import center_crop, resize, resized_crop
 from data.augment import (GREY, OPERATIONS, get_arguments, get_choice, get_flip, get_random_crop, get_shift, rand_augment, random_flip,
                           random_shift)
 from data.loader import DATASETS
-from data.order import DataError, count_batches, default_workers, empty_batch, get_epoch_indices, get_indices, to_batch
+from data.order import DataError, check_classes, count_batches, default_workers, empty_batch, get_epoch_indices, get_indices, to_batch
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -209,9 +209,7 @@ class FolderLoader:
     def __init__(self, dataset, data_dir, split, batch_size, seed, num_workers, num_samples, num_classes, augmentations, rank, ranks):
         self.source, self.spec, self.num_classes = open_dataset(dataset, data_dir, split), DATASETS[dataset], num_classes
         self.classes = list(self.source.classes)
-        if len(self.classes) != num_classes:
-            raise ValueError(f"{split} of {data_dir} has {len(self.classes)} classes, expected {num_classes}: "
-                             f"say --num_classes {len(self.classes)}")
+        check_classes(f"{split} of {data_dir}", self.classes, num_classes)
         self.train, self.batch_size, self.seed, self.augmentations = split == "train", batch_size, seed, augmentations
         self.indices = get_indices(len(self.source), self.train, batch_size, num_samples, ranks)
         self.rank, self.ranks, self.image_size = rank, ranks, self.spec.image_size

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data.augment import build_ffcv_operation, rand_augment, random_flip, random_shift
 from data.beton import check_beton, import_ffcv, read_classes, read_samples
 from data.decode import build_ffcv_decoder
-from data.order import DataError, count_batches, default_workers, empty_batch, get_epoch_indices, get_indices, to_batch
+from data.order import DataError, check_classes, count_batches, default_workers, empty_batch, get_epoch_indices, get_indices, to_batch
 
 
 class DatasetSpec(NamedTuple):
@@ -61,8 +61,7 @@ class FFCVLoader:
         if not 1 <= num_workers <= cpus:
             raise ValueError(f"num_workers is {num_workers}: expected 1 to {cpus}, the CPUs this process may use")
         self.classes = read_classes(path)
-        if self.classes is not None and len(self.classes) != num_classes:
-            raise ValueError(f"{path} has {len(self.classes)} classes, expected {num_classes}: say --num_classes {len(self.classes)}")
+        check_classes(path, self.classes, num_classes)
         self._ffcv = ffcv = import_ffcv()
         self._epoch, self._thread = np.zeros(1, dtype=np.int64), None
         min_area = spec.min_area if self.train else 0

@@ -43,6 +43,12 @@ def get_indices(total, train, batch_size, num_samples=None, ranks=1):
     return indices
 
 
+def check_classes(where, classes, num_classes):
+    """Raise ValueError for class names (None: not known) that are not num_classes."""
+    if classes is not None and len(classes) != num_classes:
+        raise ValueError(f"{where} has {len(classes)} classes, expected {num_classes}: say --num_classes {len(classes)}")
+
+
 def count_batches(num_samples, train, batch_size, ranks=1):
     """Batches of an epoch on each rank: training drops what does not fill the batches of all ranks, evaluation pads."""
     return num_samples // (batch_size * ranks) if train else -(-num_samples // (batch_size * ranks))

@@ -30,10 +30,10 @@ sys.path[0] = str(ROOT) if Path(sys.path[0]).resolve() == ROOT / "launch" else s
 import submitit
 from submitit.slurm.slurm import SlurmExecutor
 
-from data.beton import check_beton, read_classes, read_samples
+from data.beton import check_beton, read_classes
 from data.folder import open_dataset
 from data.loader import DATASETS, find_beton
-from data.order import get_indices
+from data.order import check_classes, get_indices
 from launch.job import MAX_REQUEUES, Job, get_failures
 from model.vit import VARIANTS
 from monitor.logger import phase_table
@@ -132,7 +132,7 @@ def parse(argv: list[str]) -> tuple[Launch, list[Run]]:
     """Everything that can be known to be wrong before Slurm is asked. Raises ValueError or OSError, in one sentence."""
     launch_flags, presets, flags = split_argv(argv)
     launch = train.parse_flags(launch_flags, Launch(), prog="launch/submit.py",
-                         description=f"{__doc__}\nAll other flags, and presets, are train.py's: see python train.py --help")
+                               description=f"{__doc__}\nAll other flags, and presets, are train.py's: see python train.py --help")
     for name in ("nodes", "gpus_per_node", "cpus_per_task", "hours"):
         if not getattr(launch, name) > 0 or not math.isfinite(getattr(launch, name)):  # -t 0 would mean no limit
             raise ValueError(f"{name} must be above 0, not {getattr(launch, name)}")
@@ -177,11 +177,11 @@ def check_data(cfg: train.Config, ranks: int) -> None:
     for split in ("train", "val"):
         if cfg.loader == "ffcv":
             path = find_beton(cfg.dataset, cfg.data_dir, split)
-            check_beton(path)
-            total, classes[split] = len(read_samples(path)), read_classes(path)
+            total, classes[split] = check_beton(path), read_classes(path)
         else:
             source = open_dataset(cfg.dataset, cfg.data_dir, split)
             total, classes[split] = len(source), list(source.classes)
+        check_classes(f"{split} of {cfg.data_dir}", classes[split], cfg.num_classes or DATASETS[cfg.dataset].num_classes)
         micro_batch = cfg.batch_size // (cfg.grad_accum_steps * ranks)
         images[split] = len(get_indices(total, split == "train", micro_batch, cfg.train_samples if split == "train" else None, ranks))
     train.check_data(cfg, images["train"], *classes.values())

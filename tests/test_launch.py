@@ -336,6 +336,7 @@ BAD = {
     "--nodes 5 --gpus_per_node 3": "batch_size 96 can't be divided over 15 GPUs",
     "--epochs 1": "lr_warmup_steps 125 leaves nothing of the 6 steps of 1 epochs",
     "--batch_size 960 --gpus_per_node 4": "batch_size is 240 on 4 rank(s): expected 1 to 600 in all",
+    "--num_classes 9": "has 10 classes, expected 9: say --num_classes 10",
     "--train_samples 601": "a training subset of 601 images was asked for",
     "--cluster debug --gpus_per_node=2": "--cluster debug runs one preset in this one process",
     "--cluster debug --data_dir nowhere": "work/nowhere: make it with",

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import json
-import os
 import signal
 import subprocess
 import sys
