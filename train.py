@@ -33,13 +33,13 @@ from torch.distributed.tensor import DTensor
 
 from data.augment import mixup, normalise
 from data.loader import DATASETS, build_loader, get_staged_dir, prefetch, stage
-from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families
-from lora.ranks import assign_ranks
+from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families, rank_costs
+from lora.ranks import assign_ranks, budget_ranks, count_parameters, uniform_ranks
 from model import checkpoint, distributed
 from model.optim import build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
 from model.parallel import build_mesh, parallelize, reshard, to_plain, unsharded
 from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
-from monitor.convergence import ConvergenceMonitor, failure_signs, rank_signs
+from monitor.convergence import ConvergenceMonitor, failure_signs, rank_signs, replay
 from monitor.logger import RunLogger, phase_table
 from monitor.norms import adapter_norms, weight_norms
 from monitor.perf import Stopwatch, count_flops, peak_flops, peak_memory, reset_peak_memory
@@ -54,7 +54,9 @@ class Config:
     seed: int = 0  # of weights, data order, augmentation, mixup, dropout
     max_steps: int | None = None  # stop (and save) after this many optimiser steps; the schedule stays that of `epochs`
     keep_every: int = 0  # keep the checkpoint of every so many epochs, besides the last two, the switch's and the freeze's; 0 = none
+    eval_every: int = 1  # evaluate after every so many epochs, and after the last
     baseline: str | None = None  # run directory of a mode=full run, to warn of a loss plateau above it
+    fork: str | None = None  # start from another run's kept checkpoint: RUN@epoch, or RUN for the latest these settings can share
     # data
     dataset: str = "fashion_mnist"  # a row of data/loader.py's DATASETS
     data_dir: str = "datasets/fashion_mnist"  # holds train.beton and val.beton (ffcv) or the raw files (folder)
@@ -95,9 +97,14 @@ class Config:
     lora_warmup_epochs: int = 10  # w: epochs in which base and adapters train together
     rank_min: int = 8  # Algorithm 2, a power of two
     rank_max: int = 64  # Algorithm 2, a power of two
+    rank_rule: Literal["minmax", "uniform", "budget"] = "minmax"  # Algorithm 2; one rank for all; in proportion to the change
+    rank_budget: float | None = None  # uniform, budget: adapters fill this share of the base's parameters; None = what minmax would use
     lora_alpha: float | None = None  # adapters are scaled by alpha / rank; None = alpha is each layer's rank (scaling 1)
+    lora_scaling: Literal["alpha", "rslora"] = "alpha"  # rslora: by alpha / sqrt(rank) (arXiv 2312.03732)
     target_modules: tuple[str, ...] = tuple(LORA_FAMILIES)  # the paper's alpha; families of model/vit.py's LORA_FAMILIES
     lora_trainable: Literal["adapters", "adapters+rest"] = "adapters"  # rest: head, norms, embeddings; mode=lora always trains them
+    optimizer_at_switch: Literal["keep", "reset"] = "keep"  # keep: moments live on; reset: a fresh AdamW at both switches, as the authors'
+    lora_rewarm_steps: int = 0  # after the freeze the learning rate rises from 0 again, to its cosine in so many steps (the authors': 100)
 
 
 def check_config(cfg: Config) -> None:
@@ -110,12 +117,12 @@ def check_config(cfg: Config) -> None:
         check(not isinstance(value, float) or math.isfinite(value), f"{name} must be a finite number, not {value}")
     check(cfg.run_dir != "", "run_dir is empty")
     check(cfg.seed < 2**63, f"seed must be below 2**63, not {cfg.seed}")
-    for name in ("epochs", "batch_size", "grad_accum_steps", "lr", "window_epochs", "rank_min", "tau", "zeta", "layer_norm_eps"):
+    for name in ("epochs", "batch_size", "grad_accum_steps", "eval_every", "lr", "window_epochs", "rank_min", "tau", "zeta", "layer_norm_eps"):
         check(getattr(cfg, name) > 0, f"{name} must be above 0, not {getattr(cfg, name)}")
     for name in ("seed", "keep_every", "lr_warmup_steps", "weight_decay", "grad_clip", "rand_augment", "mixup", "lora_warmup_epochs",
-                 "num_workers"):
+                 "lora_rewarm_steps", "num_workers"):
         check(getattr(cfg, name) is None or getattr(cfg, name) >= 0, f"{name} must not be negative, not {getattr(cfg, name)}")
-    for name in ("max_steps", "train_samples", "num_classes", "switch_epoch", "lora_alpha", "dp_shard"):
+    for name in ("max_steps", "train_samples", "num_classes", "switch_epoch", "rank_budget", "lora_alpha", "dp_shard"):
         check(getattr(cfg, name) is None or getattr(cfg, name) > 0, f"{name} must be above 0 or None, not {getattr(cfg, name)}")
     for name in ("dropout", "drop_path"):
         check(0 <= getattr(cfg, name) < 1, f"{name} must be in [0, 1), not {getattr(cfg, name)}")
@@ -141,6 +148,11 @@ def check_config(cfg: Config) -> None:
     for family in cfg.target_modules:
         check(family in LORA_FAMILIES, f"unknown target module {family!r}, there are: {', '.join(LORA_FAMILIES)}")
     check(len(set(cfg.target_modules)) == len(cfg.target_modules) > 0, f"target_modules must name each family once: {cfg.target_modules}")
+    check(cfg.lora_scaling != "rslora" or cfg.lora_alpha is not None,
+          "lora_scaling rslora is lora_alpha / sqrt(rank): it needs --lora_alpha, which as None stands for each layer's rank")
+    check(cfg.rank_budget is None or cfg.rank_rule != "minmax", "rank_budget is for rank_rule uniform or budget; minmax has none")
+    if cfg.rank_budget is not None:
+        choose_ranks(cfg, {family: [0.0] * VARIANTS[cfg.model]["depth"] for family in cfg.target_modules})
     if cfg.switch_epoch is not None:
         check(cfg.mode == "prelora", f"switch_epoch has no meaning with mode {cfg.mode}")
         check(cfg.switch_epoch >= 2 * cfg.window_epochs,
@@ -216,12 +228,16 @@ def parse_flags(argv: list[str], default, prog: str = "train.py", description: s
 def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
     """`[preset.py] [--field value …]` -> the Config, checked, and the lines that say what a resumed run changes.
 
-    With --resume True and a run in run_dir, its stored config is taken and only explicit flags are laid over it.
+    With --resume True and a run in run_dir, its stored config is taken and only explicit flags are laid over it; with --fork and
+    no preset, that of the run it starts from.
     Raises ValueError, in one sentence, for whatever is wrong.
     """
     preset = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if preset else argv
     cfg = parse_flags(flags, load_preset(preset) if preset else Config())
+    if cfg.fork and not preset:  # as the other run, but for these flags
+        run, _ = split_fork(cfg.fork)
+        cfg = parse_flags(flags, dataclasses.replace(typed_config(load_run(run)[0], f"{run}/config.json"), fork=None))
     run_dir, notes = Path(cfg.run_dir), []
     stored = run_dir / "config.json"
     if cfg.resume and stored.exists():
@@ -250,7 +266,7 @@ def build_model(cfg: Config, phase: str, ranks: dict[str, list[int]] | None, dev
         model = VisionTransformer(cfg.model, data.image_size, cfg.num_classes or data.num_classes, dropout=cfg.dropout,
                                   drop_path=cfg.drop_path, layer_norm_eps=cfg.layer_norm_eps)
         if phase != "full":  # ranks may be there already, for the switch that is due
-            add_lora(model, match_families(model, LORA_FAMILIES, tuple(ranks)), ranks, cfg.lora_alpha)
+            add_lora(model, match_families(model, LORA_FAMILIES, tuple(ranks)), ranks, cfg.lora_alpha, cfg.lora_scaling == "rslora")
     if phase == "lora":
         rest = cfg.mode == "lora" or cfg.lora_trainable == "adapters+rest"
         sharded = mesh is not None and cfg.frozen_base == "shard"  # then gathered in the compute type, from float32 shards
@@ -271,7 +287,7 @@ def switch_phase(cfg: Config, model, optimizer, phase: str, ranks: dict[str, lis
     """Rebuild the model in its next phase and move weights and optimiser state over, by name. Returns (model, optimizer).
 
     Insertion: the base keeps its moments and step counts, adapters start fresh with B = 0, so the function is unchanged.
-    Freeze: adapters keep theirs, the base's states are dropped with the old optimiser.
+    Freeze: adapters keep theirs, the base's states are dropped with the old optimiser. `optimizer_at_switch=reset`: none is kept.
 
     Sharded, each rank copies its own shards: same mesh, same cut, no traffic. Only a base that is replicated from here on is
     gathered, one parameter at a time. Moments are handed over, not copied. So at its peak the switch holds old and new weights,
@@ -286,8 +302,27 @@ def switch_phase(cfg: Config, model, optimizer, phase: str, ranks: dict[str, lis
             if name in weights:
                 tensor.copy_(weights[name] if isinstance(tensor, DTensor) else to_plain(weights[name]))
     new_optimizer = build_optimizer(new, cfg.weight_decay)
-    set_optimizer_state(new, new_optimizer, state)
+    if cfg.optimizer_at_switch == "keep":
+        set_optimizer_state(new, new_optimizer, state)
     return new, new_optimizer
+
+
+def choose_ranks(cfg: Config, changes: dict[str, list[float]]) -> dict[str, list[int]]:
+    """Each layer's rank from its weight norm's change in %, by `cfg.rank_rule`: {family: [rank per layer]}.
+
+    uniform and budget fill `rank_budget`'s share of the base's parameters or, without one, just what minmax would use, so that rules are
+    compared at equal size. Raises ValueError for a budget that rank_min everywhere exceeds.
+    """
+    ranks = assign_ranks(changes, cfg.rank_min, cfg.rank_max)
+    if cfg.rank_rule == "minmax":
+        return ranks
+    model = build_model(dataclasses.replace(cfg, compile=False), "full", None, "meta")
+    costs = rank_costs(model, match_families(model, LORA_FAMILIES, tuple(changes)))
+    budget = count_parameters(ranks, costs)
+    if cfg.rank_budget is not None:
+        budget = int(cfg.rank_budget * sum(p.numel() for p in model.parameters()))
+    rule = {"uniform": uniform_ranks, "budget": budget_ranks}[cfg.rank_rule]
+    return rule(changes, costs, budget, cfg.rank_min, cfg.rank_max)
 
 
 def seed_torch(*key: int) -> None:
@@ -351,13 +386,105 @@ class State:
     next_phase: str | None = None
     epoch: int = 0  # completed
     phase_epochs: int = 0  # completed in this phase
+    phase_start: int = 0  # the step at which this phase began
     step: int = 0  # optimiser steps taken
     epoch_step: int = 0  # of them in the epoch under way
     epoch_totals: tuple[float, float] = (0.0, 0.0)  # its summed loss and hits
+    step_losses: tuple[float, ...] = ()  # of each of its steps
     epoch_seconds: float = 0.0  # its training time
     epoch_waited: float = 0.0  # of it, waiting for data
     base_norms: dict[str, list[float]] | None = None  # of the last epoch; a frozen base keeps them
     metrics_bytes: int = 0  # length of metrics.jsonl
+
+
+def decide_phase(cfg: Config, s: State, due: ConvergenceMonitor | None) -> None:
+    """At the end of an epoch: set s.next_phase if a switch comes next, and s.ranks from the monitor that says one is `due`."""
+    s.next_phase = None
+    if due:
+        s.ranks = choose_ranks(cfg, due.changes())
+        s.next_phase = "warmup" if cfg.lora_warmup_epochs else "lora"
+    elif s.phase == "warmup" and s.phase_epochs >= cfg.lora_warmup_epochs:
+        s.next_phase = "lora"
+
+
+def build_monitor(cfg: Config, steps_per_epoch: int) -> ConvergenceMonitor:
+    return ConvergenceMonitor(cfg.tau, cfg.zeta, cfg.num_windows, cfg.window_epochs, cfg.lr_warmup_steps / steps_per_epoch,
+                              cfg.switch_epoch)
+
+
+ADAPTER_FIELDS = ("target_modules", "rank_min", "rank_max", "rank_rule", "rank_budget", "lora_alpha", "lora_scaling")
+
+
+def check_same(cfg: Config, old: Config, names: list[str], where: Path) -> None:
+    """Raise ValueError for the first field in `names` in which `cfg` differs from what the checkpoint at `where` was trained with."""
+    for name in names:
+        if getattr(cfg, name) != getattr(old, name):
+            raise ValueError(f"{where} was trained with {name} = {getattr(old, name)}, it can't go on with {getattr(cfg, name)}")
+
+
+def split_fork(fork: str) -> tuple[str, int | None]:
+    """RUN@epoch -> (RUN, epoch), RUN -> (RUN, None)."""
+    run, at, epoch = fork.rpartition("@")
+    return (run, int(epoch)) if at and epoch.isdecimal() else (fork, None)
+
+
+def find_fork(cfg: Config) -> tuple[Path, dict, list[str]]:
+    """The checkpoint of another run that `cfg.fork` names and its meta, made into what a run with `cfg`'s settings would have saved there.
+
+    In the full phase everything the switch depends on may differ: the monitor is fed the logged norms anew, and the switch, if it is due, and
+    its ranks are `cfg`'s. Later only what still lies ahead may. meta["records"]: the epochs and switches up to there, for metrics.jsonl.
+    Without an epoch: the newest checkpoint before which these settings would not have switched.
+    Raises ValueError, in one sentence, where there is no such checkpoint or it is of another model, data or batch; OSError.
+    """
+    run, asked = split_fork(cfg.fork)
+    _, epochs, switches = load_run(run)
+    kept = {meta["state"]["epoch"]: (path, meta) for path, meta in checkpoint.kept(Path(run)) if not meta["state"]["epoch_step"]}
+    if not kept:
+        raise ValueError(f"{run} keeps no checkpoint of a whole epoch")
+    if asked is not None and asked not in kept:
+        raise ValueError(f"{run} keeps no checkpoint of epoch {asked}; there are those of {', '.join(map(str, sorted(kept)))} (see --keep_every)")
+    full = {epoch for epoch, (_, meta) in kept.items() if meta["state"]["phase"] == "full"}
+    steps_per_epoch = max(1, next(iter(kept.values()))[1]["train_images"] // cfg.batch_size)
+    due = None
+    if full and cfg.mode == "prelora":
+        missing = [family for family in cfg.target_modules if family not in epochs[0]["weight_norms"]]
+        if missing:
+            raise ValueError(f"{run} has logged no weight norms of {', '.join(missing)}")
+        due = replay(build_monitor(cfg, steps_per_epoch), [e for e in epochs if e["phase"] == "full"], cfg.target_modules)
+    possible = [e for e in kept if e < cfg.epochs and (e not in full or due is None or e <= due)]
+    if asked is None:
+        possible = [e for e in possible if e in full or not full]
+    elif asked not in possible:
+        raise ValueError(f"{run}@{asked}: these settings end after epoch {cfg.epochs}" if asked >= cfg.epochs else
+                         f"{run}@{asked}: these settings would have switched after epoch {due} already")
+    if not possible:
+        raise ValueError(f"{run} keeps no checkpoint that these settings share: they "
+                         + (f"switch after epoch {due}" if due else f"end after epoch {cfg.epochs}")
+                         + f", it keeps those of epochs {', '.join(map(str, sorted(kept)))} (see --keep_every)")
+    at = max(possible) if asked is None else asked
+    path, meta = kept[at]
+    checkpoint.verify(path)
+    old, s = typed_config(meta["config"], f"{path}/meta.json"), State(**meta["state"])
+    same = ["model", "dataset", "num_classes", "batch_size", "train_samples"]
+    if s.phase != "full":
+        same += ["mode", *ADAPTER_FIELDS] + (["lora_trainable", "dtype"] if s.phase == "lora" else [])
+    elif cfg.mode == "lora":
+        raise ValueError(f"{path} is in its full phase, mode lora has none")
+    check_same(cfg, old, same, path)
+    only = lambda norms: {family: norms[family] for family in cfg.target_modules if family in norms}
+    records = [e | {"weight_norms": only(e["weight_norms"]), "adapter_norms": only(e["adapter_norms"])} for e in epochs if e["epoch"] <= at]
+    if s.phase == "full":
+        monitor = build_monitor(cfg, steps_per_epoch)
+        passed = replay(monitor, records, cfg.target_modules)
+        s.ranks, s.base_norms = None, only(s.base_norms)
+        decide_phase(cfg, s, monitor if passed and cfg.mode == "prelora" else None)
+        meta["monitor"] = monitor.state_dict()
+    elif s.phase == "warmup" and s.phase_epochs > cfg.lora_warmup_epochs:
+        raise ValueError(f"{path} is {s.phase_epochs} epochs into its warmup, which lora_warmup_epochs = {cfg.lora_warmup_epochs} would have ended")
+    else:
+        decide_phase(cfg, s, None)
+    records = sorted(records + [switch for switch in switches if switch["epoch"] < at], key=lambda r: (r["epoch"], r["event"] == "switch"))
+    return path, meta | {"state": dataclasses.asdict(s) | {"metrics_bytes": 0}, "records": records}, []
 
 
 def check_data(cfg: Config, images: int, classes: list[str] | None, val_classes: list[str] | None) -> None:
@@ -396,16 +523,14 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
         old, state = typed_config(meta["config"], f"{last}/meta.json"), State(**meta["state"])
         fixed = ["model", "dataset", "num_classes", "mode", "seed", "batch_size", "train_samples", "target_modules", "window_epochs"]
         if state.ranks:  # adapters of these ranks and this scaling, a base in this precision; the freeze's checkpoint is still open
-            fixed += ["rank_min", "rank_max", "lora_alpha", "lora_trainable", "dtype"]
-        for name in fixed:
-            if getattr(cfg, name) != getattr(old, name):
-                raise ValueError(f"{last} was trained with {name} = {getattr(old, name)}, it can't go on with {getattr(cfg, name)}")
+            fixed += [*ADAPTER_FIELDS, "lora_trainable", "dtype"]
+        check_same(cfg, old, [] if "records" in meta else fixed + ["fork"], last)  # a fork's were checked when it was found
         if meta["train_images"] != images:
             raise ValueError(f"{last} was trained on {meta['train_images']} images, {cfg.data_dir} gives {images}")
         if state.step > (total_steps := images // cfg.batch_size * cfg.epochs):
             raise ValueError(f"{last} is past the end of {cfg.epochs} epochs, {total_steps} steps")
         metrics = run_dir / "metrics.jsonl"
-        if not metrics.exists() or metrics.stat().st_size < state.metrics_bytes:
+        if "records" not in meta and (not metrics.exists() or metrics.stat().st_size < state.metrics_bytes):
             raise ValueError(f"{metrics} is missing or shorter than it was when {last} was saved")
     check_data(cfg, images, train_loader.classes, val_loader.classes)
     return train_loader, val_loader
@@ -435,8 +560,7 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             print(f"{run_dir} is done: {s.step} steps" + (f", --max_steps None goes on to {total_steps}" if s.step < total_steps else ""))
             print(phase_table(load_run(run_dir)[1]) if s.epoch else "no epoch is finished yet")
         return True
-    monitor = ConvergenceMonitor(cfg.tau, cfg.zeta, cfg.num_windows, cfg.window_epochs, cfg.lr_warmup_steps / steps_per_epoch,
-                                 cfg.switch_epoch)
+    monitor = build_monitor(cfg, steps_per_epoch)
     if last:
         monitor.load_state_dict(meta["monitor"])
     baseline = load_run(cfg.baseline)[1] if cfg.baseline else None  # its epoch records
@@ -447,10 +571,16 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
         if s.ranks:
             checkpoint.write_json(run_dir / "ranks.json", s.ranks)
     logger = RunLogger(run_dir, s.step, last_step, s.metrics_bytes, enabled=rank == 0)
+    for record in meta["records"] if last and "records" in meta else ():
+        logger.copy(record)
     for note in notes:
         logger.message(note)
     for text in passed_over:
         logger.warning(s.epoch, s.step, text)
+
+    def current_lr(step: int) -> float:
+        frozen_at = s.phase_start if s.phase == "lora" and cfg.mode == "prelora" else None
+        return get_lr(step, cfg.lr, cfg.lr_warmup_steps, total_steps, frozen_at, cfg.lora_rewarm_steps)
 
     def enter_phase() -> dict:
         """What a phase costs, once its model stands: for the start and switch events."""
@@ -490,7 +620,7 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
         while s.epoch < cfg.epochs:
             if s.next_phase:  # -- the switch: full -> warmup puts the adapters in, warmup -> lora freezes the base
                 start = time.perf_counter()
-                previous, s.phase, s.next_phase, s.phase_epochs = s.phase, s.next_phase, None, 0
+                previous, s.phase, s.next_phase, s.phase_epochs, s.phase_start = s.phase, s.next_phase, None, 0, s.step
                 reset_peak_memory(device)
                 model, optimizer = switch_phase(cfg, model, optimizer, s.phase, s.ranks, mesh)
                 peak = peak_memory(device)
@@ -504,6 +634,8 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             # -- one epoch of training
             params = [p for p in model.parameters() if p.requires_grad]
             totals = torch.tensor(s.epoch_totals, dtype=torch.float64, device=device)  # summed loss, hits
+            step_losses = torch.zeros(steps_per_epoch, device=device)
+            step_losses[:s.epoch_step] = torch.tensor(s.step_losses)
             bad_step = torch.zeros((), dtype=torch.int64, device=device)  # the first with a non-finite loss or gradient norm, from 1
             batches = prefetch(train_loader.epoch(s.epoch, start_batch=s.epoch_step * cfg.grad_accum_steps), device)
             first_step, start, stopped = s.epoch_step, time.perf_counter() - s.epoch_seconds, False
@@ -511,7 +643,7 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             reset_peak_memory(device)
             model.train()
             while s.epoch_step < steps_per_epoch and s.step < last_step:
-                lr = get_lr(s.step, cfg.lr, cfg.lr_warmup_steps, total_steps)
+                lr = current_lr(s.step)
                 step_totals = torch.zeros_like(totals)
                 for micro_step in range(cfg.grad_accum_steps):
                     micro_batch = (s.step * cfg.grad_accum_steps + micro_step) * world_size + rank  # its number in the whole run
@@ -542,6 +674,7 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 totals += step_totals
+                step_losses[s.epoch_step] = step_totals[0]
                 s.step, s.epoch_step = s.step + 1, s.epoch_step + 1
                 logger.advance()
                 done = s.epoch_step == steps_per_epoch or s.step == last_step
@@ -557,7 +690,7 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             batches.close()
             s.epoch_seconds = time.perf_counter() - start
             if stopped or s.epoch_step < steps_per_epoch:  # told to, or max_steps in mid-epoch
-                s.epoch_totals = tuple(totals.tolist())
+                s.epoch_totals, s.step_losses = tuple(totals.tolist()), tuple(step_losses[:s.epoch_step].tolist())
                 save(pinned=False)
                 break
 
@@ -580,21 +713,20 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
                                        "median_step_seconds": sorted(o["step_seconds"] for o in own)[world_size // 2]},
                       "mfu": rate * costs["flops_per_image"] / peak if peak else None,
                       "peak_memory_bytes": int(distributed.max_over_ranks(peak_memory(device), device)),
-                      "trainable_params": costs["trainable_params"], "lr": get_lr(s.step - 1, cfg.lr, cfg.lr_warmup_steps, total_steps),
+                      "trainable_params": costs["trainable_params"], "lr": current_lr(s.step - 1), "step_losses": [float(f"{loss:.6g}") for loss in step_losses.tolist()],
                       "weight_norms": s.base_norms, "adapter_norms": adapter_norms(model, families),
-                      **evaluate(cfg, model, val_loader, device)}
+                      **dict.fromkeys(("val_loss", "val_top1", "val_top5"))}
+            if s.epoch % cfg.eval_every == 0 or s.step >= last_step:
+                record |= evaluate(cfg, model, val_loader, device)
             logger.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
-            s.epoch_step, s.epoch_totals, s.epoch_seconds, s.epoch_waited = 0, (0.0, 0.0), 0.0, 0.0
+            s.epoch_step, s.epoch_totals, s.step_losses, s.epoch_seconds, s.epoch_waited = 0, (0.0, 0.0), (), 0.0, 0.0
             signs = failure_signs(logger.epochs, cfg.window_epochs, cfg.zeta, baseline)
             due = s.phase == "full" and monitor.update(s.base_norms, train_loss) and cfg.mode == "prelora"
+            decide_phase(cfg, s, monitor if due else None)
             if due:
-                s.ranks = assign_ranks(monitor.changes(), cfg.rank_min, cfg.rank_max)
-                s.next_phase = "warmup" if cfg.lora_warmup_epochs else "lora"
                 if rank == 0:
                     checkpoint.write_json(run_dir / "ranks.json", s.ranks)
                 signs += rank_signs(s.ranks, cfg.rank_min, cfg.rank_max)
-            elif s.phase == "warmup" and s.phase_epochs >= cfg.lora_warmup_epochs:
-                s.next_phase = "lora"
             if s.epoch == cfg.epochs and s.phase == "full" and cfg.mode == "prelora":
                 signs.append(f"the convergence test did not pass in time: tau {cfg.tau}, zeta {cfg.zeta}, windows of {cfg.window_epochs}")
             for sign in signs:
@@ -619,6 +751,8 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
             cfg, notes = parse_config(argv)
         mesh = build_mesh(cfg.dp_shard, device.type)
         found = distributed.on_rank_0(checkpoint.find, Path(cfg.run_dir)) if cfg.resume else (None, None, [])
+        if cfg.fork and not found[0]:
+            found = distributed.on_rank_0(find_fork, cfg)
         if cfg.stage_dir:
             distributed.once_per_node(stage, cfg.dataset, cfg.data_dir, cfg.stage_dir, distributed.get_rank() == 0)
         with distributed.together():

@@ -35,13 +35,14 @@ from data.folder import open_dataset
 from data.loader import DATASETS, find_beton
 from data.order import check_classes, get_indices
 from launch.job import MAX_REQUEUES, Job, get_failures
+from model import checkpoint
 from model.vit import VARIANTS
 from monitor.logger import phase_table
 from monitor.plot import load_run
 import train
 
 PAPER = "config/vit_l16_in1k.py"
-PATHS = ("run_dir", "data_dir", "stage_dir", "baseline")  # fields of Config
+PATHS = ("run_dir", "data_dir", "stage_dir", "baseline", "fork")  # fields of Config
 
 # This site. Meant to be edited; flags go before it.
 SITE = {
@@ -146,7 +147,7 @@ def parse(argv: list[str]) -> tuple[Launch, list[Run]]:
         raise ValueError("there is no Slurm here (no sbatch): submit from its login node, look with --dry_run, or run with --cluster local")
     if not presets:
         asked = train.parse_flags(flags, train.Config())
-        if not (asked.resume and Path(asked.run_dir, "config.json").exists()):  # else all is stored there
+        if not (asked.fork or asked.resume and Path(asked.run_dir, "config.json").exists()):  # else all is stored there
             presets = [str(ROOT / PAPER)]
     runs = [resolve(launch, preset, flags) for preset in presets or [None]]
     for i, run in enumerate(runs):
@@ -170,7 +171,10 @@ def resolve(launch: Launch, preset: str | None, flags: list[str]) -> Run:
 
 
 def check_data(cfg: train.Config, ranks: int) -> None:
-    """Raise OSError or ValueError for data that is missing, damaged, or too small for this schedule, without building the loaders."""
+    """Raise OSError or ValueError for data that is missing, damaged, or too small for this schedule, without building the loaders, and for
+    a run to fork from that isn't there."""
+    if cfg.fork and not (cfg.resume and checkpoint.latest(Path(cfg.run_dir))):
+        train.find_fork(cfg)
     if cfg.loader == "synthetic":
         return
     images, classes = {}, {}

@@ -33,7 +33,8 @@ def match_families(model: nn.Module, table: dict[str, tuple[str, int, int]], wan
     return families
 
 
-def add_lora(model: nn.Module, families: Families, ranks: dict[str, list[int]], alpha: float | None = None) -> nn.Module:
+def add_lora(model: nn.Module, families: Families, ranks: dict[str, list[int]], alpha: float | None = None,
+             rslora: bool = False) -> nn.Module:
     """Give every layer of every family in `ranks` an adapter of its rank, in place; call `init_adapters` once it has memory.
 
     `ranks[family]` has one rank a layer, in the order of `families[family]`. The base's parameters stay the same objects under
@@ -63,12 +64,18 @@ def add_lora(model: nn.Module, families: Families, ranks: dict[str, list[int]], 
     new = {}
     for name, row_ranks in plan.items():
         try:
-            new[name] = LoRALinear.from_linear(modules[name], row_ranks, alpha)
+            new[name] = LoRALinear.from_linear(modules[name], row_ranks, alpha, rslora)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
     for name, module in new.items():
         model.set_submodule(name, module)
     return model
+
+
+def rank_costs(model: nn.Module, families: Families) -> dict[str, list[int]]:
+    """Parameters that one more rank adds to each layer's adapter, in + out / parts."""
+    sizes = lambda linear, parts: linear.in_features + linear.out_features // parts
+    return {family: [sizes(model.get_submodule(name), parts) for name, _, parts in layers] for family, layers in families.items()}
 
 
 def init_adapters(model: nn.Module, seed: int) -> None:

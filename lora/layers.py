@@ -1,6 +1,7 @@
 """LoRALinear: a Linear whose row parts each carry a low-rank adapter (Hu et al. 2106.09685).
 
-W x + s · B (A x), A Kaiming-uniform(√5), B = 0, so that insertion leaves the function as it was; s = alpha / rank, or 1.
+W x + s · B (A x), A Kaiming-uniform(√5), B = 0, so that insertion leaves the function as it was; s = alpha / rank, or 1, or with rslora
+alpha / √rank (Kalajdzievski 2312.03732).
 A fused qkv is one Linear with three row parts and so three adapters with three ranks: their A-matrices stand side by side in
 one (Σ rank, in) matrix and take one GEMM, each B-product is added to its rows by addmm.
 """
@@ -22,12 +23,12 @@ class LoRALinear(nn.Linear):
     """A Linear with `len(ranks)` row parts; part i has an adapter of rank `ranks[i]`, or none where that is 0.
 
     Parameters: weight (out, in) and bias (out,) of the base; lora_A (Σ rank, in), the parts' A below each other; lora_B[i]
-    (out / parts, rank_i), one for each adapted part. `alpha=None` means alpha = rank in every part (scaling 1).
+    (out / parts, rank_i), one for each adapted part. `alpha=None` means scaling 1 in every part.
     Raises ValueError for rows that the parts don't divide, a negative rank, or one above min(in, out / parts).
     """
 
-    def __init__(self, in_features: int, out_features: int, ranks: list[int], alpha: float | None = None, bias: bool = True,
-                 device=None, dtype=None):
+    def __init__(self, in_features: int, out_features: int, ranks: list[int], alpha: float | None = None, rslora: bool = False,
+                 bias: bool = True, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)  # from_linear puts the real ones in
         if out_features % len(ranks):
             raise ValueError(f"{len(ranks)} row parts do not divide {out_features} output features")
@@ -35,7 +36,7 @@ class LoRALinear(nn.Linear):
         for rank in ranks:
             if not 0 <= rank <= min(in_features, rows):
                 raise ValueError(f"rank {rank} is not between 0 and min(in, out) = {min(in_features, rows)}")
-        self.ranks, self.alpha = list(ranks), alpha
+        self.ranks, self.alpha, self.rslora = list(ranks), alpha, rslora
         self.lora_A = nn.Parameter(torch.empty(sum(ranks), in_features, device=device, dtype=dtype))
         self.lora_B = nn.ParameterDict({str(i): nn.Parameter(torch.empty(rows, rank, device=device, dtype=dtype))
                                         for i, rank in enumerate(ranks) if rank})
@@ -45,16 +46,19 @@ class LoRALinear(nn.Linear):
         self.init_buffers()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, ranks: list[int], alpha: float | None) -> "LoRALinear":
+    def from_linear(cls, linear: nn.Linear, ranks: list[int], alpha: float | None, rslora: bool = False) -> "LoRALinear":
         """The same Linear, its weight and bias shared and not copied, with adapters on its device in its dtype."""
-        new = cls(linear.in_features, linear.out_features, ranks, alpha, linear.bias is not None,
+        new = cls(linear.in_features, linear.out_features, ranks, alpha, rslora, linear.bias is not None,
                   device=linear.weight.device, dtype=linear.weight.dtype)
         new.weight, new.bias = linear.weight, linear.bias
         return new.train(linear.training)
 
+    def get_scaling(self, rank: int) -> float:
+        return 1.0 if self.alpha is None else self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
     def init_buffers(self) -> None:
         if self.scaling is not None and not self.scaling.is_meta:
-            self.scaling.copy_(torch.cat([torch.full((r, 1), self.alpha / r) for r in self.ranks if r]))
+            self.scaling.copy_(torch.cat([torch.full((r, 1), self.get_scaling(r)) for r in self.ranks if r]))
 
     @torch.no_grad()
     def init_adapters(self, seed: int, name: str) -> None:
@@ -91,7 +95,7 @@ class LoRALinear(nn.Linear):
         start = sum(self.ranks[:part])
         A = to_plain(self.lora_A)[start:start + self.ranks[part]]
         B = to_plain(self.lora_B[str(part)]) if self.ranks[part] else A.new_empty(self.out_features // len(self.ranks), 0)
-        return (B if self.alpha is None or not self.ranks[part] else B * (self.alpha / self.ranks[part])), A
+        return (B if self.alpha is None or not self.ranks[part] else B * self.get_scaling(self.ranks[part])), A
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -103,4 +107,4 @@ class LoRALinear(nn.Linear):
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ranks={self.ranks}, alpha={self.alpha}"
+        return f"{super().extra_repr()}, ranks={self.ranks}, alpha={self.alpha}, rslora={self.rslora}"

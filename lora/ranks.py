@@ -1,4 +1,6 @@
-"""Algorithm 2 of PreLoRA (arXiv 2509.21619): a rank for every layer of every family, by how much its weights still change."""
+"""A rank for every layer of every family, by how much its weights still change: Algorithm 2 of PreLoRA (arXiv 2509.21619), and two rules to
+compare it with. These take `costs[family][layer]`, the parameters that one more rank adds to a layer's adapter, and a `budget` of parameters.
+"""
 
 import math
 from collections.abc import Sequence
@@ -31,4 +33,41 @@ def assign_ranks(changes: dict[str, Sequence[float]], rank_min: int, rank_max: i
         # 1e-9: a v on a bucket's edge belongs to the lower bucket, also where rounding put it a hair above
         index = [max(math.ceil((c - low) / (high - low) * steps - 1e-9) - 1, 0) for c in magnitude]
         ranks[family] = [rank_min << i for i in index]
+    return ranks
+
+
+def count_parameters(ranks: dict[str, Sequence[int]], costs: dict[str, Sequence[int]]) -> int:
+    """Parameters of all adapters of these ranks."""
+    return sum(rank * cost for family in ranks for rank, cost in zip(ranks[family], costs[family]))
+
+
+def uniform_ranks(changes: dict[str, Sequence[float]], costs: dict[str, Sequence[int]], budget: int, rank_min: int,
+                  rank_max: int) -> dict[str, list[int]]:
+    """One rank for every layer, any whole number between rank_min and rank_max: the largest that `budget` pays for. `changes` only says
+    which layers there are. Raises ValueError if the budget does not pay for rank_min."""
+    rank = min(budget // sum(sum(layers) for layers in costs.values()), rank_max)
+    if rank < rank_min:
+        raise ValueError(f"a budget of {budget:,} parameters is not enough for rank_min {rank_min} in every layer")
+    return {family: [rank] * len(layers) for family, layers in changes.items()}
+
+
+def budget_ranks(changes: dict[str, Sequence[float]], costs: dict[str, Sequence[int]], budget: int, rank_min: int,
+                 rank_max: int) -> dict[str, list[int]]:
+    """Ranks in proportion to |change| over all families and layers, as large as `budget` pays for.
+
+    rank = rank_min · clip(⌊λ·|change|⌋, 1, rank_max / rank_min) with the largest λ whose adapters fit: multiples of rank_min, so that
+    every layer has some and the products keep sizes that GPUs like. Raises ValueError if the budget does not pay for rank_min.
+    """
+    ranks = {family: [rank_min] * len(layers) for family, layers in changes.items()}
+    left = budget - count_parameters(ranks, costs)
+    if left < 0:
+        raise ValueError(f"a budget of {budget:,} parameters is not enough for rank_min {rank_min} in every layer")
+    # As λ grows from 0, layer by layer reaches its next multiple n, at λ = n / |change|; equal changes one multiple at a time.
+    steps = sorted((n / abs(change) if change else math.inf, n, family, layer) for family, layers in changes.items()
+                   for layer, change in enumerate(layers) for n in range(2, rank_max // rank_min + 1))
+    for _, _, family, layer in steps:
+        left -= rank_min * costs[family][layer]
+        if left < 0:
+            break
+        ranks[family][layer] += rank_min
     return ranks

@@ -9,6 +9,7 @@ Every rank writes its own shards and reads what it needs of them, so a checkpoin
 DCP's `.metadata` is a pickle: load only your own runs. To share weights, export them to safetensors.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -127,6 +128,16 @@ def find(run_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
     if warnings:
         raise ValueError(f"no intact checkpoint in {folder}: {warnings[-1]}")
     return None, None, []
+
+
+def kept(run_dir: Path) -> list[tuple[Path, dict]]:
+    """The complete checkpoints of a run, oldest first, with their meta; those whose meta.json can't be read are left out."""
+    found = []
+    for path in sorted((run_dir / "checkpoints").glob("step_*")):
+        if re.fullmatch(r"step_\d{8}", path.name):
+            with contextlib.suppress(ValueError, OSError):
+                found.append((path, read_meta(path)))
+    return found
 
 
 def verify(path: Path) -> dict:

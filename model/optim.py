@@ -7,8 +7,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def get_lr(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of optimiser step `step` (from 0): linear to `peak` over `warmup_steps`, then a cosine to 0 at the end."""
+def get_lr(step: int, peak: float, warmup_steps: int, total_steps: int, frozen_at: int | None = None, rewarm_steps: int = 0) -> float:
+    """Learning rate of optimiser step `step` (from 0): linear to `peak` over `warmup_steps`, then a cosine to 0 at the end.
+
+    With `rewarm_steps` it rises once more, linearly from 0 to the cosine, over so many steps from step `frozen_at` on.
+    """
+    if frozen_at is not None and step - frozen_at < rewarm_steps:
+        return get_lr(step, peak, warmup_steps, total_steps) * (step - frozen_at + 1) / rewarm_steps
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)

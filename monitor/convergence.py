@@ -89,6 +89,14 @@ class ConvergenceMonitor:
         self.epoch, self.current, self.windows = state["epoch"], list(state["current"]), list(state["windows"])
 
 
+def replay(monitor: ConvergenceMonitor, epochs: list[dict], families: Sequence[str]) -> int | None:
+    """Feed epoch records (of a full phase, from the first on) to `monitor` until the switch is due: after how many epochs, None = not yet."""
+    for record in epochs:
+        if monitor.update({family: record["weight_norms"][family] for family in families}, record["train_loss"]):
+            return record["epoch"]
+    return None
+
+
 def failure_signs(epochs: list[dict], window_epochs: int, zeta: float, baseline: list[dict] | None = None) -> list[str]:
     """What the paper's readers look for in the newest of a run's epoch records, as sentences; none is the good answer.
 

@@ -53,10 +53,25 @@ class RunLogger:
         self.write({"event": "warning", "epoch": epoch, "step": step, "message": text})
         self.message(f"warning: {text}")
 
+    def copy(self, record: dict) -> None:
+        """An epoch or a switch of the run that this one was forked from."""
+        self.write(record)
+        if record["event"] == "epoch":
+            self.epochs.append(record)
+            self.scalars(record)
+
     def epoch(self, record: dict, heatmap: bool) -> None:
         """An epoch record as in DESIGN's contract; `heatmap`: draw the layer × epoch norm changes (once in a while: it takes 0.5 s)."""
         self.epochs.append(record)
         self.write(record)
+        self.scalars(record)
+        if self.enabled and heatmap and len(self.epochs) > 1:
+            self.tensorboard.add_figure("norm_change/layer_by_epoch", change_heatmap(self.epochs), record["step"])
+        validation = "" if record["val_top1"] is None else f"val loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f}  "
+        self.message(f"epoch {record['epoch']:3d} {record['phase']:6s} train loss {record['train_loss']:.4f}  {validation}"
+                     f"{record['images_per_second']:.0f} images/s")
+
+    def scalars(self, record: dict) -> None:
         if not self.enabled:
             return
         tb, step = self.tensorboard, record["step"]
@@ -75,11 +90,7 @@ class RunLogger:
         if len(self.epochs) == 1:  # one chart per family with a line per layer, under TensorBoard's custom scalars
             tb.add_custom_scalars({"weight norm by layer": {family: ["Multiline", [f"norm_by_layer/{family}/.*"]]
                                                             for family in record["weight_norms"]}})
-        if heatmap and len(self.epochs) > 1:
-            tb.add_figure("norm_change/layer_by_epoch", change_heatmap(self.epochs), step)
         tb.flush()
-        self.message(f"epoch {record['epoch']:3d} {record['phase']:6s} train loss {record['train_loss']:.4f}  val loss "
-                     f"{record['val_loss']:.4f} top-1 {record['val_top1']:.2f}  {record['images_per_second']:.0f} images/s")
 
     def switch(self, record: dict) -> None:
         self.write(record)
@@ -96,13 +107,14 @@ class RunLogger:
 
 
 def phase_table(epochs: list[dict]) -> str:
-    """The run's phases side by side. Seconds and images/s are medians over the phase's epochs, memory the peak, top-1 the last."""
+    """The run's phases side by side. Seconds and images/s are medians over the phase's epochs, memory the peak, top-1 the last one evaluated."""
     median = lambda values: sorted(values)[len(values) // 2]
     rows = [("phase", "epochs", "s/epoch", "images/s", "trainable", "peak memory", "top-1")]
     for phase in dict.fromkeys(e["phase"] for e in epochs):
         of = [e for e in epochs if e["phase"] == phase]
+        top1 = [e["val_top1"] for e in of if e["val_top1"] is not None]
         rows.append((phase, str(len(of)), f"{median([e['epoch_seconds'] for e in of]):.1f}",
                      f"{median([e['images_per_second'] for e in of]):,.0f}", f"{of[-1]['trainable_params']:,}",
-                     f"{max(e['peak_memory_bytes'] for e in of) / 2**30:.2f} GiB", f"{of[-1]['val_top1']:.2f} %"))
+                     f"{max(e['peak_memory_bytes'] for e in of) / 2**30:.2f} GiB", f"{top1[-1]:.2f} %" if top1 else "-"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows)

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from lora.ranks import assign_ranks
+from lora.ranks import assign_ranks, budget_ranks, count_parameters, uniform_ranks
 
 NAN, INF = float("nan"), float("inf")
 
@@ -107,3 +107,65 @@ def test_random_inputs_against_the_transcription(seed):
         got = assign_ranks(changes, rank_min, rank_max)
         assert got == expected
         assert all(type(r) is int and rank_min <= r <= rank_max for ranks in got.values() for r in ranks)
+
+
+# ---- the rules to compare Algorithm 2 with
+
+CHANGES = {"q": [1.0, -2.0, 4.0], "fc1": [0.5, 0.25, 3.0]}
+COSTS = {"q": [2, 2, 2], "fc1": [5, 5, 5]}  # parameters a rank adds
+
+
+def test_count_parameters_by_hand():
+    assert count_parameters({"q": [4, 8, 16], "fc1": [4, 4, 8]}, COSTS) == 2 * 28 + 5 * 16
+
+
+@pytest.mark.parametrize("budget, rank", [(84, 4), (104, 4), (105, 5), (146, 6), (147, 7), (10**6, 32)])
+def test_uniform_by_hand(budget, rank):
+    """One more rank everywhere costs 21; a budget for more than rank_max is not spent."""
+    assert uniform_ranks(CHANGES, COSTS, budget, 4, 32) == {"q": [rank] * 3, "fc1": [rank] * 3}
+
+
+@pytest.mark.parametrize("budget, expected", [
+    (84, {"q": [4, 4, 4], "fc1": [4, 4, 4]}),
+    (91, {"q": [4, 4, 4], "fc1": [4, 4, 4]}),  # the first step, q's last layer to 8 at λ = 2/4, costs 8
+    (92, {"q": [4, 4, 8], "fc1": [4, 4, 4]}),
+    (111, {"q": [4, 4, 8], "fc1": [4, 4, 4]}),  # the next is fc1's last to 8 at λ = 2/3, 20; nothing cheaper goes before it
+    (112, {"q": [4, 4, 8], "fc1": [4, 4, 8]}),
+    (120, {"q": [4, 4, 12], "fc1": [4, 4, 8]}),  # 3/4
+    # λ = 1: 4·⌊change⌋ = 4, 8, 16 and 4 (clipped), 4, 12
+    (2 * 28 + 5 * 20, {"q": [4, 8, 16], "fc1": [4, 4, 12]}),
+    (10**6, {"q": [32] * 3, "fc1": [32] * 3}),
+])
+def test_budget_by_hand(budget, expected):
+    ranks = budget_ranks(CHANGES, COSTS, budget, 4, 32)
+    assert ranks == expected
+    assert count_parameters(ranks, COSTS) <= budget
+
+
+def test_budget_gives_equal_changes_equal_ranks_level_by_level():
+    for change in (0.0, -1.5):
+        changes = {"q": [change] * 3, "fc1": [change] * 3}
+        assert budget_ranks(changes, COSTS, 2 * 84, 4, 32) == {"q": [8] * 3, "fc1": [8] * 3}
+    one_still = budget_ranks({"q": [0.0, 1.0, 1.0]}, {"q": [2, 2, 2]}, 2 * (4 + 32 + 32), 4, 32)
+    assert one_still == {"q": [4, 32, 32]}  # a layer at rest gets more only when no other can
+
+
+@pytest.mark.parametrize("rule", [uniform_ranks, budget_ranks])
+def test_a_budget_below_rank_min_everywhere(rule):
+    assert rule(CHANGES, COSTS, 84, 4, 32)
+    with pytest.raises(ValueError, match="a budget of 83 parameters is not enough for rank_min 4"):
+        rule(CHANGES, COSTS, 83, 4, 32)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_budget_is_the_largest_proportion_that_fits(seed):
+    """rank = rank_min · clip(⌊λ·|change|⌋, 1, 8) for the largest λ whose adapters fit."""
+    rng = random.Random(seed)
+    changes = {family: [rng.uniform(-3, 3) for _ in range(5)] for family in ("q", "fc1")}
+    costs = {"q": [2] * 5, "fc1": [5] * 5}
+    budget = rng.randrange(4 * 35, 32 * 35)
+    at = lambda scale: {f: [4 * min(max(int(scale * abs(c)), 1), 8) for c in layers] for f, layers in changes.items()}
+    scales = sorted(n / abs(c) * (1 + 1e-12) for layers in changes.values() for c in layers for n in range(1, 9))
+    fits = [at(scale) for scale in scales if count_parameters(at(scale), costs) <= budget]
+    ranks = budget_ranks(changes, costs, budget, 4, 32)
+    assert count_parameters(ranks, costs) <= budget and ranks == fits[-1]

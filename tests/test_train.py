@@ -416,6 +416,149 @@ def test_killed_before_the_first_checkpoint_starts_over(small, reference, tmp_pa
     assert without_times(events(run_dir, "epoch")) == without_times(events(reference, "epoch")[:1])
 
 
+# ---- the ablations' options, and forks
+
+@pytest.fixture(scope="module")
+def baseline(small, tmp_path_factory):
+    """Full training with every epoch's checkpoint kept."""
+    run_dir = tmp_path_factory.mktemp("baseline") / "full"
+    run(small, run_dir, "--mode", "full", "--keep_every", 1, "--eval_every", 4)
+    return run_dir
+
+
+FORK = ("--mode", "prelora", "--fork")  # the rest is as in the source
+
+
+def test_evaluated_every_so_many_epochs(baseline):
+    assert [e["epoch"] for e in events(baseline, "epoch") if e["val_top1"] is not None] == [4, 8, 9]  # and the last
+    assert [e["epoch"] for e in events(baseline, "epoch") if e["val_loss"] is not None] == [4, 8, 9]
+
+
+def test_step_losses_are_the_epochs_parts(reference, baseline):
+    for e in events(reference, "epoch"):
+        assert len(e["step_losses"]) == 12 and np.mean(e["step_losses"]) == pytest.approx(e["train_loss"], rel=1e-5)
+    full = [e["step_losses"] for e in events(baseline, "epoch")]
+    assert full[:3] == [e["step_losses"] for e in events(reference, "epoch")][:3] and full[0] != full[1]
+
+
+@pytest.mark.parametrize("epoch", ["", "@3", "@1"])
+def test_a_fork_is_the_uninterrupted_run_to_the_bit(small, reference, baseline, tmp_path, epoch):
+    """The reference's settings, its full phase shared with the baseline up to the switch (found by itself, or named), or in part."""
+    records = run(small, tmp_path / "fork", *FORK, f"{baseline}{epoch}")
+    start = int(epoch[1:] or 3)
+    assert [(r["epoch"], r["phase"]) for r in records if r["event"] == "start"] == [(start, "full")]
+    drop = lambda records: [{k: v for k, v in r.items() if not k.startswith("val_")} for r in without_times(records)]
+    assert drop(records) == drop(events(reference))  # the baseline was evaluated every fourth epoch only
+    assert [r for r in records if r["event"] == "epoch"][:start] == events(baseline, "epoch")[:start]  # their times too
+    assert_same(weights(tmp_path / "fork"), weights(reference))
+    tb = EventAccumulator(str(tmp_path / "fork" / "tb"))
+    tb.Reload()
+    assert [s.step for s in tb.Scalars("train/loss")] == list(range(12, 109, 12))
+
+
+def test_a_fork_decides_by_its_own_settings(small, baseline, tmp_path):
+    """Other windows, families and rules than the source's: what counts is the logged norms."""
+    run_dir = tmp_path / "fork"
+    assert train.main(["--fork", str(baseline), "--run_dir", str(run_dir), "--mode", "prelora", "--tau", "90", "--zeta", "90", "--num_windows",
+                       "2", "--window_epochs", "2", "--lora_warmup_epochs", "0", "--target_modules", "fc2", "q", "--epochs", "8"]) == 0
+    config, epochs = json.loads((run_dir / "config.json").read_text()), events(run_dir, "epoch")
+    assert config["batch_size"] == 50 and config["fork"] == str(baseline)  # without a preset the source's settings are taken
+    assert [e["phase"] for e in epochs] == ["full"] * 6 + ["lora"] * 2  # windows 3-4 and 5-6: the first overlaps the warmup
+    assert all(list(e["weight_norms"]) == ["fc2", "q"] for e in epochs)
+    norms = [e["weight_norms"] for e in events(baseline, "epoch")]
+    mean = lambda family, first: np.mean([norms[first][family], norms[first + 1][family]], axis=0)
+    by_hand = {family: (100 * (mean(family, 4) / mean(family, 2) - 1)).tolist() for family in ("fc2", "q")}
+    assert epochs[-1]["adapter_norms"].keys() == {"fc2", "q"}
+    assert json.loads((run_dir / "ranks.json").read_text()) == train.assign_ranks(by_hand, 4, 32)
+
+
+def test_a_fork_can_be_killed_and_resumed(small, reference, baseline, tmp_path):
+    run_dir = tmp_path / "fork"
+    run(small, run_dir, *FORK, f"{baseline}@3", "--max_steps", 40)
+    run(small, run_dir, *FORK, f"{baseline}@3", "--max_steps", None, "--resume", True)
+    assert_same(weights(run_dir), weights(reference))
+    assert [e["epoch"] for e in events(run_dir, "epoch")] == list(range(1, 10))
+    killed = tmp_path / "killed"  # before its first checkpoint: it starts over, from the fork
+    killed.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (killed / name).write_bytes((run_dir / name).read_bytes())
+    run(small, killed, "--resume", True, "--max_steps", 37)
+    assert events(killed, "start")[0]["epoch"] == 3
+
+
+def test_forks_after_the_switch(small, reference, tmp_path, capsys):
+    """From a PreLoRA run: what lies ahead may differ, what was done may not."""
+    longer = run(small, tmp_path / "longer", "--fork", f"{reference}@6", "--lora_warmup_epochs", 5, "--lora_trainable", "adapters+rest")
+    assert [r["epoch"] for r in longer if r["event"] == "switch"] == [3, 8]
+    assert longer[-1]["trainable_params"] > events(reference, "epoch")[-1]["trainable_params"]
+    later = run(small, tmp_path / "later", "--fork", str(reference), "--switch_epoch", 5, "--epochs", 6)
+    assert [(r["epoch"], r["phase"]) for r in later if r["event"] == "start"] == [(3, "full")]  # not what came after its own switch
+    assert [r["epoch"] for r in later if r["event"] == "switch"] == [5]
+    capsys.readouterr()
+    for flags, reason in (("--lora_warmup_epochs 2", "3 epochs into its warmup, which lora_warmup_epochs = 2 would have ended"),
+                          ("--rank_max 16", "trained with rank_max = 32"), ("--mode full", "trained with mode = prelora")):
+        assert train.main(argv(small, tmp_path / "bad", "--fork", f"{reference}@6", *flags.split())) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and reason in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("fork, flags, reason", [
+    ("nowhere", "", "no run directory nowhere"),
+    ("{}@99", "", "keeps no checkpoint of epoch 99; there are those of 1, 2, 3"),
+    ("{}@4", "", "these settings would have switched after epoch 3 already"),
+    ("{}@9", "--mode full", "these settings end after epoch 9"),
+    ("{}", "--model Ti/16 --rank_max 64", "patches of 16"),
+    ("{}", "--batch_size 60", "trained with batch_size = 50, it can't go on with 60"),
+    ("{}", "--train_samples 300", "trained with train_samples = None"),
+    ("{}", "--mode lora", "is in its full phase, mode lora has none"),
+])
+def test_bad_forks_are_one_line(small, baseline, tmp_path, capsys, fork, flags, reason):
+    assert train.main(argv(small, tmp_path / "run", *FORK, fork.format(baseline), *flags.split())) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and reason in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kept", ["keep", "reset"])
+def test_optimizer_at_switch(small, baseline, tmp_path, kept):
+    """Step counts of the moments: the base's after the warmup, the adapters' after the LoRA phase's first epoch."""
+    run(small, tmp_path / "run", *FORK, f"{baseline}@3", "--optimizer_at_switch", kept, "--lora_warmup_epochs", 2, "--epochs", 6)
+    freeze, last = weights(tmp_path / "run", tmp_path / "run/checkpoints/step_00000060"), weights(tmp_path / "run")
+    steps = lambda saved, name: saved[f"optimizer.{name}.step"].item()
+    assert steps(freeze, "blocks.0.attn.qkv.weight") == {"keep": 60, "reset": 24}[kept]
+    assert steps(freeze, "blocks.0.attn.qkv.lora_A") == 24
+    assert steps(last, "blocks.0.attn.qkv.lora_A") == {"keep": 36, "reset": 12}[kept]
+
+
+def test_lora_rewarm_steps(small, reference, baseline, tmp_path):
+    rewarmed = run(small, tmp_path / "run", *FORK, f"{baseline}@3", "--lora_rewarm_steps", 16, "--max_steps", 80)
+    run(small, tmp_path / "run", "--resume", True, "--max_steps", None)  # in mid-rewarm
+    plain, rewarmed = ([e["lr"] for e in events(d, "epoch")] for d in (reference, tmp_path / "run"))
+    assert rewarmed[:6] == plain[:6] and rewarmed[7:] == plain[7:]
+    assert rewarmed[6] == pytest.approx(plain[6] * 12 / 16)  # the epoch's last step is the 12th since the freeze
+
+
+def test_rank_rules_use_what_minmax_uses(small, baseline, tmp_path):
+    minmax, *others = [run(small, tmp_path / rule, *FORK, f"{baseline}@3", "--rank_rule", rule, "--max_steps", 37)[-1]["ranks"]
+                       for rule in ("minmax", "uniform", "budget")]
+    costs = {family: [5 * 64 if "fc" in family else 2 * 64] * 4 for family in LORA_FAMILIES}
+    budget = train.count_parameters(minmax, costs)
+    for ranks in others:
+        assert 0.9 * budget < train.count_parameters(ranks, costs) <= budget and ranks != minmax
+    assert len({r for layers in others[0].values() for r in layers}) == 1 < len({r for layers in others[1].values() for r in layers})
+    share = run(small, tmp_path / "share", *FORK, f"{baseline}@3", "--rank_rule", "budget", "--rank_budget", 0.1, "--max_steps", 37)
+    base = events(baseline, "epoch")[0]["trainable_params"]
+    assert 0.09 * base < train.count_parameters(share[-1]["ranks"], costs) <= 0.1 * base
+
+
+def test_lora_scaling_reaches_the_adapters():
+    cfg = phase_config(lora_alpha=16.0, lora_scaling="rslora")
+    model = train.build_model(cfg, "warmup", {"fc1": [4] * 4}, "cpu")
+    assert torch.equal(model.blocks[0].mlp.fc1.scaling, torch.full((4, 1), 8.0))  # 16 / √4
+    model = train.build_model(dataclasses.replace(cfg, lora_scaling="alpha"), "warmup", {"fc1": [4] * 4}, "cpu")
+    assert torch.equal(model.blocks[0].mlp.fc1.scaling, torch.full((4, 1), 4.0))  # 16 / 4
+
+
 # ---- failing well
 
 @pytest.mark.parametrize("bad, reason", [
@@ -449,6 +592,10 @@ def test_killed_before_the_first_checkpoint_starts_over(small, reference, tmp_pa
     ("--target_modules q q", "target_modules must name each family once"),
     ("--batch_size 601", "601"),
     ("--baseline nowhere", "no run directory nowhere"),
+    ("--eval_every 0", "eval_every must be above 0"),
+    ("--lora_scaling rslora", "needs --lora_alpha"),
+    ("--rank_budget 0.1", "rank_budget is for rank_rule uniform or budget"),
+    ("--rank_rule budget --rank_budget 0.001", "not enough for rank_min 4 in every layer"),
     ("--data_dir nowhere", "nowhere"),
     ("--data_dir nowhere --loader ffcv --num_workers 1", "nowhere"),
 ])

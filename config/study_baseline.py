@@ -1,0 +1,4 @@
+from config.study import *
+
+run_dir = "runs/study/baseline"
+mode = "full"
