@@ -1,5 +1,6 @@
 # make train   set up, prepare Fashion-MNIST, run config/debug.py through its three phases, draw the figures
 # make test    set up, run the tests; make test-slow: those that take minutes
+# make study   the paper's experiments and their controls on Fashion-MNIST, in under two hours on 2 cores: docs/study.md
 # make slurm   install Slurm (Debian's), on which the tests then start a cluster of their own
 # LOADER=folder does without FFCV, its system libraries and root; PYTHON=python3.12 picks the interpreter
 
@@ -13,7 +14,7 @@ TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 LIBRARIES := python3-venv python3-dev g++ pkg-config libopencv-dev libturbojpeg0-dev
 
-.PHONY: setup data train slurm test test-slow
+.PHONY: setup data train study slurm test test-slow
 .DELETE_ON_ERROR:
 
 setup: .venv/.requirements $(if $(filter ffcv,$(LOADER)),.venv/.ffcv)
@@ -54,6 +55,9 @@ $(DATA)/%.beton: | $(RAW)
 train: setup data
 	$(PY) train.py config/debug.py --loader $(LOADER) --resume True
 	$(PY) -m monitor.plot runs/debug
+
+study: setup data
+	$(PY) study.py
 
 test: setup data .venv/.dev
 	$(TEST) -m "not slow"

@@ -316,13 +316,16 @@ def choose_ranks(cfg: Config, changes: dict[str, list[float]]) -> dict[str, list
     ranks = assign_ranks(changes, cfg.rank_min, cfg.rank_max)
     if cfg.rank_rule == "minmax":
         return ranks
-    model = build_model(dataclasses.replace(cfg, compile=False), "full", None, "meta")
-    costs = rank_costs(model, match_families(model, LORA_FAMILIES, tuple(changes)))
-    budget = count_parameters(ranks, costs)
-    if cfg.rank_budget is not None:
-        budget = int(cfg.rank_budget * sum(p.numel() for p in model.parameters()))
+    base, costs = count_base(cfg)
+    budget = count_parameters(ranks, costs) if cfg.rank_budget is None else int(cfg.rank_budget * base)
     rule = {"uniform": uniform_ranks, "budget": budget_ranks}[cfg.rank_rule]
     return rule(changes, costs, budget, cfg.rank_min, cfg.rank_max)
+
+
+def count_base(cfg: Config) -> tuple[int, dict[str, list[int]]]:
+    """Parameters of the model without adapters, and what one more rank adds to each layer's: {family: [per layer]}."""
+    model = build_model(dataclasses.replace(cfg, compile=False), "full", None, "meta")
+    return sum(p.numel() for p in model.parameters()), rank_costs(model, match_families(model, LORA_FAMILIES, cfg.target_modules))
 
 
 def seed_torch(*key: int) -> None:

@@ -1,0 +1,6 @@
+# Table 1's relaxed setting: the earliest switch, the fastest run.
+from config.vit_l16_in1k import *
+
+run_dir = "runs/exp1"
+tau = 1.0
+zeta = 5.0

@@ -1,0 +1,5 @@
+# LoRA from epoch 0, every rank 64; head, norms and embeddings train, too.
+from config.vit_l16_in1k import *
+
+run_dir = "runs/static_lora"
+mode = "lora"
