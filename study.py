@@ -57,21 +57,26 @@ ARMS = [BASELINE, EQUAL_TIME, *FORKS, STATIC]
 # ---------------------------------------------------------------------------------------------------------------------------------
 # training
 
-def train_arm(arm: Arm, seed: int, *more: str) -> None:
-    """Train one run, or go on with it, unless it is done. Raises RuntimeError with the last line of its log if it fails."""
+def build_command(arm: Arm, seed: int, *more: str) -> tuple[Path, int, list[str]]:
+    """(run directory, epochs, train.py's arguments) of one run."""
     run_dir = RUNS / f"{arm.name}-{seed}"
-    flags = ["--seed", str(seed), "--run_dir", str(run_dir), *arm.flags, *more]
+    argv = [f"config/{arm.preset}.py", "--seed", str(seed), "--run_dir", str(run_dir), *arm.flags, *more]
     if arm.fork:
-        flags += ["--fork", f"{RUNS}/baseline-{seed}"]
-    cfg, _ = train.parse_config([f"config/{arm.preset}.py", *flags, "--resume", "True"])
-    if is_done(run_dir, cfg.epochs):
+        argv += ["--fork", f"{RUNS}/baseline-{seed}"]
+    argv += ["--resume", "True"]
+    return run_dir, train.parse_config(argv)[0].epochs, argv
+
+
+def train_run(run_dir: Path, epochs: int, argv: list[str]) -> None:
+    """Train one run, or go on with it, unless it is done. Raises RuntimeError with the last line of its log if it fails."""
+    if is_done(run_dir, epochs):
         return
     log = RUNS / "logs" / f"{run_dir.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{run_dir} …", flush=True)
     with open(log, "a") as file:
-        status = subprocess.run([sys.executable, "train.py", f"config/{arm.preset}.py", *flags, "--resume", "True"], stdout=file,
-                                stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        status = subprocess.run([sys.executable, "train.py", *argv], stdout=file, stderr=subprocess.STDOUT,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if status:
         raise RuntimeError(f"{run_dir} ended with status {status}: {log.read_text(errors='replace').strip().splitlines()[-1]}")
 
@@ -86,7 +91,8 @@ def is_done(run_dir: Path, epochs: int) -> bool:
 def train_all() -> None:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         def stage(*arms_with_flags):
-            waiting = [pool.submit(train_arm, arm, seed, *more) for arm, *more in arms_with_flags for seed in range(arm.seeds)]
+            commands = [build_command(arm, seed, *more) for arm, *more in arms_with_flags for seed in range(arm.seeds)]
+            waiting = [pool.submit(train_run, *command) for command in commands]
             try:
                 for job in waiting:
                     job.result()
