@@ -633,6 +633,11 @@ def test_cluster_debug(tmp_path, monkeypatch, small):
     assert submit.main(["--cluster", "debug", DEBUG, *RUN, "--dp_shard", "None", "--max_steps", "4", "--data_dir", str(small),
                         "--run_dir", "run"]) == 0
     assert events(tmp_path / "run", "epoch")[-1]["step"] == 4
+    # a fork of it, with its settings and not the paper's; one that can't be is refused at once
+    assert submit.main(["--cluster", "debug", "--dp_shard", "None", "--fork", "run", "--run_dir", "forked", "--max_steps", "8"]) == 0
+    assert [e["step"] for e in events(tmp_path / "forked", "epoch")] == [4, 8] and events(tmp_path / "forked", "start")[0]["epoch"] == 1
+    assert submit.main(["--cluster", "debug", "--dp_shard", "None", "--fork", "run@7", "--run_dir", "other"]) == 2
+    assert not (tmp_path / "other").exists()
 
 
 @slow

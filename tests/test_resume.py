@@ -317,6 +317,16 @@ def test_resumed_on_another_number_of_ranks_goes_on_within_rounding(runs, whole,
     assert events(tmp_path / "run", "switch")[0]["ranks"] == events(reference, "switch")[0]["ranks"]
 
 
+def test_forked_on_two_ranks_is_the_same_to_the_bit(runs, whole, tmp_path):
+    reference, seen = whole(2, *RANDOM)
+    forked = runs(2, tmp_path / "run", *RANDOM, "--fork", reference)  # at its switch
+    for a, b in zip(forked, seen):
+        assert a["losses"] == b["losses"][12:] and len(a["losses"]) == 8
+    assert_same_run(tmp_path / "run", reference)
+    bad = runs(2, tmp_path / "bad", "--fork", f"{reference}@2", status=2)
+    assert "keeps no checkpoint of epoch 2" in bad[0]["console"] and bad[0]["console"].count("error:") == 1 and not bad[1]["console"]
+
+
 def test_the_same_micro_batches_and_draws_however_they_are_divided(runs, tmp_path):
     """With everything random on: dropout and mixup are drawn by a micro-batch's number."""
     seen = {(ranks, accum): runs(ranks, tmp_path / f"{ranks}x{accum}", *RANDOM, "--grad_accum_steps", accum, "--max_steps", 5)
