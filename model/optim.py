@@ -12,7 +12,7 @@ def get_lr(step: int, peak: float, warmup_steps: int, total_steps: int, frozen_a
 
     With `rewarm_steps` it rises once more, linearly from 0 to the cosine, over so many steps from step `frozen_at` on.
     """
-    if frozen_at is not None and step - frozen_at < rewarm_steps:
+    if frozen_at is not None and 0 <= step - frozen_at < rewarm_steps:
         return get_lr(step, peak, warmup_steps, total_steps) * (step - frozen_at + 1) / rewarm_steps
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

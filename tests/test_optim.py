@@ -71,6 +71,14 @@ def test_get_lr(step, expected):
     assert get_lr(step, peak=2.0, warmup_steps=10, total_steps=110) == pytest.approx(expected, abs=1e-12)
 
 
+def test_get_lr_rises_again_after_the_freeze():
+    cosine = [get_lr(s, 2.0, 10, 110) for s in range(110)]
+    again = [get_lr(s, 2.0, 10, 110, frozen_at=60, rewarm_steps=4) for s in range(110)]
+    assert again[60:64] == pytest.approx([cosine[60 + i] * (i + 1) / 4 for i in range(4)], abs=1e-12)
+    assert again[:60] + again[64:] == cosine[:60] + cosine[64:]
+    assert [get_lr(s, 2.0, 10, 110, frozen_at=60) for s in range(110)] == cosine  # rewarm_steps 0: not at all
+
+
 def test_get_lr_without_warmup_and_all_warmup():
     assert get_lr(0, 1.0, 0, 10) == 1.0 and get_lr(5, 1.0, 0, 10) == pytest.approx(0.5)
     assert [get_lr(s, 1.0, 4, 4) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
