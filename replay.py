@@ -46,14 +46,13 @@ def replay_run(cfg: train.Config, epochs: list[dict]) -> tuple[int | None, dict[
     """(epoch of the switch, ranks) under `cfg`, from the epoch records of a full phase; (None, None) if they end before it.
 
     What a run with `cfg` would have done, if its full phase was this one: train.py decides by the same code.
-    Raises ValueError for records without a family that `cfg` wants.
+    Raises ValueError for records without a family that `cfg` wants, or with values that are not finite.
     """
-    missing = [family for family in cfg.target_modules if family not in epochs[0]["weight_norms"]]
-    if missing:
-        raise ValueError(f"the run has logged no weight norms of {', '.join(missing)}")
-    steps_per_epoch = epochs[0]["step"] // epochs[0]["epoch"]
-    monitor = train.build_monitor(cfg, steps_per_epoch)
-    epoch = replay(monitor, epochs, cfg.target_modules)
+    monitor = train.build_monitor(cfg, epochs[0]["step"] // epochs[0]["epoch"])
+    try:
+        epoch = replay(monitor, epochs, cfg.target_modules)
+    except FloatingPointError as e:
+        raise ValueError(str(e)) from None
     return epoch, train.choose_ranks(cfg, monitor.changes()) if epoch else None
 
 
@@ -68,7 +67,7 @@ def get_phase_seconds(run: str) -> dict[str, float]:
 def predict_saving(cfg: train.Config, switch: int, seconds: dict[str, float]) -> float:
     """Share of a full run's training time, in %, that switching after epoch `switch` saves; evaluation and the switches not counted."""
     warmup = min(cfg.lora_warmup_epochs, cfg.epochs - switch)
-    spent = switch * seconds["full"] + warmup * seconds["warmup"] + (cfg.epochs - switch - warmup) * seconds["lora"]
+    spent = switch * seconds["full"] + warmup * seconds.get("warmup", 0) + (cfg.epochs - switch - warmup) * seconds["lora"]
     return 100 * (1 - spent / (cfg.epochs * seconds["full"]))
 
 
@@ -78,19 +77,22 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], str]:
     `switch_epoch` is None where the log ends before the switch. Raises ValueError for a run or settings that can't be replayed.
     """
     config, epochs, _ = load_run(run)
-    cfg = dataclasses.replace(train.typed_config(config, f"{run}/config.json"), mode="prelora", fork=None, baseline=None, switch_epoch=None)
+    cfg = dataclasses.replace(train.typed_config(config, f"{run}/config.json"), mode="prelora", fork=None, baseline=None)
+    if any(getattr(asked, name) for name in SETTINGS[:-1]):  # a run with a fixed switch epoch: now the test decides
+        cfg = dataclasses.replace(cfg, switch_epoch=None)
     full = [e for e in epochs if e["phase"] == "full"]
     if not full:
         raise ValueError(f"{run} has no full phase")
     seconds = get_phase_seconds(asked.times or run)
-    if asked.times and len(seconds) < 3:
+    timed = {"full", "lora"} | ({"warmup"} if cfg.lora_warmup_epochs else set()) <= seconds.keys()
+    if asked.times and not timed:
         raise ValueError(f"{asked.times} has timed only: {', '.join(seconds)}")
     base, costs = train.count_base(cfg)
     own = len(full) if len(full) < len(epochs) else None  # its own switch
     rows, late = [], 0
     for values in itertools.product(*(getattr(asked, name) or (getattr(cfg, name),) for name in SETTINGS)):
         setting = dict(zip(SETTINGS, values))
-        tried = dataclasses.replace(cfg, **setting)
+        tried = dataclasses.replace(cfg, **setting, rank_budget=cfg.rank_budget if setting["rank_rule"] != "minmax" else None)
         train.check_config(tried)
         epoch, ranks = replay_run(tried, full)
         row = setting | {"switch_epoch": epoch, "after": len(full) if epoch is None else None}
@@ -98,7 +100,7 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], str]:
             params = train.count_parameters(ranks, costs)
             flat = [rank for layers in ranks.values() for rank in layers]
             row |= {"adapter_params": params, "share": 100 * params / base, "rank_mean": float(np.mean(flat)),
-                    "time_saved": predict_saving(tried, epoch, seconds) if len(seconds) == 3 else None, "ranks": ranks}
+                    "time_saved": predict_saving(tried, epoch, seconds) if timed else None, "ranks": ranks}
         late += epoch is None and own is not None
         rows.append(row)
     reason = (f"{run} has switched after epoch {own}: its log can't tell when {late} of these settings would have, use a baseline's "
@@ -142,9 +144,11 @@ def compare_losses(run_full: str, run_lora: str, window_epochs: int | None) -> l
     """
     config, full, _ = load_run(run_full)
     lora_config, lora, _ = load_run(run_lora)
-    for name in ("dataset", "batch_size", "train_samples", "seed"):
+    for name in ("dataset", "model", "epochs", "batch_size", "train_samples", "seed", "lr", "lr_warmup_steps", "rand_augment", "mixup"):
         if config[name] != lora_config[name]:
-            raise ValueError(f"{run_full} and {run_lora} do not see the same batches: {name} is {config[name]} and {lora_config[name]}")
+            raise ValueError(f"{run_full} and {run_lora} differ in more than the switch: {name} is {config[name]} and {lora_config[name]}")
+    if window_epochs is not None and window_epochs < 1:
+        raise ValueError(f"window_epochs must be above 0, not {window_epochs}")
     size = window_epochs or lora_config["window_epochs"]
     full_losses, lora_losses = [{e["epoch"]: e.get("step_losses") for e in epochs if e["phase"] in phases}
                                 for epochs, phases in ((full, ("full",)), (lora, ("warmup", "lora")))]
@@ -169,11 +173,12 @@ def main(argv: list[str]) -> int:
     try:
         asked = train.parse_flags(argv[1:] if run else argv, Replay(), prog="replay.py", description=__doc__)
         if asked.ttest:
-            if len(asked.ttest) != 2 or run:
-                raise ValueError("--ttest takes two runs: RUN_FULL RUN_LORA")
+            if len(asked.ttest) != 2 or run or asked != Replay(ttest=asked.ttest, window_epochs=asked.window_epochs):
+                raise ValueError("--ttest takes two runs, RUN_FULL RUN_LORA, and --window_epochs")
             print(" epochs  loss full  loss LoRA  difference        t        p")
             for row in compare_losses(*asked.ttest, asked.window_epochs[0] if asked.window_epochs else None):
-                told = "differ" if row["p"] < 0.05 else "no difference to be seen: HPT would go on with LoRA"
+                lower = "LoRA" if row["lora"] < row["full"] else "full"
+                told = f"{lower} is lower" if not row["p"] >= 0.05 else "no difference to be seen: HPT would go on with LoRA"
                 print(f"{row['first']}-{row['last']}".rjust(7) + f"  {row['full']:9.4f}  {row['lora']:9.4f}  {row['lora'] - row['full']:+10.4f}  "
                       f"{row['t']:7.2f}  {row['p']:7.4f}  {told}")
             return 0

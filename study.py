@@ -8,17 +8,25 @@ baseline of the same seed, whose epochs up to there count as theirs. Stopped, it
 """
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy import stats
 
 import replay
 import train
+from lora.inject import init_adapters
+from model import checkpoint
+from model.optim import build_optimizer
+from model.vit import VARIANTS
 from monitor import plot
 
 ROOT, RUNS, DOC = Path(__file__).parent, Path("runs/study"), Path("docs/study.md")
@@ -31,26 +39,29 @@ class Arm:
     preset: str
     flags: tuple[str, ...] = ()
     seeds: int = 3
-    fork: bool = True  # from the baseline of its seed
+    fork: str | None = ""  # from the baseline of its seed, at its own switch or @epoch; None: not at all
     text: str = ""  # in the table
 
 
-MAIN = "prelora"  # the arm whose time the equal-time control gets
-BASELINE = Arm("baseline", "study_baseline", seeds=5, fork=False, text="baseline, all parameters")
+MAIN = "best"  # the arm whose time the equal-time control gets
+BASELINE = Arm("baseline", "study_baseline", seeds=5, fork=None, text="baseline, all parameters")
 FORKS = [
-    Arm("prelora", "study", seeds=5, text="PreLoRA: Exp2, w = 2"),
-    Arm("exp1", "study_exp1", text="Exp1, relaxed"),
+    Arm("prelora", "study", seeds=5, text="PreLoRA: Exp2, w = 2, adapters alone"),
+    Arm("rest", "study", ("--lora_trainable", "adapters+rest"), seeds=5, text="PreLoRA, adapters and head, norms, embeddings"),
+    Arm("exp1", "study_exp1", fork="@2", text="Exp1, relaxed"),  # so early that its switch is not foretold but happens
     Arm("exp3", "study_exp3", text="Exp3, strict"),
+    Arm("best", "study_exp3", ("--lora_warmup_epochs", "1"), seeds=5, text="PreLoRA, best setting: Exp3, w = 1"),
     Arm("warmup1", "study_warmup1", text="w = 1"),
     Arm("warmup4", "study_warmup4", text="w = 4"),
+    Arm("rank32", "study", ("--rank_min", "32"), text="rank 32 for all"),
+    Arm("rest32", "study", ("--rank_min", "32", "--lora_trainable", "adapters+rest"), text="rank 32 for all, adapters and the rest"),
     Arm("fixed", "study", ("--switch_epoch", "6"), text="switch fixed at a quarter"),
     Arm("uniform", "study", ("--rank_rule", "uniform"), text="one rank for all, as many parameters"),
     Arm("budget", "study", ("--rank_rule", "budget"), text="ranks in proportion to change, as many parameters"),
-    Arm("rest", "study", ("--lora_trainable", "adapters+rest"), text="adapters and head, norms, embeddings"),
     Arm("reset", "study", ("--optimizer_at_switch", "reset"), text="fresh AdamW at both switches"),
 ]
-STATIC = Arm("static_lora", "study_static_lora", fork=False, text="static LoRA from epoch 0")
-EQUAL_TIME = Arm("equal_time", "study_baseline", seeds=5, fork=False, text="all parameters, in PreLoRA's time")
+STATIC = Arm("static_lora", "study_static_lora", fork=None, text="static LoRA from epoch 0")
+EQUAL_TIME = Arm("equal_time", "study_baseline", seeds=5, fork=None, text="all parameters, in PreLoRA's time")
 ARMS = [BASELINE, EQUAL_TIME, *FORKS, STATIC]
 
 
@@ -58,13 +69,19 @@ ARMS = [BASELINE, EQUAL_TIME, *FORKS, STATIC]
 # training
 
 def build_command(arm: Arm, seed: int, *more: str) -> tuple[Path, int, list[str]]:
-    """(run directory, epochs, train.py's arguments) of one run."""
+    """(run directory, epochs, train.py's arguments) of one run. Raises ValueError if another run stands in its place."""
     run_dir = RUNS / f"{arm.name}-{seed}"
-    argv = [f"config/{arm.preset}.py", "--seed", str(seed), "--run_dir", str(run_dir), *arm.flags, *more]
-    if arm.fork:
-        argv += ["--fork", f"{RUNS}/baseline-{seed}"]
-    argv += ["--resume", "True"]
-    return run_dir, train.parse_config(argv)[0].epochs, argv
+    flags = ["--seed", str(seed), "--run_dir", str(run_dir), *arm.flags, *more]
+    if arm.fork is not None:
+        flags += ["--fork", f"{RUNS}/{BASELINE.name}-{seed}{arm.fork}"]
+    cfg = train.parse_flags(flags, train.load_preset(f"config/{arm.preset}.py"))
+    train.check_config(cfg)
+    if (run_dir / "config.json").exists():
+        stored = train.typed_config(checkpoint.read_json(run_dir / "config.json"), str(run_dir / "config.json"))
+        changed = [name for name, value in vars(cfg).items() if value != getattr(stored, name) and name not in ("num_workers", "fork")]
+        if changed:
+            raise ValueError(f"{run_dir} was trained with another {', '.join(changed)}: remove it, it will be trained anew")
+    return run_dir, cfg.epochs, [f"config/{arm.preset}.py", *flags, "--resume", "True"]
 
 
 def train_run(run_dir: Path, epochs: int, argv: list[str]) -> None:
@@ -73,12 +90,16 @@ def train_run(run_dir: Path, epochs: int, argv: list[str]) -> None:
         return
     log = RUNS / "logs" / f"{run_dir.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{run_dir} …", flush=True)
+    print(f"{run_dir} …\n", end="", flush=True)  # in one piece: two threads print
     with open(log, "a") as file:
-        status = subprocess.run([sys.executable, "train.py", *argv], stdout=file, stderr=subprocess.STDOUT,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        process = subprocess.Popen([sys.executable, "train.py", *argv], stdout=file, stderr=subprocess.STDOUT,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        running.add(process)
+        status = process.wait()
+        running.discard(process)
     if status:
-        raise RuntimeError(f"{run_dir} ended with status {status}: {log.read_text(errors='replace').strip().splitlines()[-1]}")
+        said = log.read_text(errors="replace").strip().splitlines() or ["without a word"]
+        raise RuntimeError(f"{run_dir} ended with status {status}: {said[-1]}")
 
 
 def is_done(run_dir: Path, epochs: int) -> bool:
@@ -88,7 +109,14 @@ def is_done(run_dir: Path, epochs: int) -> bool:
         return False
 
 
+running: set[subprocess.Popen] = set()
+
+
 def train_all() -> None:
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         def stage(*arms_with_flags):
             commands = [build_command(arm, seed, *more) for arm, *more in arms_with_flags for seed in range(arm.seeds)]
@@ -98,6 +126,8 @@ def train_all() -> None:
                     job.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(running):  # they save, and go on next time
+                    process.terminate()
                 raise
 
         stage([BASELINE], [STATIC])
@@ -112,29 +142,73 @@ def load_arm(arm: Arm) -> list[tuple[dict, list[dict], list[dict]]]:
     return [plot.load_run(RUNS / f"{arm.name}-{seed}") for seed in range(arm.seeds)]
 
 
-def quiet_seconds(records: list[dict], phase: str) -> float:
-    """Seconds of an epoch of `phase`: the lower quartile, which what else the machine did in three quarters of the time does not touch."""
-    return float(np.percentile([e["epoch_seconds"] for e in records if e["phase"] == phase], 25))
+def time_epochs(rounds: int = 31) -> dict[str, dict[str, float]]:
+    """{arm: {phase: seconds of an epoch's steps}}, for the arm's phases with the ranks of its first run: medians of steps that take turns, so that
+    what else the machine does costs all of them the same. (The runs' own epoch_seconds, two at a time over an hour, differ by more than the arms.)"""
+    steps = {}
+    torch.set_num_threads(1)
+    for arm in ARMS:
+        if arm is EQUAL_TIME:
+            continue
+        config, epochs, switches = plot.load_run(RUNS / f"{arm.name}-0")
+        cfg = train.typed_config(dict(config), arm.name)
+        for phase in dict.fromkeys(e["phase"] for e in epochs):
+            if phase != "full" or arm is BASELINE:
+                ranks = switches[0]["ranks"] if switches else None
+                if cfg.mode == "lora":
+                    ranks = {family: [cfg.rank_max] * VARIANTS[cfg.model]["depth"] for family in cfg.target_modules}
+                steps[arm.name, phase] = build_step(cfg, phase, ranks)
+    times = {key: [] for key in steps}
+    for _ in range(rounds + 1):
+        for key, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[key].append(time.perf_counter() - start)
+    per_epoch = cfg.train_samples // cfg.batch_size
+    seconds: dict[str, dict[str, float]] = {arm.name: {} for arm in ARMS}
+    for (name, phase), values in times.items():
+        seconds[name][phase] = float(np.median(values[1:])) * per_epoch  # the first allocates
+    return seconds
 
 
-def get_full_seconds() -> float:
-    """Of one epoch with all parameters: the same work in every arm, so the same for all."""
-    return quiet_seconds([e for _, epochs, _ in load_arm(BASELINE) for e in epochs], "full")
+def build_step(cfg: train.Config, phase: str, ranks: dict[str, list[int]] | None):
+    """A function that takes train.py's step in that phase, on noise."""
+    model = train.build_model(cfg, phase, ranks, "cpu").train()
+    model.init_weights(0)
+    init_adapters(model, 0)
+    optimizer = build_optimizer(model, cfg.weight_decay)
+    size = train.DATASETS[cfg.dataset].image_size
+    images, labels = torch.randn(cfg.batch_size, 3, size, size), torch.arange(cfg.batch_size) % 10
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def step():
+        F.cross_entropy(model(images), labels).backward()
+        torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
 
 
-def get_seconds(runs: list[tuple[dict, list[dict], list[dict]]], full_seconds: float) -> list[float]:
-    """Each run's training time: its epochs of each phase × the arm's seconds for one, and its switches. Not counted, and the same for all:
+def get_epoch_seconds() -> dict[str, dict[str, float]]:
+    """`time_epochs`, measured once and kept in runs/study/seconds.json; the full phase is the baseline's for all."""
+    path = RUNS / "seconds.json"
+    if not path.exists():
+        print("timing the phases of all arms side by side …", flush=True)
+        checkpoint.write_json(path, time_epochs())
+    seconds = checkpoint.read_json(path)
+    return {arm.name: seconds.get(arm.name, {}) | {"full": seconds[BASELINE.name]["full"]} for arm in ARMS}
+
+
+def get_seconds(runs: list[tuple[dict, list[dict], list[dict]]], per_epoch: dict[str, float]) -> list[float]:
+    """Each run's training time: its epochs of each phase × the seconds of one, and its switches. Not counted, and the same for all: reading data,
     evaluation, saving, starting."""
-    every = [e for _, epochs, _ in runs for e in epochs]
-    phases = {e["phase"] for e in every}
-    seconds = {phase: full_seconds if phase == "full" else quiet_seconds(every, phase) for phase in phases}
-    return [sum(seconds[e["phase"]] for e in epochs) + sum(s["seconds"] for s in switches) for _, epochs, switches in runs]
+    return [sum(per_epoch[e["phase"]] for e in epochs) + sum(s["seconds"] for s in switches) for _, epochs, switches in runs]
 
 
 def get_equal_epochs() -> int:
     """Epochs with all parameters that take as long as PreLoRA's whole run, to the nearest."""
-    arm = next(arm for arm in FORKS if arm.name == MAIN)
-    return round(np.mean(get_seconds(load_arm(arm), get_full_seconds())) / get_full_seconds())
+    arm, per_epoch = next(arm for arm in FORKS if arm.name == MAIN), get_epoch_seconds()[MAIN]
+    return round(np.mean(get_seconds(load_arm(arm), per_epoch)) / per_epoch["full"])
 
 
 def interval(values: np.ndarray) -> str:
@@ -144,24 +218,26 @@ def interval(values: np.ndarray) -> str:
 
 
 def get_table() -> str:
-    full_seconds = get_full_seconds()
+    epoch_seconds = get_epoch_seconds()
     top1 = lambda runs: np.array([epochs[-1]["val_top1"] for _, epochs, _ in runs])
     baseline, equal = top1(load_arm(BASELINE)), top1(load_arm(EQUAL_TIME))
-    baseline_seconds = get_seconds(load_arm(BASELINE), full_seconds)[0]
-    lines = ["| arm | seeds | switch after | trained in the LoRA phase | top-1 % | − baseline [95 %] | − equal time [95 %] | time | s/epoch in the LoRA phase |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for arm in ARMS:
+    baseline_seconds = get_seconds(load_arm(BASELINE), epoch_seconds["baseline"])[0]
+    equal_seconds, half_epoch = get_seconds(load_arm(EQUAL_TIME), epoch_seconds["equal_time"])[0], epoch_seconds["baseline"]["full"] / 2
+    lines = ["| arm | seeds | switch after | trained in the LoRA phase | top-1 % | − baseline [95 %] | − equal time [95 %] | time | warmup epoch | LoRA epoch |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for arm in ARMS:  # against the control only what takes its time, to half an epoch
         runs = load_arm(arm)
-        values, seconds = top1(runs), np.mean(get_seconds(runs, full_seconds))
+        values, seconds = top1(runs), np.mean(get_seconds(runs, epoch_seconds[arm.name]))
         switched = sorted({s["epoch"] for _, _, switches in runs for s in switches if s["from"] == "full"})
         lora = [e for _, epochs, _ in runs for e in epochs if e["phase"] == "lora"]
         base = train.count_base(train.typed_config(dict(runs[0][0]), arm.name))[0]
         share = f"{100 * np.mean([e['trainable_params'] for e in lora]) / base:.1f} %" if lora else ""
-        per_epoch = f"{quiet_seconds(lora, 'lora'):.2f}" if lora else ""
+        cost = [f"{epoch_seconds[arm.name][phase] / epoch_seconds[arm.name]['full']:.2f}" if phase in epoch_seconds[arm.name] else "" for phase in
+                ("warmup", "lora")]
         lines.append(f"| {arm.text} | {len(runs)} | {', '.join(map(str, switched))} | {share} | {values.mean():.2f} ± {values.std(ddof=1):.2f} | "
                      f"{'' if arm is BASELINE else interval(values - baseline[:len(values)])} | "
-                     f"{'' if arm is EQUAL_TIME else interval(values - equal[:len(values)])} | "
-                     f"{seconds:.0f} s, {100 * seconds / baseline_seconds:.1f} % | {per_epoch} |")
+                     f"{interval(values - equal[:len(values)]) if abs(seconds - equal_seconds) < half_epoch else ''} | "
+                     f"{seconds:.0f} s, {100 * seconds / baseline_seconds:.1f} % | {' | '.join(cost)} |")
     return "\n".join(lines)
 
 
@@ -174,7 +250,9 @@ def check_replay() -> str:
             told = replay.replay_run(train.typed_config(dict(config), arm.name), epochs)
             did = next(((s["epoch"], s["ranks"]) for s in switches if s["from"] == "full"), (None, None))
             agree, total = agree + (told == did), total + 1
-    return f"Replayed from the baselines' logs, {agree} of {total} forked runs switch at the epoch and with the ranks that they did."
+    early = sum(arm.seeds for arm in FORKS if arm.fork)
+    return (f"Replayed from the baselines' logs, {agree} of {total} runs switch at the epoch and with the ranks that they did; {total - early} of them were "
+            f"forked where replay says they switch, {early} long before.")
 
 
 def get_ttest() -> str:
@@ -185,11 +263,10 @@ def get_ttest() -> str:
 
 
 def write_report() -> None:
-    full_seconds = get_full_seconds()
     text = DOC.read_text()
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    tables = [get_table(), f"An epoch with all parameters takes {full_seconds:.2f} s. {check_replay()}",
+    tables = [get_table(), f"Warmup and LoRA epochs are in units of one with all parameters, {get_epoch_seconds()['baseline']['full']:.2f} s. {check_replay()}",
               f"HPT's criterion, seed 0 (Welch's t-test on the step losses of each window, baseline against PreLoRA):\n\n{get_ttest()}"]
     DOC.write_text(before + MARKS[0] + "\n" + "\n\n".join(tables) + "\n" + MARKS[1] + after)
     print(f"wrote {DOC}")
@@ -205,12 +282,17 @@ def main(argv: list[str]) -> int:
         return 2
     os.chdir(ROOT)
     try:
+        if DOC.read_text().count(MARKS[0]) != 1 or DOC.read_text().count(MARKS[1]) != 1:
+            raise ValueError(f"{DOC} has lost the marks between which the tables go: {' '.join(MARKS)}")
         if not argv:
             train_all()
         write_report()
     except (ValueError, OSError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -116,6 +116,7 @@ def check_config(cfg: Config) -> None:
     for name, value in vars(cfg).items():
         check(not isinstance(value, float) or math.isfinite(value), f"{name} must be a finite number, not {value}")
     check(cfg.run_dir != "", "run_dir is empty")
+    check(cfg.fork != "", "fork is empty")
     check(cfg.seed < 2**63, f"seed must be below 2**63, not {cfg.seed}")
     for name in ("epochs", "batch_size", "grad_accum_steps", "eval_every", "lr", "window_epochs", "rank_min", "tau", "zeta", "layer_norm_eps"):
         check(getattr(cfg, name) > 0, f"{name} must be above 0, not {getattr(cfg, name)}")
@@ -181,7 +182,7 @@ def typed_config(values: dict, where: str) -> Config:
     hints = typing.get_type_hints(Config)
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"{where}: unknown key {key!r}{suggest(key)}")
+            raise ValueError(f"{where}: unknown key {key!r}{suggest(key, Config)}")
         kind, allowed = typing.get_origin(hints[key]), typing.get_args(hints[key]) or (hints[key],)
         if kind is tuple:
             values[key] = tuple(value) if isinstance(value, list) else value
@@ -196,9 +197,9 @@ def typed_config(values: dict, where: str) -> Config:
     return Config(**values)
 
 
-def suggest(key: str, *others) -> str:
-    """", did you mean …?" with the nearest field of Config or `others`, if one is near."""
-    close = difflib.get_close_matches(key.lstrip("-"), [f.name for kind in (Config, *others) for f in dataclasses.fields(kind)], n=1)
+def suggest(key: str, *kinds) -> str:
+    """", did you mean …?" with the nearest field of the dataclasses `kinds`, if one is near."""
+    close = difflib.get_close_matches(key.lstrip("-"), [f.name for kind in kinds for f in dataclasses.fields(kind)], n=1)
     return f", did you mean {close[0]}?" if close else ""
 
 
@@ -209,7 +210,7 @@ def parse_flags(argv: list[str], default, prog: str = "train.py", description: s
     for flag in argv:
         name = flag.split("=")[0].replace("-", "_").replace("__", "--", 1)
         if flag.startswith("--") and flag != "--help" and name not in known:
-            raise ValueError(f"unknown flag {flag}{suggest(name)}")
+            raise ValueError(f"unknown flag {flag}{suggest(name, default)}")
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -235,11 +236,16 @@ def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
     preset = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if preset else argv
     cfg = parse_flags(flags, load_preset(preset) if preset else Config())
-    if cfg.fork and not preset:  # as the other run, but for these flags
-        run, _ = split_fork(cfg.fork)
-        cfg = parse_flags(flags, dataclasses.replace(typed_config(load_run(run)[0], f"{run}/config.json"), fork=None))
     run_dir, notes = Path(cfg.run_dir), []
     stored = run_dir / "config.json"
+    if cfg.fork and not preset and not (cfg.resume and stored.exists()):  # as the other run, but for these flags
+        run, _ = split_fork(cfg.fork)
+        if not Path(run, "config.json").is_file():
+            raise ValueError(f"no run {run} to fork from (--fork RUN, or RUN@epoch with a whole number)")
+        source = typed_config(checkpoint.read_json(Path(run, "config.json")), f"{run}/config.json")
+        cfg = parse_flags(flags, dataclasses.replace(source, fork=None, max_steps=None, resume=False))
+        run_dir = Path(cfg.run_dir)
+        stored = run_dir / "config.json"
     if cfg.resume and stored.exists():
         old = dataclasses.replace(typed_config(checkpoint.read_json(stored), str(stored)), run_dir=cfg.run_dir, resume=True)
         asked, cfg = cfg, parse_flags(flags, old)
@@ -427,67 +433,70 @@ def check_same(cfg: Config, old: Config, names: list[str], where: Path) -> None:
 
 def split_fork(fork: str) -> tuple[str, int | None]:
     """RUN@epoch -> (RUN, epoch), RUN -> (RUN, None)."""
-    run, at, epoch = fork.rpartition("@")
-    return (run, int(epoch)) if at and epoch.isdecimal() else (fork, None)
+    run, _, epoch = fork.rpartition("@")
+    return (run, int(epoch)) if run and epoch.isdecimal() and not Path(fork).is_dir() else (fork, None)
 
 
 def find_fork(cfg: Config) -> tuple[Path, dict, list[str]]:
-    """The checkpoint of another run that `cfg.fork` names and its meta, made into what a run with `cfg`'s settings would have saved there.
+    """The checkpoint of another run that `cfg.fork` names, its meta made into what a run with `cfg` goes on from, and what `cfg` has different.
 
     In the full phase everything the switch depends on may differ: the monitor is fed the logged norms anew, and the switch, if it is due, and
-    its ranks are `cfg`'s. Later only what still lies ahead may. meta["records"]: the epochs and switches up to there, for metrics.jsonl.
-    Without an epoch: the newest checkpoint before which these settings would not have switched.
+    its ranks are `cfg`'s. Later the switch and the adapters must be those the run has. meta["records"]: its epochs and switches up to
+    there, for metrics.jsonl. Without an epoch: the newest checkpoint of the full phase before which `cfg` would not have switched.
     Raises ValueError, in one sentence, where there is no such checkpoint or it is of another model, data or batch; OSError.
     """
     run, asked = split_fork(cfg.fork)
-    _, epochs, switches = load_run(run)
     kept = {meta["state"]["epoch"]: (path, meta) for path, meta in checkpoint.kept(Path(run)) if not meta["state"]["epoch_step"]}
+    _, epochs, switches = load_run(run)  # after the checkpoints: a run that is under way has logged what it has saved
     if not kept:
         raise ValueError(f"{run} keeps no checkpoint of a whole epoch")
-    if asked is not None and asked not in kept:
-        raise ValueError(f"{run} keeps no checkpoint of epoch {asked}; there are those of {', '.join(map(str, sorted(kept)))} (see --keep_every)")
-    full = {epoch for epoch, (_, meta) in kept.items() if meta["state"]["phase"] == "full"}
-    steps_per_epoch = max(1, next(iter(kept.values()))[1]["train_images"] // cfg.batch_size)
-    due = None
-    if full and cfg.mode == "prelora":
-        missing = [family for family in cfg.target_modules if family not in epochs[0]["weight_norms"]]
-        if missing:
-            raise ValueError(f"{run} has logged no weight norms of {', '.join(missing)}")
-        due = replay(build_monitor(cfg, steps_per_epoch), [e for e in epochs if e["phase"] == "full"], cfg.target_modules)
-    possible = [e for e in kept if e < cfg.epochs and (e not in full or due is None or e <= due)]
-    if asked is None:
-        possible = [e for e in possible if e in full or not full]
-    elif asked not in possible:
-        raise ValueError(f"{run}@{asked}: these settings end after epoch {cfg.epochs}" if asked >= cfg.epochs else
-                         f"{run}@{asked}: these settings would have switched after epoch {due} already")
-    if not possible:
-        raise ValueError(f"{run} keeps no checkpoint that these settings share: they "
-                         + (f"switch after epoch {due}" if due else f"end after epoch {cfg.epochs}")
-                         + f", it keeps those of epochs {', '.join(map(str, sorted(kept)))} (see --keep_every)")
-    at = max(possible) if asked is None else asked
+    phases, steps_per_epoch = {}, 0
+    for epoch, (path, meta) in kept.items():
+        check_same(cfg, typed_config(meta["config"], f"{path}/meta.json"), ["model", "dataset", "num_classes", "batch_size", "train_samples"], path)
+        phases[epoch], steps_per_epoch = meta["state"]["phase"], meta["train_images"] // cfg.batch_size
+    try:
+        full = [e for e in epochs if e["phase"] == "full"]
+        due = replay(build_monitor(cfg, steps_per_epoch), full, cfg.target_modules) if cfg.mode == "prelora" and full else None
+    except FloatingPointError as e:
+        raise ValueError(f"{run}: {e}") from None
+    last = min(cfg.epochs - 1, (cfg.max_steps - 1) // steps_per_epoch if cfg.max_steps else cfg.epochs)  # that leaves something to train
+    usable = [e for e in kept if e <= last and (phases[e] != "full" or due is None or e <= due)
+              and (asked is not None or phases[e] == "full" or cfg.mode == "lora")]
+    at = max(usable, default=None) if asked is None else asked
+    if at not in usable:
+        why = "" if asked is not None and asked not in kept else " that these settings share: they " + (
+            f"switch after epoch {due}" if due and (asked is None or asked <= last) else f"end after epoch {last + 1}")
+        raise ValueError(f"{run} keeps no checkpoint{'' if at is None else f' of epoch {at}'}{why}; it keeps those of "
+                         f"{', '.join(map(str, sorted(kept)))} (see --keep_every)")
     path, meta = kept[at]
     checkpoint.verify(path)
     old, s = typed_config(meta["config"], f"{path}/meta.json"), State(**meta["state"])
-    same = ["model", "dataset", "num_classes", "batch_size", "train_samples"]
-    if s.phase != "full":
-        same += ["mode", *ADAPTER_FIELDS] + (["lora_trainable", "dtype"] if s.phase == "lora" else [])
-    elif cfg.mode == "lora":
+    if s.phase == "full" and cfg.mode == "lora":
         raise ValueError(f"{path} is in its full phase, mode lora has none")
-    check_same(cfg, old, same, path)
+    if s.phase != "full":
+        check_same(cfg, old, ["mode", *ADAPTER_FIELDS] + (["lora_trainable", "dtype"] if s.phase == "lora" else []), path)
+        switched = next((switch["epoch"] for switch in switches if switch["from"] == "full"), None)
+        if cfg.mode == "prelora" and due != switched:
+            raise ValueError(f"{path} comes after a switch at epoch {switched}, these settings switch {f'after epoch {due}' if due else 'later'}")
     only = lambda norms: {family: norms[family] for family in cfg.target_modules if family in norms}
     records = [e | {"weight_norms": only(e["weight_norms"]), "adapter_norms": only(e["adapter_norms"])} for e in epochs if e["epoch"] <= at]
-    if s.phase == "full":
+    if [e["epoch"] for e in records] != list(range(1, at + 1)):
+        raise ValueError(f"{run}/metrics.jsonl is damaged: it does not hold the epochs 1 to {at}")
+    if s.phase == "full" and cfg.mode == "prelora":
         monitor = build_monitor(cfg, steps_per_epoch)
         passed = replay(monitor, records, cfg.target_modules)
-        s.ranks, s.base_norms = None, only(s.base_norms)
-        decide_phase(cfg, s, monitor if passed and cfg.mode == "prelora" else None)
-        meta["monitor"] = monitor.state_dict()
+        s.ranks, s.base_norms, meta["monitor"] = None, only(s.base_norms), monitor.state_dict()
+        decide_phase(cfg, s, monitor if passed else None)
+    elif s.phase == "full":
+        s.ranks = s.next_phase = None
     elif s.phase == "warmup" and s.phase_epochs > cfg.lora_warmup_epochs:
         raise ValueError(f"{path} is {s.phase_epochs} epochs into its warmup, which lora_warmup_epochs = {cfg.lora_warmup_epochs} would have ended")
     else:
         decide_phase(cfg, s, None)
     records = sorted(records + [switch for switch in switches if switch["epoch"] < at], key=lambda r: (r["epoch"], r["event"] == "switch"))
-    return path, meta | {"state": dataclasses.asdict(s) | {"metrics_bytes": 0}, "records": records}, []
+    notes = [f"fork: {name} = {value}, {run} had {getattr(old, name)}" for name, value in vars(cfg).items()
+             if value != getattr(old, name) and name not in ("run_dir", "resume", "fork", "max_steps", "keep_every", "eval_every")]
+    return path, meta | {"state": dataclasses.asdict(s) | {"metrics_bytes": 0}, "records": records}, notes
 
 
 def check_data(cfg: Config, images: int, classes: list[str] | None, val_classes: list[str] | None) -> None:
@@ -527,7 +536,7 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
         fixed = ["model", "dataset", "num_classes", "mode", "seed", "batch_size", "train_samples", "target_modules", "window_epochs"]
         if state.ranks:  # adapters of these ranks and this scaling, a base in this precision; the freeze's checkpoint is still open
             fixed += [*ADAPTER_FIELDS, "lora_trainable", "dtype"]
-        check_same(cfg, old, [] if "records" in meta else fixed + ["fork"], last)  # a fork's were checked when it was found
+        check_same(cfg, old, [] if "records" in meta else fixed, last)  # a fork's were checked when it was found
         if meta["train_images"] != images:
             raise ValueError(f"{last} was trained on {meta['train_images']} images, {cfg.data_dir} gives {images}")
         if state.step > (total_steps := images // cfg.batch_size * cfg.epochs):
@@ -580,6 +589,9 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
         logger.message(note)
     for text in passed_over:
         logger.warning(s.epoch, s.step, text)
+    if last and "records" in meta and s.next_phase and s.phase == "full":  # decided when the fork was found
+        for sign in rank_signs(s.ranks, cfg.rank_min, cfg.rank_max, cfg.rank_rule == "minmax"):
+            logger.warning(s.epoch, s.step, sign)
 
     def current_lr(step: int) -> float:
         frozen_at = s.phase_start if s.phase == "lora" and cfg.mode == "prelora" else None
@@ -716,7 +728,8 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
                                        "median_step_seconds": sorted(o["step_seconds"] for o in own)[world_size // 2]},
                       "mfu": rate * costs["flops_per_image"] / peak if peak else None,
                       "peak_memory_bytes": int(distributed.max_over_ranks(peak_memory(device), device)),
-                      "trainable_params": costs["trainable_params"], "lr": current_lr(s.step - 1), "step_losses": [float(f"{loss:.6g}") for loss in step_losses.tolist()],
+                      "trainable_params": costs["trainable_params"], "lr": current_lr(s.step - 1),
+                      "step_losses": [float(f"{loss:.6g}") for loss in step_losses.tolist()],
                       "weight_norms": s.base_norms, "adapter_norms": adapter_norms(model, families),
                       **dict.fromkeys(("val_loss", "val_top1", "val_top5"))}
             if s.epoch % cfg.eval_every == 0 or s.step >= last_step:
@@ -729,7 +742,7 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             if due:
                 if rank == 0:
                     checkpoint.write_json(run_dir / "ranks.json", s.ranks)
-                signs += rank_signs(s.ranks, cfg.rank_min, cfg.rank_max)
+                signs += rank_signs(s.ranks, cfg.rank_min, cfg.rank_max, cfg.rank_rule == "minmax")
             if s.epoch == cfg.epochs and s.phase == "full" and cfg.mode == "prelora":
                 signs.append(f"the convergence test did not pass in time: tau {cfg.tau}, zeta {cfg.zeta}, windows of {cfg.window_epochs}")
             for sign in signs:
@@ -755,7 +768,8 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
         mesh = build_mesh(cfg.dp_shard, device.type)
         found = distributed.on_rank_0(checkpoint.find, Path(cfg.run_dir)) if cfg.resume else (None, None, [])
         if cfg.fork and not found[0]:
-            found = distributed.on_rank_0(find_fork, cfg)
+            *found, differences = distributed.on_rank_0(find_fork, cfg)
+            found, notes = (*found, []), notes + differences
         if cfg.stage_dir:
             distributed.once_per_node(stage, cfg.dataset, cfg.data_dir, cfg.stage_dir, distributed.get_rank() == 0)
         with distributed.together():

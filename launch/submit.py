@@ -111,7 +111,7 @@ def split_argv(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
         name = word.split("=")[0].lstrip("-").replace("-", "_")
         if word.startswith("--"):
             if name not in fields and name not in of_train and word != "--help":
-                raise ValueError(f"unknown flag {word}{train.suggest(name, Launch)}")
+                raise ValueError(f"unknown flag {word}{train.suggest(name, train.Config, Launch)}")
             current, fresh = (launch if name in fields or word == "--help" else config), "=" not in word
             current.append(word)
             if fields.get(name) is bool and fresh and argv[i + 1: i + 2] not in (["True"], ["False"]):

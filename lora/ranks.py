@@ -56,7 +56,8 @@ def budget_ranks(changes: dict[str, Sequence[float]], costs: dict[str, Sequence[
     """Ranks in proportion to |change| over all families and layers, as large as `budget` pays for.
 
     rank = rank_min · clip(⌊λ·|change|⌋, 1, rank_max / rank_min) with the largest λ whose adapters fit: multiples of rank_min, so that
-    every layer has some and the products keep sizes that GPUs like. Raises ValueError if the budget does not pay for rank_min.
+    every layer has some and the products keep sizes that GPUs like. Where several layers reach their next multiple at the same λ and the
+    budget does not pay for all, the first families in the alphabet get it; layers that did not change at all come last. Raises ValueError if the budget does not pay for rank_min.
     """
     ranks = {family: [rank_min] * len(layers) for family, layers in changes.items()}
     left = budget - count_parameters(ranks, costs)

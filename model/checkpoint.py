@@ -131,12 +131,15 @@ def find(run_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
 
 
 def kept(run_dir: Path) -> list[tuple[Path, dict]]:
-    """The complete checkpoints of a run, oldest first, with their meta; those whose meta.json can't be read are left out."""
-    found = []
+    """The complete checkpoints of a run up to its latest, oldest first, with their meta. Left out: those of a past that the run was rolled
+    back from, and those whose meta.json is damaged."""
+    found, newest = [], latest(run_dir)
     for path in sorted((run_dir / "checkpoints").glob("step_*")):
-        if re.fullmatch(r"step_\d{8}", path.name):
+        if re.fullmatch(r"step_\d{8}", path.name) and newest and path.name <= newest.name:
             with contextlib.suppress(ValueError, OSError):
-                found.append((path, read_meta(path)))
+                meta = read_meta(path)
+                if {"state", "monitor", "config", "train_images"} <= meta.keys():
+                    found.append((path, meta))
     return found
 
 

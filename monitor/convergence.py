@@ -90,8 +90,14 @@ class ConvergenceMonitor:
 
 
 def replay(monitor: ConvergenceMonitor, epochs: list[dict], families: Sequence[str]) -> int | None:
-    """Feed epoch records (of a full phase, from the first on) to `monitor` until the switch is due: after how many epochs, None = not yet."""
+    """Feed epoch records (of a full phase, from the first on) to `monitor` until the switch is due: after how many epochs, None = not yet.
+
+    Raises ValueError for records without the norms of all `families`, FloatingPointError for values that are not finite.
+    """
     for record in epochs:
+        missing = [family for family in families if family not in record.get("weight_norms", {})]
+        if missing:
+            raise ValueError(f"epoch {record.get('epoch')} of the log has no weight norms of {', '.join(missing)}")
         if monitor.update({family: record["weight_norms"][family] for family in families}, record["train_loss"]):
             return record["epoch"]
     return None
@@ -121,8 +127,9 @@ def failure_signs(epochs: list[dict], window_epochs: int, zeta: float, baseline:
     return signs
 
 
-def rank_signs(ranks: dict[str, list[int]], rank_min: int, rank_max: int) -> list[str]:
-    """Warnings about assigned ranks: nearly every layer at rank_max saves nothing; a family of equal layers got rank_min."""
+def rank_signs(ranks: dict[str, list[int]], rank_min: int, rank_max: int, minmax: bool = True) -> list[str]:
+    """Warnings about assigned ranks: nearly every layer at rank_max saves nothing; with Algorithm 2 (`minmax`), a family of equal layers
+    got rank_min."""
     if rank_min == rank_max:  # asked for
         return []
     everything = [r for layers in ranks.values() for r in layers]
@@ -131,6 +138,6 @@ def rank_signs(ranks: dict[str, list[int]], rank_min: int, rank_max: int) -> lis
     if at_max >= 0.9:
         signs.append(f"{at_max:.0%} of the layers are at rank_max {rank_max}: the adapters save little")
     for family, layers in ranks.items():
-        if len(layers) > 1 and set(layers) == {rank_min}:  # otherwise the largest change gets rank_max
+        if minmax and len(layers) > 1 and set(layers) == {rank_min}:  # otherwise the largest change gets rank_max
             signs.append(f"every layer of {family} changed alike: all at rank {rank_min}")
     return signs

@@ -27,7 +27,7 @@ class RunLogger:
         self.file.truncate(keep_bytes)
         self.file.seek(0)
         self.epochs = [e for e in map(json.loads, self.file) if e["event"] == "epoch"]
-        self.tensorboard = SummaryWriter(run_dir / "tb", purge_step=step + 1 if step else 0)  # what a killed run wrote later
+        self.tensorboard = SummaryWriter(run_dir / "tb", purge_step=step + 1 if keep_bytes else 0)  # what a killed run wrote later
 
     @property
     def bytes(self) -> int:

@@ -10,12 +10,13 @@ import train
 from monitor import plot
 
 
-def test_every_arm_is_a_run_that_train_accepts():
+def test_every_arm_is_a_run_that_train_accepts(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RUNS", tmp_path)
     seen = set()
     for arm in study.ARMS:
         for seed in range(arm.seeds):
             run_dir, epochs, argv = study.build_command(arm, seed)
-            assert epochs == 24 and ("--fork" in argv) == arm.fork
+            assert epochs == 24 and ("--fork" in argv) == (arm.fork is not None)
             seen.add(run_dir)
     assert len(seen) == sum(arm.seeds for arm in study.ARMS)  # none shares a directory
     main = {arm.name: arm.seeds for arm in study.ARMS if arm.name in ("baseline", "equal_time", study.MAIN)}
@@ -32,13 +33,9 @@ def records(phases, seconds, top1=80.0, switches=()):
 
 
 def test_seconds_by_hand():
-    """Two seeds; one moment of 90 s in a quarter of the epochs changes nothing."""
-    phases = ["full", "full", "warmup", "lora", "lora"]
     switches = [(2, "full", "warmup"), (3, "warmup", "lora")]
-    runs = [records(phases, [10, 10, 12, 7, 7], switches=switches), records(phases, [90, 11, 12, 7, 90], switches=switches)]
-    assert study.quiet_seconds([e for _, epochs, _ in runs for e in epochs], "lora") == 7
-    assert study.get_seconds(runs, 10.0) == [2 * 10 + 12 + 2 * 7 + 2 * 0.5] * 2
-    assert study.get_seconds(runs, 20.0) == [2 * 20 + 12 + 2 * 7 + 2 * 0.5] * 2  # the full phase is everybody's
+    runs = [records(["full", "full", "warmup", "lora", "lora"], [1] * 5, switches=switches), records(["full"] * 3, [1] * 3)]
+    assert study.get_seconds(runs, {"full": 10.0, "warmup": 12.0, "lora": 7.0}) == [2 * 10 + 12 + 2 * 7 + 2 * 0.5, 30]
 
 
 def test_interval_by_hand():
@@ -51,7 +48,6 @@ def fabricated(tmp_path, monkeypatch):
     """Every arm's runs, as files."""
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(study, "DOC", tmp_path / "study.md")
-    monkeypatch.setattr(study, "ROOT", study.ROOT)
     for arm in study.ARMS:
         preset = train.load_preset(f"config/{arm.preset}.py")
         for seed in range(arm.seeds):
@@ -61,11 +57,15 @@ def fabricated(tmp_path, monkeypatch):
             phases = ["full"] * 24 if full else ["full"] * 14 + ["warmup"] * 2 + ["lora"] * 8
             _, epochs, switches = records(phases, [10.0 if p == "full" else 8.0 for p in phases], 80 + seed - (not full),
                                           () if full else [(14, "full", "warmup"), (16, "warmup", "lora")])
-            norms = {family: [1.0, 2.0, 3.0] for family in preset.target_modules}
-            for e in epochs:
-                e |= {"weight_norms": norms, "adapter_norms": {} if e["phase"] == "full" else norms}
+            for e in epochs:  # they come to rest after epoch 10; each layer in its own way
+                norms = {family: [1.0, 2.0 + max(0, 10 - e["epoch"]), 3.0] for family in preset.target_modules}
+                e |= {"train_loss": 1.0, "weight_norms": norms, "adapter_norms": {} if e["phase"] == "full" else norms}
             config = vars(preset) | {"seed": seed, "run_dir": str(run_dir)} | ({"epochs": 23} if arm.name == "equal_time" else {})
             (run_dir / "config.json").write_text(json.dumps(config))
+            ranks = {family: [4, 8, 32] for family in preset.target_modules}
+            at = 14 if (arm.name, seed) == (study.MAIN, 0) else 15  # the one that did as replay says
+            switches = [s | {"ranks": {family: [4, 4, 4] for family in ranks}, "epoch": at} if s["epoch"] == 14 else s | {"ranks": ranks}
+                        for s in switches]
             (run_dir / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in epochs + switches))
     return tmp_path
 
@@ -73,23 +73,40 @@ def fabricated(tmp_path, monkeypatch):
 def test_report(fabricated, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(plot, "main", drawn.append)
+    monkeypatch.setattr(study, "time_epochs", lambda: {arm.name: {"full": 10.0} if arm is study.BASELINE else {"warmup": 11.0, "lora": 8.0}
+                                                       for arm in study.ARMS})
     (fabricated / "study.md").write_text(f"before\n{study.MARKS[0]}\nold\n{study.MARKS[1]}\nafter\n")
     assert study.main(["--report"]) == 0
     text = (fabricated / "study.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     prelora = next(line for line in text.splitlines() if line.startswith("| PreLoRA"))
-    # 14 + 2 · 0.8 + 8 · 0.8 epochs' time and two switches, one point below the baseline in every seed
+    # 14 + 2 · 1.1 + 8 · 0.8 epochs' time and two switches, one point below the baseline in every seed
     assert [cell.strip() for cell in prelora.split("|")][2:8] == ["5", "14", "0.0 %", "81.00 ± 1.58", "-1.00 [-1.00, -1.00]", "-1.00 [-1.00, -1.00]"]
-    assert "221 s, 92.1 %" in prelora
-    assert study.get_equal_epochs() == 22
+    assert "227 s, 94.6 % | 1.10 | 0.80 |" in prelora
+    assert study.get_equal_epochs() == 23
     runs = 0
     for arm in study.ARMS:
         runs += arm.seeds
     assert len(drawn[0]) == runs + 2 and drawn[0][-2:] == ["--out", str(fabricated / "study")]
-    # the made-up norms never change, so the switch would have come earlier than in the made-up runs: the check must notice
-    assert f"0 of {sum(arm.seeds for arm in study.FORKS)} forked runs" in text
+    assert f"1 of {sum(arm.seeds for arm in study.FORKS)} runs" in text
     study.write_report()
     assert (fabricated / "study.md").read_text() == text  # a second one replaces the first
+
+
+def test_another_run_in_its_place_is_refused(fabricated):
+    arm = study.FORKS[0]
+    study.build_command(arm, 0)
+    changed = json.loads((fabricated / f"runs/{arm.name}-0/config.json").read_text()) | {"tau": 0.9}
+    (fabricated / f"runs/{arm.name}-0/config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="trained with another tau: remove it"):
+        study.build_command(arm, 0)
+
+
+def test_a_failing_run_ends_the_study_with_its_last_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RUNS", tmp_path)
+    with pytest.raises(RuntimeError, match="run-0 ended with status 2: error: no such preset: nowhere.py"):
+        study.train_run(tmp_path / "run-0", 24, ["nowhere.py"])
+    assert not study.running
 
 
 def test_a_missing_run_or_flag_is_one_line(fabricated, capsys):
@@ -98,3 +115,11 @@ def test_a_missing_run_or_flag_is_one_line(fabricated, capsys):
     assert study.main(["--report"]) == 1
     assert "exp1-2 has no finished epoch" in capsys.readouterr().err
     assert study.main(["--reprot"]) == 2
+
+
+def test_phases_are_timed_side_by_side(fabricated, monkeypatch):
+    monkeypatch.setattr(study, "ARMS", [study.BASELINE, study.EQUAL_TIME, study.FORKS[0], study.STATIC])
+    seconds = study.time_epochs(rounds=1)
+    assert {name: list(phases) for name, phases in seconds.items()} == {
+        "baseline": ["full"], "equal_time": [], study.FORKS[0].name: ["warmup", "lora"], "static_lora": ["warmup", "lora"]}
+    assert all(value > 0 for phases in seconds.values() for value in phases.values())

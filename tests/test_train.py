@@ -3,6 +3,8 @@
 import dataclasses
 import gc
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -495,7 +497,9 @@ def test_forks_after_the_switch(small, reference, tmp_path, capsys):
     assert [(r["epoch"], r["phase"]) for r in later if r["event"] == "start"] == [(3, "full")]  # not what came after its own switch
     assert [r["epoch"] for r in later if r["event"] == "switch"] == [5]
     capsys.readouterr()
-    for flags, reason in (("--lora_warmup_epochs 2", "3 epochs into its warmup, which lora_warmup_epochs = 2 would have ended"),
+    for flags, reason in (("--tau 1e-6", "comes after a switch at epoch 3, these settings switch later"),
+                          ("--switch_epoch 2", "comes after a switch at epoch 3, these settings switch after epoch 2"),
+                          ("--lora_warmup_epochs 2", "3 epochs into its warmup, which lora_warmup_epochs = 2 would have ended"),
                           ("--rank_max 16", "trained with rank_max = 32"), ("--mode full", "trained with mode = prelora")):
         assert train.main(argv(small, tmp_path / "bad", "--fork", f"{reference}@6", *flags.split())) == 2
         err = capsys.readouterr().err
@@ -503,10 +507,13 @@ def test_forks_after_the_switch(small, reference, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fork, flags, reason", [
-    ("nowhere", "", "no run directory nowhere"),
-    ("{}@99", "", "keeps no checkpoint of epoch 99; there are those of 1, 2, 3"),
-    ("{}@4", "", "these settings would have switched after epoch 3 already"),
-    ("{}@9", "--mode full", "these settings end after epoch 9"),
+    ("nowhere", "", "no run nowhere to fork from"),
+    ("{}@abc", "", "full@abc to fork from (--fork RUN, or RUN@epoch with a whole number)"),
+    ("", "", "fork is empty"),
+    ("{}@99", "", "keeps no checkpoint of epoch 99; it keeps those of 1, 2, 3"),
+    ("{}@4", "", "keeps no checkpoint of epoch 4 that these settings share: they switch after epoch 3; it keeps"),
+    ("{}@9", "--mode full", "of epoch 9 that these settings share: they end after epoch 9"),
+    ("{}@3", "--max_steps 36", "of epoch 3 that these settings share: they end after epoch 3"),
     ("{}", "--model Ti/16 --rank_max 64", "patches of 16"),
     ("{}", "--batch_size 60", "trained with batch_size = 50, it can't go on with 60"),
     ("{}", "--train_samples 300", "trained with train_samples = None"),
@@ -517,6 +524,41 @@ def test_bad_forks_are_one_line(small, baseline, tmp_path, capsys, fork, flags, 
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and reason in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def source(baseline, tmp_path):
+    """A copy of the baseline, to damage."""
+    return Path(shutil.copytree(baseline, tmp_path / "source", symlinks=True))
+
+
+def test_a_fork_of_a_damaged_run_is_one_line(small, source, tmp_path, capsys):
+    metrics = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
+    damaged = [("metrics.jsonl", "".join(metrics[:3]), "does not hold the epochs 1 to 3"),  # the start and two epochs
+               ("metrics.jsonl", "".join(metrics[:2] + metrics[3:]), "does not hold the epochs 1 to 3"),
+               ("metrics.jsonl", "".join(metrics).replace('"weight_norms"', '"norms"'), "has no weight norms of q, k, v"),
+               ("metrics.jsonl", re.sub(r'"train_loss": [0-9.]+', '"train_loss": NaN', "".join(metrics)), "training loss are not finite"),
+               ("checkpoints/step_00000036/meta.json", "{}", "keeps no checkpoint of epoch 3;"),
+               ("checkpoints/latest", "step_00000024", "keeps no checkpoint of epoch 3;")]  # rolled back by hand: what came later is gone
+    for name, text, reason in damaged:
+        whole = (source / name).read_text()
+        (source / name).write_text(text)
+        assert train.main(argv(small, tmp_path / "run", *FORK, f"{source}@3")) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and reason in err, err
+        (source / name).write_text(whole)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fork_says_what_is_different_and_outlives_its_source(small, source, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    run(small, run_dir, *FORK, f"{source}@2", "--seed", 7, "--max_steps", 25)
+    notes = events(run_dir, "start")[0]["notes"]
+    assert f"fork: seed = 7, {source} had 0" in notes and f"fork: mode = prelora, {source} had full" in notes and len(notes) == 2
+    assert "fork: seed = 7" in capsys.readouterr().err
+    shutil.rmtree(source)
+    assert train.main(["--fork", f"{source}@2", "--run_dir", str(run_dir), "--resume", "True", "--max_steps", "36"]) == 0
+    assert [e["epoch"] for e in events(run_dir, "epoch")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("kept", ["keep", "reset"])
