@@ -7,7 +7,9 @@ One process a core, one thread each. Every arm is train.py with a preset and fla
 baseline of the same seed, whose epochs up to there count as theirs. Stopped, it goes on where it stood.
 """
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,16 +41,16 @@ class Arm:
     preset: str
     flags: tuple[str, ...] = ()
     seeds: int = 3
-    fork: str | None = ""  # from the baseline of its seed, at its own switch or @epoch; None: not at all
+    fork: bool = True  # from the baseline of its seed, where its own switch is due
     text: str = ""  # in the table
 
 
 MAIN = "best"  # the arm whose time the equal-time control gets
-BASELINE = Arm("baseline", "study_baseline", seeds=5, fork=None, text="baseline, all parameters")
+BASELINE = Arm("baseline", "study_baseline", seeds=5, fork=False, text="baseline, all parameters")
 FORKS = [
     Arm("prelora", "study", seeds=5, text="PreLoRA: Exp2, w = 2, adapters alone"),
     Arm("rest", "study", ("--lora_trainable", "adapters+rest"), seeds=5, text="PreLoRA, adapters and head, norms, embeddings"),
-    Arm("exp1", "study_exp1", fork="@2", text="Exp1, relaxed"),  # so early that its switch is not foretold but happens
+    Arm("exp1", "study_exp1", text="Exp1, relaxed"),
     Arm("exp3", "study_exp3", text="Exp3, strict"),
     Arm("best", "study_exp3", ("--lora_warmup_epochs", "1"), seeds=5, text="PreLoRA, best setting: Exp3, w = 1"),
     Arm("warmup1", "study_warmup1", text="w = 1"),
@@ -60,9 +62,10 @@ FORKS = [
     Arm("budget", "study", ("--rank_rule", "budget"), text="ranks in proportion to change, as many parameters"),
     Arm("reset", "study", ("--optimizer_at_switch", "reset"), text="fresh AdamW at both switches"),
 ]
-STATIC = Arm("static_lora", "study_static_lora", fork=None, text="static LoRA from epoch 0")
-EQUAL_TIME = Arm("equal_time", "study_baseline", seeds=5, fork=None, text="all parameters, in PreLoRA's time")
+STATIC = Arm("static_lora", "study_static_lora", fork=False, text="static LoRA from epoch 0")
+EQUAL_TIME = Arm("equal_time", "study_baseline", seeds=5, fork=False, text="all parameters, in PreLoRA's time")
 ARMS = [BASELINE, EQUAL_TIME, *FORKS, STATIC]
+DRAWN = ("baseline", "equal_time", "prelora", "exp1", "exp3", "warmup1", "warmup4", "static_lora")  # in figures 4 to 7
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -72,8 +75,8 @@ def build_command(arm: Arm, seed: int, *more: str) -> tuple[Path, int, list[str]
     """(run directory, epochs, train.py's arguments) of one run. Raises ValueError if another run stands in its place."""
     run_dir = RUNS / f"{arm.name}-{seed}"
     flags = ["--seed", str(seed), "--run_dir", str(run_dir), *arm.flags, *more]
-    if arm.fork is not None:
-        flags += ["--fork", f"{RUNS}/{BASELINE.name}-{seed}{arm.fork}"]
+    if arm.fork:
+        flags += ["--fork", f"{RUNS}/{BASELINE.name}-{seed}"]
     cfg = train.parse_flags(flags, train.load_preset(f"config/{arm.preset}.py"))
     train.check_config(cfg)
     if (run_dir / "config.json").exists():
@@ -250,9 +253,7 @@ def check_replay() -> str:
             told = replay.replay_run(train.typed_config(dict(config), arm.name), epochs)
             did = next(((s["epoch"], s["ranks"]) for s in switches if s["from"] == "full"), (None, None))
             agree, total = agree + (told == did), total + 1
-    early = sum(arm.seeds for arm in FORKS if arm.fork)
-    return (f"Replayed from the baselines' logs, {agree} of {total} runs switch at the epoch and with the ranks that they did; {total - early} of them were "
-            f"forked where replay says they switch, {early} long before.")
+    return f"Replayed from the baselines' logs, {agree} of {total} forked runs switch at the epoch and with the ranks that they did."
 
 
 def get_ttest() -> str:
@@ -270,9 +271,25 @@ def write_report() -> None:
               f"HPT's criterion, seed 0 (Welch's t-test on the step losses of each window, baseline against PreLoRA):\n\n{get_ttest()}"]
     DOC.write_text(before + MARKS[0] + "\n" + "\n\n".join(tables) + "\n" + MARKS[1] + after)
     print(f"wrote {DOC}")
-    out = DOC.with_suffix("")
+    out, runs = DOC.with_suffix(""), [copy_with_seconds(arm, seed) for arm in ARMS if arm.name in DRAWN for seed in range(arm.seeds)]
     out.mkdir(exist_ok=True)
-    plot.main([str(RUNS / f"{arm.name}-{seed}") for arm in ARMS for seed in range(arm.seeds)] + ["--out", str(out)])
+    plot.main([*map(str, runs), "--out", str(out)])
+    for arm, name in ((BASELINE.name, "figure1"), (BASELINE.name, "figure3"), (FORKS[0].name, "ranks")):
+        shutil.copy(RUNS / "timed" / f"{arm}-0" / "figures" / f"{name}.png", out)
+
+
+def copy_with_seconds(arm: Arm, seed: int) -> Path:
+    """A copy of a run's log for the figures, its epochs' seconds and images/s those measured side by side, as in the table."""
+    source, copy, seconds = RUNS / f"{arm.name}-{seed}", RUNS / "timed" / f"{arm.name}-{seed}", get_epoch_seconds()[arm.name]
+    copy.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / "config.json", copy)
+    with open(source / "metrics.jsonl") as log, open(copy / "metrics.jsonl", "w") as out:
+        for record in map(json.loads, log):
+            if record["event"] == "epoch":
+                images = record["epoch_seconds"] * record["images_per_second"]
+                record |= {"epoch_seconds": seconds[record["phase"]], "images_per_second": images / seconds[record["phase"]]}
+            out.write(json.dumps(record) + "\n")
+    return copy
 
 
 def main(argv: list[str]) -> int:

@@ -1,6 +1,7 @@
 """study.py's arithmetic, and its report from made-up runs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def test_every_arm_is_a_run_that_train_accepts(tmp_path, monkeypatch):
     for arm in study.ARMS:
         for seed in range(arm.seeds):
             run_dir, epochs, argv = study.build_command(arm, seed)
-            assert epochs == 24 and ("--fork" in argv) == (arm.fork is not None)
+            assert epochs == 24 and ("--fork" in argv) == arm.fork
             seen.add(run_dir)
     assert len(seen) == sum(arm.seeds for arm in study.ARMS)  # none shares a directory
     main = {arm.name: arm.seeds for arm in study.ARMS if arm.name in ("baseline", "equal_time", study.MAIN)}
@@ -72,7 +73,16 @@ def fabricated(tmp_path, monkeypatch):
 
 def test_report(fabricated, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(plot, "main", drawn.append)
+
+    def draw(argv):
+        drawn.append(argv)
+        for run in argv[:-2]:
+            figures = Path(run) / "figures"
+            figures.mkdir(exist_ok=True)
+            for name in ("figure1", "figure3", "ranks"):
+                (figures / f"{name}.png").write_text(run)
+
+    monkeypatch.setattr(plot, "main", draw)
     monkeypatch.setattr(study, "time_epochs", lambda: {arm.name: {"full": 10.0} if arm is study.BASELINE else {"warmup": 11.0, "lora": 8.0}
                                                        for arm in study.ARMS})
     (fabricated / "study.md").write_text(f"before\n{study.MARKS[0]}\nold\n{study.MARKS[1]}\nafter\n")
@@ -81,14 +91,16 @@ def test_report(fabricated, monkeypatch, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     prelora = next(line for line in text.splitlines() if line.startswith("| PreLoRA"))
     # 14 + 2 · 1.1 + 8 · 0.8 epochs' time and two switches, one point below the baseline in every seed
-    assert [cell.strip() for cell in prelora.split("|")][2:8] == ["5", "14", "0.0 %", "81.00 ± 1.58", "-1.00 [-1.00, -1.00]", "-1.00 [-1.00, -1.00]"]
+    assert [cell.strip() for cell in prelora.split("|")][2:8] == ["5", "15", "0.0 %", "81.00 ± 1.58", "-1.00 [-1.00, -1.00]", "-1.00 [-1.00, -1.00]"]
     assert "227 s, 94.6 % | 1.10 | 0.80 |" in prelora
     assert study.get_equal_epochs() == 23
-    runs = 0
-    for arm in study.ARMS:
-        runs += arm.seeds
-    assert len(drawn[0]) == runs + 2 and drawn[0][-2:] == ["--out", str(fabricated / "study")]
-    assert f"1 of {sum(arm.seeds for arm in study.FORKS)} runs" in text
+    assert len(drawn[0]) == sum(arm.seeds for arm in study.ARMS if arm.name in study.DRAWN) + 2
+    assert drawn[0][-2:] == ["--out", str(fabricated / "study")]
+    assert sorted(p.name for p in (fabricated / "study").iterdir()) == ["figure1.png", "figure3.png", "ranks.png"]
+    _, epochs, switches = plot.load_run(fabricated / f"runs/timed/{study.FORKS[0].name}-0")  # what is drawn: the same, but for the times
+    assert [e["epoch_seconds"] for e in epochs] == [10.0] * 14 + [11.0] * 2 + [8.0] * 8 and len(switches) == 2
+    assert epochs[-1]["images_per_second"] == 100.0 and epochs[0]["images_per_second"] == 100.0  # 1000 images in 10 s; 800 in 8 s
+    assert f"1 of {sum(arm.seeds for arm in study.FORKS)} forked runs" in text
     study.write_report()
     assert (fabricated / "study.md").read_text() == text  # a second one replaces the first
 
