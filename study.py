@@ -276,7 +276,7 @@ def write_report() -> None:
     out, runs = DOC.with_suffix(""), [copy_with_seconds(arm, seed) for arm in ARMS if arm.name in DRAWN for seed in range(arm.seeds)]
     out.mkdir(exist_ok=True)
     plot.main([*map(str, runs), "--out", str(out)])
-    for arm, name in ((BASELINE.name, "figure1"), (BASELINE.name, "figure3"), (FORKS[0].name, "ranks")):
+    for arm, name in ((FORKS[0].name, "figure1"), (BASELINE.name, "figure3"), (FORKS[0].name, "ranks")):
         shutil.copy(RUNS / "timed" / f"{arm}-0" / "figures" / f"{name}.png", out)
 
 
