@@ -1,6 +1,6 @@
 # make train   set up, prepare Fashion-MNIST, run config/debug.py through its three phases, draw the figures
 # make test    set up, run the tests; make test-slow: those that take minutes
-# make study   the paper's experiments and their controls on Fashion-MNIST, in under two hours on 2 cores: docs/study.md
+# make study   the paper's experiments and their controls on Fashion-MNIST, in under two hours on 2 cores (with FFCV): docs/study.md
 # make slurm   install Slurm (Debian's), on which the tests then start a cluster of their own
 # LOADER=folder does without FFCV, its system libraries and root; PYTHON=python3.12 picks the interpreter
 

@@ -55,7 +55,7 @@ def fabricated(tmp_path, monkeypatch):
             run_dir = tmp_path / "runs" / f"{arm.name}-{seed}"
             run_dir.mkdir(parents=True)
             full = preset.mode == "full"
-            phases = ["full"] * 24 if full else ["full"] * 14 + ["warmup"] * 2 + ["lora"] * 8
+            phases = ["full"] * (23 if arm is study.EQUAL_TIME else 24) if full else ["full"] * 14 + ["warmup"] * 2 + ["lora"] * 8
             _, epochs, switches = records(phases, [10.0 if p == "full" else 8.0 for p in phases], 80 + seed - (not full),
                                           () if full else [(14, "full", "warmup"), (16, "warmup", "lora")])
             for e in epochs:  # they come to rest after epoch 10; each layer in its own way
