@@ -97,6 +97,8 @@ def run(argv: list[str]) -> int:
         traceback.print_exc()
         print(f"error: {type(e).__name__}: {e}", file=sys.stderr)
         return 1
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the run is over: a warning says nothing any more, but the interpreter's end takes
+        signal.signal(number, signal.SIG_IGN)        # handlers away, and one that came then would kill this process: a failed job
     return status
 
 

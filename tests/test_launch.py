@@ -591,6 +591,21 @@ def test_what_submitits_local_executor_starts_again(monkeypatch):
     assert job.requeue([signal.SIGUSR2]) == job.LOCAL_REQUEUE == LOCAL_REQUEUE_RETURN_CODE and job.requeue([signal.SIGTERM]) == 75
 
 
+@pytest.mark.parametrize("run, status", [("job.run([])", 0), ("signal.signal(signal.SIGUSR2, lambda *_: None)", -signal.SIGUSR2)])
+def test_a_warning_after_the_last_step_does_not_kill_the_process(run, status):
+    """While the interpreter ends, when handlers are gone already (the second case)."""
+    done = subprocess.run([sys.executable, "-c", f"""
+import os, signal, sys, types
+from launch import job
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR2):
+        kill(pid, number)
+sys.modules["train"] = types.SimpleNamespace(main=lambda *_: 0)
+late = Late()
+{run}"""], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+
+
 def test_job_ids_are_submitits():
     assert job.get_job_id({"SLURM_JOB_ID": "12"}) == "12"
     assert job.get_job_id({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "1"}) == "12_1"
