@@ -56,6 +56,7 @@ class Config:
     keep_every: int = 0  # keep the checkpoint of every so many epochs, besides the last two, the switch's and the freeze's; 0 = none
     eval_every: int = 1  # evaluate after every so many epochs, and after the last
     baseline: str | None = None  # run directory of a mode=full run, to warn of a loss plateau above it
+    profile: bool = False  # write a Kineto trace of two steps of each phase to run_dir/profile (Perfetto, chrome://tracing), from rank 0
     fork: str | None = None  # start from another run's kept checkpoint: RUN@epoch, or RUN for the latest these settings can share
     # data
     dataset: str = "fashion_mnist"  # a row of data/loader.py's DATASETS
@@ -495,7 +496,7 @@ def find_fork(cfg: Config) -> tuple[Path, dict, list[str]]:
         decide_phase(cfg, s, None)
     records = sorted(records + [switch for switch in switches if switch["epoch"] < at], key=lambda r: (r["epoch"], r["event"] == "switch"))
     notes = [f"fork: {name} = {value}, {run} had {getattr(old, name)}" for name, value in vars(cfg).items()
-             if value != getattr(old, name) and name not in ("run_dir", "resume", "fork", "max_steps", "keep_every", "eval_every")]
+             if value != getattr(old, name) and name not in ("run_dir", "resume", "fork", "max_steps", "keep_every", "eval_every", "profile")]
     return path, meta | {"state": dataclasses.asdict(s) | {"metrics_bytes": 0}, "records": records}, notes
 
 
@@ -509,6 +510,8 @@ def check_data(cfg: Config, images: int, classes: list[str] | None, val_classes:
     total_steps = images // cfg.batch_size * cfg.epochs
     if not total_steps:
         raise ValueError(f"batch_size {cfg.batch_size} is above the {images} training images")
+    if cfg.profile and images // cfg.batch_size < 3:
+        raise ValueError(f"profile needs epochs of 3 steps and more, {images} images are {images // cfg.batch_size} of batch_size {cfg.batch_size}")
     if cfg.lr_warmup_steps >= total_steps:
         raise ValueError(f"lr_warmup_steps {cfg.lr_warmup_steps} leaves nothing of the {total_steps} steps of {cfg.epochs} epochs")
 
@@ -615,6 +618,16 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             "world_size": world_size, "mesh": mesh and {n: mesh.size(i) for i, n in enumerate(mesh.mesh_dim_names)},
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}})
 
+    def start_trace(phase: str) -> torch.profiler.profile:
+        """Of its next three steps, the first is left out: starting costs time there."""
+        path = run_dir / "profile" / f"{phase}.json"
+        path.parent.mkdir(exist_ok=True)
+        tracer = torch.profiler.profile(schedule=torch.profiler.schedule(wait=0, warmup=1, active=2, repeat=1), record_shapes=True,
+                                        on_trace_ready=lambda done: done.export_chrome_trace(str(path)))
+        tracer.start()
+        return tracer
+
+    traced = set()  # phases
     with contextlib.closing(train_loader), contextlib.closing(val_loader), contextlib.closing(logger):
         model = build_model(cfg, s.phase, s.ranks, device, mesh)
         families = match_families(model, LORA_FAMILIES, cfg.target_modules)
@@ -656,6 +669,10 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             first_step, start, stopped = s.epoch_step, time.perf_counter() - s.epoch_seconds, False
             waited_before, forward = s.epoch_waited, Stopwatch(device)
             reset_peak_memory(device)
+            tracer = None
+            if cfg.profile and rank == 0 and s.phase not in traced and min(steps_per_epoch - s.epoch_step, last_step - s.step) >= 3:
+                tracer = start_trace(s.phase)
+                traced.add(s.phase)
             model.train()
             while s.epoch_step < steps_per_epoch and s.step < last_step:
                 lr = current_lr(s.step)
@@ -691,6 +708,8 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
                 totals += step_totals
                 step_losses[s.epoch_step] = step_totals[0]
                 s.step, s.epoch_step = s.step + 1, s.epoch_step + 1
+                if tracer:
+                    tracer.step()
                 logger.advance()
                 done = s.epoch_step == steps_per_epoch or s.step == last_step
                 if device.type == "cpu" or s.step % 20 == 0 or done:  # once in a while: this is the loop's only sync
@@ -703,6 +722,8 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
                     if stopped := stop.on_any_rank(device):
                         break
             batches.close()
+            if tracer:
+                tracer.stop()
             s.epoch_seconds = time.perf_counter() - start
             if stopped or s.epoch_step < steps_per_epoch:  # told to, or max_steps in mid-epoch
                 s.epoch_totals, s.step_losses = tuple(totals.tolist()), tuple(step_losses[:s.epoch_step].tolist())

@@ -3,7 +3,11 @@
 W x + s · B (A x), A Kaiming-uniform(√5), B = 0, so that insertion leaves the function as it was; s = alpha / rank, or 1, or with rslora
 alpha / √rank (Kalajdzievski 2312.03732).
 A fused qkv is one Linear with three row parts and so three adapters with three ranks: their A-matrices stand side by side in
-one (Σ rank, in) matrix and take one GEMM, each B-product is added to its rows by addmm.
+one (Σ rank, in) matrix and take one GEMM, each B-product is added to its rows in place.
+
+The whole is one operator with a backward of its own, `prelora::lora_linear`, which torch.compile takes as it is: it keeps x and A x for
+backward and nothing else, computes no gradient that nobody asked for, and where that is exact and cheaper multiplies by W + B A (see `merges`).
+Not for torch.func's transforms (no vmap, no double backward), nor for float16 autocast, which needs a gradient scaler this repo has not.
 """
 
 import math
@@ -13,10 +17,138 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def to_plain(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ---- the operator. Below, x is (N, in), weight (out, in), A (Σ rank, in) with the scaling in it, Bs[i] (out / parts, rank i) that of row part where[i].
+
+def merges(x: Tensor, weight: Tensor) -> bool:
+    """Whether x is multiplied by W + B A, made anew in every step, instead of by W and by A and B.
+
+    That spares the products of N rows with B, forward, and with A, backward, and where W is trained the other four, too: the adapters'
+    gradients then are B' dW and dW A'. It costs products of `weight.shape`, so x must have rows enough. And nothing may be lost in
+    the sum: not in bfloat16 nor TF32, where an adapter's small B A would vanish beside W.
+    """
+    exact = x.dtype == torch.float64 or x.dtype == torch.float32 and (
+        x.device.type in ("cpu", "meta") or torch.get_float32_matmul_precision() == "highest")
+    return exact and x.shape[0] >= 2 * min(weight.shape)
+
+
+def spans(Bs: list[Tensor]) -> list[tuple[int, int]]:
+    """Of each adapter, its rows of A: (start, end)."""
+    ends = [0]
+    for B in Bs:
+        ends.append(ends[-1] + B.shape[1])
+    return list(zip(ends, ends[1:]))
+
+
+def rows_of(tensor: Tensor, part: int, parts: int, dim: int) -> Tensor:
+    rows = tensor.shape[dim] // parts
+    return tensor.narrow(dim, part * rows, rows)
+
+
+def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int) -> Tensor:
+    """W + B A (out, in), rows without an adapter as they are."""
+    new = weight.clone(memory_format=torch.contiguous_format)
+    for B, part, (start, end) in zip(Bs, where, spans(Bs)):
+        rows_of(new, part, parts, 0).addmm_(B, A[start:end])
+    return new
+
+
+@torch.library.custom_op("prelora::lora_linear", mutates_args=())
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bs: list[Tensor], where: list[int], parts: int,
+                frozen: bool) -> tuple[Tensor, Tensor]:
+    """(y (N, out), A x (N, Σ rank) for backward). Merged, backward needs A x only if the weight is `frozen`; else it is empty."""
+    if merges(x, weight):
+        y = F.linear(x, add_product(weight, A, Bs, where, parts), bias)
+        return y, F.linear(x, A) if frozen else x.new_empty(0, A.shape[0])
+    y, ax = F.linear(x, weight, bias), F.linear(x, A)
+    for B, part, (start, end) in zip(Bs, where, spans(Bs)):
+        rows_of(y, part, parts, 1).addmm_(ax[:, start:end], B.t())
+    return y, ax
+
+
+@lora_linear.register_fake
+def _(x, weight, bias, A, Bs, where, parts, frozen):
+    kept = x.shape[0] if frozen or not merges(x, weight) else 0
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(kept, A.shape[0])
+
+
+@torch.library.custom_op("prelora::lora_linear_backward", mutates_args=())
+def lora_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, ax: Tensor, Bs: list[Tensor], where: list[int], parts: int,
+                         need_x: bool, need_weight: bool, need_bias: bool,
+                         need_adapters: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of (x, weight, bias, A, Bs); empty what is not needed."""
+    merged, adapters = merges(x, weight), list(zip(Bs, where, spans(Bs)))
+    dx, dweight, dbias, dA, *dBs = [x.new_empty(0) for _ in range(4 + len(Bs))]
+    if need_bias:
+        dbias = dy.sum(0)
+    if need_weight:
+        dweight = dy.t() @ x
+    if need_adapters and merged and need_weight:  # all is in dW
+        dA = torch.cat([B.t() @ rows_of(dweight, part, parts, 0) for B, part, _ in adapters])
+        dBs = [rows_of(dweight, part, parts, 0) @ A[start:end].t() for _, part, (start, end) in adapters]
+    elif need_adapters or need_x and not merged:
+        g = x.new_empty(x.shape[0], A.shape[0])  # dy B (N, Σ rank)
+        for B, part, (start, end) in adapters:
+            torch.mm(rows_of(dy, part, parts, 1), B, out=g[:, start:end])
+        if need_adapters:
+            dA = g.t() @ x
+            ax = ax if len(ax) == len(x) else F.linear(x, A)  # the weight could have had a gradient, but nobody asked
+            dBs = [rows_of(dy, part, parts, 1).t() @ ax[:, start:end] for _, part, (start, end) in adapters]
+    if need_x and merged:
+        dx = dy @ add_product(weight, A, Bs, where, parts)
+    elif need_x:
+        dx = (dy @ weight).addmm_(g, A)
+    return dx, dweight, dbias, dA, dBs
+
+
+@lora_linear_backward.register_fake
+def _(dy, x, weight, A, ax, Bs, where, parts, need_x, need_weight, need_bias, need_adapters):
+    new = lambda like, needed: x.new_empty(like.shape if needed else (0,))
+    return (new(x, need_x), new(weight, need_weight), x.new_empty(weight.shape[0] if need_bias else 0), new(A, need_adapters),
+            [new(B, need_adapters) for B in Bs])
+
+
+def setup_context(ctx, inputs, output):
+    x, weight, bias, A, Bs, ctx.where, ctx.parts, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, A, output[1], *Bs)
+    ctx.has_bias = bias is not None
+
+
+def backward(ctx, dy, _):
+    if dy is None:  # y went nowhere
+        return None, None, None, None, [None] * (len(ctx.saved_tensors) - 4), None, None, None
+    x, weight, A, ax, *Bs = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_A, need_Bs = ctx.needs_input_grad[:5]
+    need_adapters = need_A or any(need_Bs)
+    dx, dweight, dbias, dA, dBs = lora_linear_backward(dy, x, weight, A, ax, Bs, ctx.where, ctx.parts, need_x, need_weight,
+                                                       need_bias and ctx.has_bias, need_adapters)
+    return (dx if need_x else None, dweight if need_weight else None, dbias if need_bias and ctx.has_bias else None,
+            dA if need_A else None, [dB if need else None for dB, need in zip(dBs, need_Bs)], None, None, None)
+
+
+lora_linear.register_autograd(backward, setup_context=setup_context)
+
+
+@register_flop_formula(torch.ops.prelora.lora_linear)
+def lora_linear_flops(x, weight, bias, A, Bs, where, parts, frozen, **kwargs) -> int:
+    """LoRA's own: W x, A x and B (A x), however they were come by."""
+    return 2 * x[0] * (weight[0] * weight[1] + A[0] * A[1] + sum(rows * rank for rows, rank in Bs))
+
+
+@register_flop_formula(torch.ops.prelora.lora_linear_backward)
+def lora_linear_backward_flops(dy, x, weight, A, ax, Bs, where, parts, need_x, need_weight, need_bias, need_adapters, **kwargs) -> int:
+    low = sum(rows * rank for rows, rank in Bs)
+    return 2 * x[0] * ((need_x + need_weight) * weight[0] * weight[1]  # dx, dW
+                       + (need_x or need_adapters) * low + need_x * A[0] * A[1]  # dy B, and that times A
+                       + need_adapters * (A[0] * A[1] + low))  # dA, dB
 
 
 class LoRALinear(nn.Linear):
@@ -65,7 +197,8 @@ class LoRALinear(nn.Linear):
         """A Kaiming-uniform(√5) from a generator of (seed, name), B zero."""
         rng = torch.Generator(self.lora_A.device).manual_seed(zlib.crc32(f"{seed}/{name}.lora_A".encode()))
         A = torch.empty(self.lora_A.shape, device=self.lora_A.device)  # whole: a shard gets its part of the same numbers
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=rng)
+        if A.numel():
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=rng)
         if isinstance(self.lora_A, DTensor):
             A = distribute_tensor(A, self.lora_A.device_mesh, self.lora_A.placements, src_data_rank=None)  # no traffic
         self.lora_A.copy_(A)
@@ -73,18 +206,16 @@ class LoRALinear(nn.Linear):
             B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        x2d = x.reshape(-1, x.shape[-1])  # (N, in)
-        y = F.linear(x2d, self.weight, self.bias)  # (N, out)
+        if not self.lora_B:  # rank 0 in every part
+            return super().forward(x)
         A = self.lora_A if self.scaling is None else self.lora_A * self.scaling
-        # The sizes come from the tensors, not from self.ranks: marked dynamic, they serve every layer's ranks in one graph.
-        sizes = [B.shape[1] for B in self.lora_B.values()]
-        ax = dict(zip(self.lora_B, F.linear(x2d, A).split(sizes, dim=1)))  # part -> (N, rank)
-        if len(self.ranks) == 1:
-            y = torch.addmm(y, ax["0"], self.lora_B["0"].t())
-        else:
-            parts = y.chunk(len(self.ranks), dim=1)  # (N, out / parts) each
-            y = torch.cat([torch.addmm(part, ax[str(i)], self.lora_B[str(i)].t()) if str(i) in ax else part
-                           for i, part in enumerate(parts)], dim=1)
+        tensors = [x.reshape(-1, x.shape[-1]), self.weight, self.bias, A, *self.lora_B.values()]
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # which knows nothing of the operator
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = [None if t is None else t.to(dtype) for t in tensors]
+        x2d, weight, bias, A, *Bs = tensors  # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
+        y, _ = lora_linear(x2d, weight, bias, A, Bs, [int(part) for part in self.lora_B], len(self.ranks),
+                           torch.is_grad_enabled() and not self.weight.requires_grad)
         return y.view(*x.shape[:-1], self.out_features)  # (..., out)
 
     def adapter(self, part: int) -> tuple[Tensor, Tensor]:

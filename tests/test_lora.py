@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora import layers
 from lora.inject import add_lora, freeze_base, init_adapters, is_adapter, match_families, merge_lora
 from lora.layers import LoRALinear
 from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
@@ -126,6 +129,150 @@ def test_equals_peft(bias, alpha, rslora, ranks):
     assert_close(merged[0].weight.data, torch.cat([getattr(theirs, n).weight.data for n in "qkv"]))
     assert_close(merged[1].weight.data, theirs.fc.weight.data)
     assert not torch.allclose(merged[0].weight[:8], ours[0].weight[:8], atol=1e-2)  # control: the adapters matter
+
+
+# ---- the operator
+
+def by_definition(x, linear, alpha=None):
+    """What LoRALinear stands for, in products of its own: autograd finds the gradients."""
+    y = nn.functional.linear(x, linear.weight, linear.bias)
+    parts = [y_part + x @ A.t() @ B.t() for y_part, (B, A) in
+             zip(y.chunk(len(linear.ranks), dim=-1), map(linear.adapter, range(len(linear.ranks))))]
+    return torch.cat(parts, dim=-1)
+
+
+def build_linear(ranks, dtype=torch.float32, alpha=None, bias=True):
+    linear = LoRALinear.from_linear(nn.Linear(12, 24, bias=bias, dtype=dtype), ranks, alpha)
+    linear.init_adapters(0, "")
+    return randomise_B(linear)
+
+
+ROWS = {"merged": 40, "apart": 5}  # above and below 2 · min(weight.shape)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("trained", ["all", "adapters", "weight", "x only", "all but x", "bias and adapters"])
+@pytest.mark.parametrize("ranks, alpha, bias", [([2, 4, 3], None, True), ([2, 0, 3], 5.0, True), ([5], 2.0, False)])
+def test_operator_is_what_it_stands_for(rows, trained, ranks, alpha, bias):
+    linear, x = build_linear(ranks, torch.float64, alpha, bias), torch.randn(rows, 12, dtype=torch.float64)
+    assert layers.merges(x, linear.weight) == (rows == ROWS["merged"])
+    for name, p in [("x", x), *linear.named_parameters()]:
+        p.requires_grad_({"all": True, "adapters": is_adapter(name) or name == "x", "weight": name == "weight", "x only": name == "x",
+                          "all but x": name != "x", "bias and adapters": is_adapter(name) or name == "bias"}[trained])
+    leaves = [p for p in (x, *linear.parameters()) if p.requires_grad]
+    got, expected = linear(x), by_definition(x, linear)
+    torch.testing.assert_close(got, expected)
+    weights = torch.randn_like(got)
+    assert len(leaves) > 0
+    for mine, theirs in zip(*[torch.autograd.grad((out * weights).sum(), leaves) for out in (got, expected)], strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_operator_s_gradients_by_differences(rows):
+    linear, x = build_linear([2, 0, 3], torch.float64), torch.randn(rows, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: linear(x), (x, *linear.parameters()), fast_mode=True)
+
+
+def test_part_of_the_gradients_may_be_asked_for():
+    linear, x = build_linear([2, 4, 3]), torch.randn(ROWS["merged"], 12)
+    for wanted in (list(linear.lora_B.values()), [linear.lora_A], [linear.weight], [linear.bias]):  # the weight's is not, though it could be
+        got, expected = [torch.autograd.grad(f(x).square().sum(), wanted) for f in (linear, lambda x: by_definition(x, linear))]
+        for mine, theirs in zip(got, expected):
+            assert_close(mine, theirs)
+
+
+def test_not_merged_where_the_sum_would_be_rounded(monkeypatch):
+    """bfloat16 has 8 bits: an adapter a thousandth of W would be gone. On a GPU float32 products are TF32, but for "highest"."""
+    weight = torch.empty(24, 12)
+    assert layers.merges(torch.empty(40, 12), weight) and not layers.merges(torch.empty(23, 12), weight)
+    assert not layers.merges(torch.empty(40, 12, dtype=torch.bfloat16), weight)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        on_gpu = torch.empty(40, 12, device="cuda")
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+        assert not layers.merges(on_gpu, weight)
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+        assert layers.merges(on_gpu, weight)
+    linear = build_linear([2, 4, 3])
+    Bs = [B.data * 1e-3 for B in linear.lora_B.values()]
+    narrow = [t.bfloat16() for t in (linear.weight.data, linear.lora_A.data, *Bs)]
+    exact, rounded = [(layers.add_product(W, A, list(Bs), [0, 1, 2], 3) - W).float() for W, A, *Bs in ([linear.weight.data, linear.lora_A.data, *Bs], narrow)]
+    assert (rounded - exact).norm() > 0.5 * exact.norm() > 0  # control: so it would be
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_operator_under_autocast(frozen):
+    linear, x = build_linear([2, 4, 3], alpha=3.0), torch.randn(40, 12, requires_grad=True)
+    linear.weight.requires_grad_(not frozen)
+    if frozen:
+        linear.weight.data = linear.weight.data.bfloat16()
+    leaves = [x, *(p for p in linear.parameters() if p.requires_grad)]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear(x)
+        assert got.dtype == torch.bfloat16
+    got = torch.autograd.grad(got.float().square().sum(), leaves)
+    linear.weight.data = linear.weight.data.float()
+    expected = torch.autograd.grad(by_definition(x, linear).square().sum(), leaves)
+    for mine, theirs, p in zip(got, expected, leaves):
+        assert mine.dtype == p.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0.03 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_is_kept_for_backward(rows, frozen):
+    """x and A x, and not even that where dW says all; never W + B A, nor anything of y's size."""
+    linear, x = build_linear([2, 4, 3]), torch.randn(rows, 12)
+    linear.weight.requires_grad_(not frozen)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear(x)
+    own = {p.data_ptr() for p in linear.parameters()}
+    sizes = sorted(t.numel() for t in kept if t.data_ptr() not in own and t.numel())
+    assert sizes == sorted([x.numel()] + ([rows * 9] if frozen or rows < 24 else [])), sizes
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("strided", [False, True])
+def test_operator_compiled(rows, strided):
+    """One graph for every rank, strided input and all; to the bit what runs eagerly."""
+    torch._dynamo.reset()
+    x = torch.randn(12, rows).t() if strided else torch.randn(rows, 12)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for ranks in ([2, 4, 3], [5, 2, 8], [3, 3, 3]):
+        model = nn.Sequential(build_linear(ranks, alpha=5.0))
+        freeze_base(model)
+        layers_before = [p.clone() for p in model.parameters()]
+        expected = torch.autograd.grad(model(x).square().sum(), [p for p in model.parameters() if p.requires_grad])
+        from lora.inject import mark_ranks_dynamic
+        mark_ranks_dynamic(model)
+        model[0].compile(fullgraph=True)
+        got = torch.autograd.grad(model(x).square().sum(), [p for p in model.parameters() if p.requires_grad])
+        for mine, theirs in zip(got, expected):
+            assert_close(mine, theirs)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), layers_before))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+
+
+def test_flops_counted_are_lora_s_own():
+    """2 · rows · (W's size, A's, all Bs'): once forward; backward dx as much, dA and dB, and dW where it is trained."""
+    linear, x = build_linear([2, 4, 3]), torch.randn(40, 12, requires_grad=True)
+    W, A, B = 24 * 12, 9 * 12, 8 * 9
+    for frozen, inputs in ((False, True), (True, True), (True, False)):
+        linear.weight.requires_grad_(not frozen)
+        with FlopCounterMode(display=False) as counter:
+            linear(x if inputs else x.detach()).sum().backward()
+        forward, dx, dW, adapters = W + A + B, (W + A) * inputs, W * (not frozen), A + 2 * B
+        assert counter.get_total_flops() == 2 * 40 * (forward + dx + dW + adapters)
+
+
+def test_rank_0_everywhere_is_the_base():
+    linear, x = build_linear([0, 0, 0]), torch.randn(40, 12)
+    assert torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
+    linear(x).sum().backward()
+    assert linear.weight.grad.any()
 
 
 # ---- insertion
