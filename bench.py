@@ -1,397 +1,41 @@
-"""What data loading costs on this machine, and what a step costs on many GPUs, without having them: bytes on the wire and memory of a
-rank, phase by phase.
+"""What a step, a switch and data loading cost on this machine, beside peers and beside the arithmetic limit; and what a step costs on many
+GPUs, without having them.
 
+    python bench.py step                                     full, warmup and LoRA step beside Hugging Face, PEFT and timm; on a GPU in bf16
+    python bench.py step --model B/16 --ranks 64
+    python bench.py switch                                   how long a run stands still at each switch, and what it compiles
     python bench.py data                                     images/s of FFCV, beside torchvision's DataLoader on the same images
     python bench.py data --images /data/imagenet/val         … on a tree of one's own
     python bench.py wire                                     ViT-L/16 on 64 ranks: what each rank sends in a step
     python bench.py wire --model B/16 --world_size 16 --dp_shard 16
     python bench.py memory                                   ViT-L/16 on 64 ranks, 64 images each: a rank's peak, and what it is made of
-    python bench.py memory --dp_shard 1 --activation_checkpointing block
-
-For wire and memory, model, phases and sharding are train.py's own; the process group is torch's fake one and the tensors are fake.
-torch goes through a step of rank 0, op by op and collective by collective, but computes nothing and sends nothing. Counted is what
-FSDP2 really issues and what torch really allocates: on 2 real ranks both come out the same, except that watching the LoRA phase keeps one gradient
-of a qkv output alive too long (0.07 of its 11 GiB). Blocks run eagerly; FSDP treats compiled ones the same, and they keep fewer
-activations where the compiler recomputes pointwise work in backward. Dropout, drop path and gradient accumulation are off.
-
-All rows take 4 minutes (wire) and 6 (memory) of one core and are printed as they come; --dp_shard N takes a third of that.
+    python bench.py memory --dp_shard 1 --activation_checkpointing none --grad_accum_steps 2 --fit 40
+    python bench.py estimate --gpus 64 --device a100-40gb    an epoch of each phase by arithmetic: an estimate, nothing is measured
+    python bench.py all                                      all of them, into docs/bench.md: an hour on 2 cores
 """
 
-import contextlib
 import os
-import random
-import statistics
 import sys
-import tempfile
-import time
-from pathlib import Path
-from typing import Literal
-from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the loader's threads and torch's would spin against each other on few cores
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its word on every start and stop of the profiler
 
-import numba
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
-from PIL import Image
-from timm.data.auto_augment import rand_augment_transform as timm_rand_augment
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.fake_collectives import CollectiveOp, sync_ops
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
-from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torchvision import transforms as T
-from torchvision.datasets import ImageFolder
 
-import train
-from data.augment import normalise
-from data.beton import read_samples, write_beton
-from data.decode import decode_jpeg
-from data.folder import ImageTree
-from data.loader import DATASETS, build_loader
-from data.order import default_workers
-from model.optim import build_optimizer
-from model.parallel import build_mesh, to_plain
-from model.vit import LORA_FAMILIES, VARIANTS
-from train import Config, autocast, build_model, switch_phase
+from benchmarks.estimate import estimate
+from benchmarks.loading import data
+from benchmarks.report import write_report
+from benchmarks.sharding import memory, wire
+from benchmarks.step import step
+from benchmarks.switch import switch
 
-Model = Literal[*VARIANTS]
-
-# What is compared: title -> phase, frozen_base
-CASES = {"full": ("full", "replicate"), "warmup": ("warmup", "replicate"), "lora, base replicated": ("lora", "replicate"),
-         "lora, base sharded": ("lora", "shard")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# one rank of many
-
-@contextlib.contextmanager
-def fake_ranks(world_size: int):
-    """A process group in which this process is rank 0 of `world_size` and the others don't exist. Yields the mode for its tensors."""
-    if world_size < 2:
-        raise ValueError(f"world_size must be at least 2, not {world_size}: one rank sends nothing and shards nothing")
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    try:
-        yield FakeTensorMode(allow_non_fake_inputs=True)
-    finally:
-        dist.destroy_process_group()
-
-
-def build_fake(mode: FakeTensorMode, *args) -> nn.Module:
-    """train.build_model(*args), in `mode` from its `to_empty` on.
-
-    What comes before is on the meta device anyway. In the mode it would take three times as long (each parameter is cut into
-    one tensor a rank), and `to_empty` refuses parameters that are fake already and not sharded, a frozen base's.
-    """
-    to_empty = nn.Module.to_empty
-    with _disable_current_modes(), contextlib.ExitStack() as stack:
-        def enter_mode(module, **options):
-            stack.enter_context(mode)
-            return to_empty(module, **options)
-        with mock.patch.object(nn.Module, "to_empty", enter_mode):
-            return build_model(*args)
-
-
-def take_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, images: int) -> None:
-    """train.py's step on `images` black images: forward, backward, clip, update. Its two logged sums are left out, 16 bytes."""
-    device, size = next(model.parameters()).device, DATASETS[cfg.dataset].image_size
-    with autocast(cfg, device):
-        logits = model(torch.zeros(images, 3, size, size, device=device)).float()  # (B, C)
-    F.cross_entropy(logits, torch.zeros(images, dtype=torch.int64, device=device)).backward()
-    norm = to_plain(nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip))
-    optimizer.found_inf = (~torch.isfinite(norm)).float()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def uniform_ranks(model: str) -> dict[str, list[int]]:
-    """family -> 64 for every layer: the most that the paper's range allows."""
-    return {family: [64] * VARIANTS[model]["depth"] for family in LORA_FAMILIES}
-
-
-def mixed_ranks(model: str) -> dict[str, list[int]]:
-    """family -> 8, 16, 32 or 64 for every layer, drawn once and for all."""
-    rng = random.Random(0)
-    return {family: [rng.choice((8, 16, 32, 64)) for _ in range(VARIANTS[model]["depth"])] for family in LORA_FAMILIES}
-
-
-def each_mesh(world_size: int, dp_shard: int | None):
-    """(title, dp_shard, mesh) of one choice, or of three: one copy of the masters in all, one to 4 ranks, one to each."""
-    for shards in [dp_shard] if dp_shard else sorted({world_size, min(4, world_size), 1}, reverse=True):
-        kind = {1: "plain replication", world_size: "full sharding"}.get(shards, f"HSDP, {world_size // shards} copies")
-        yield f"{kind} (dp_shard {shards})", shards, build_mesh(shards, "cpu")
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# bytes on the wire
-
-class WireCounter(TorchDispatchMode):
-    """While active, adds up in `sent` the bytes this rank sends, by collective, from the collectives themselves as they are issued.
-
-    A ring of n ranks sends S (n - 1) / n for an all-gather or a reduce-scatter of S bytes in all, twice that for an all-reduce.
-    For any backend, and real tensors too. Raises ValueError on a collective that is none of the three.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.sent = {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # let it become local ops and collectives first
-        out = func(*args, **(kwargs or {}))
-        silent = func in sync_ops or func.__name__.startswith("_wrap_tensor")
-        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor") and not silent:
-            name = func.__name__.replace("_", "")
-            kind = next((kind for kind in self.sent if kind.replace("-", "") in name), None)
-            if kind is None:
-                raise ValueError(f"don't know how many bytes {func} sends")
-            n = CollectiveOp.get_process_group(func, args).size()
-            whole = CollectiveOp.get_comm_tensor_size(func, out, args, kwargs)  # what is gathered, or is to be scattered
-            self.sent[kind] += whole * (n - 1) / n * (2 if kind == "all-reduce" else 1)
-        return out
-
-
-def count_wire(cfg: Config, model: nn.Module) -> dict[str, float]:
-    """Bytes this rank sends in one step of `model`, by collective. The step is taken, with learning rate 0."""
-    with WireCounter() as counter:
-        take_step(cfg, model, build_optimizer(model, cfg.weight_decay), images=1)  # how many doesn't matter
-    return counter.sent
-
-
-def wire(model: Model = "L/16", world_size: int = 64, dp_shard: int | None = None,
-         dtype: Literal["bfloat16", "float32"] = "bfloat16") -> dict[tuple, dict[str, float]]:
-    """Bytes each rank sends per optimiser step, in each phase, beside the full phase on the same mesh.
-
-    dp_shard: ranks that share one copy of the masters; None = all of them, 4, and 1.
-    Returns {(dp_shard, title of CASES, "64" or "mixed"): bytes by collective}, and prints it.
-    """
-    start, sent = time.perf_counter(), {}
-    print(f"ViT-{model}, {world_size} ranks, {dtype}: MB (1e6 bytes) that each rank sends in a step. "
-          "mixed: ranks of 8, 16, 32, 64 over layers and families")
-    with fake_ranks(world_size) as mode:
-        for heading, shards, mesh in each_mesh(world_size, dp_shard):
-            print(f"\n{heading:40}{'all-gather':>12}{'reduce-scatter':>16}{'all-reduce':>12}{'total':>10}{'of full':>10}")
-            for title, (phase, frozen_base) in CASES.items():
-                for name, ranks in {"64": uniform_ranks(model), "mixed": mixed_ranks(model)}.items():
-                    if phase == "full" and name == "mixed":
-                        continue
-                    cfg = Config(model=model, dataset="imagenet", dtype=dtype, compile=False, frozen_base=frozen_base)
-                    sharded = build_fake(mode, cfg, phase, ranks, "cpu", mesh)  # the full phase has no adapters yet
-                    with mode:
-                        row = sent[shards, title, name] = count_wire(cfg, sharded)
-                    print(f"{title if phase == 'full' else f'{title}, ranks {name}':40}{row['all-gather'] / 1e6:12.1f}"
-                          f"{row['reduce-scatter'] / 1e6:16.1f}{row['all-reduce'] / 1e6:12.1f}{sum(row.values()) / 1e6:10.1f}"
-                          f"{sum(row.values()) / sum(sent[shards, 'full', '64'].values()):10.3f}", flush=True)
-    print(f"\ncounted in {time.perf_counter() - start:.0f} s")
-    return sent
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# memory of a rank
-
-# What a rank holds, in FSDPMemTracker's words.
-PARTS = {"masters": ("Sharded Param",), "gathered": ("Unsharded Param", "All Gather"), "moments": ("OptState",),
-         "gradients": ("Sharded Grad", "Unsharded Grad", "Reduce Scatter"), "frozen": ("Buffer",),
-         "activations": ("Activation", "Temp", "Inputs")}
-
-WHY_MEMORY = """
-Why less is saved than the paper's 20 -> 16 GB (ViT-L/16, each GPU with its own copy of everything, 64 images): adapters on all six
-families need the same saved activations as full training. What is saved is gradients and Adam moments of the base, 16 -> 2 bytes
-a parameter where nothing is sharded: 4.9 -> 0.6 GB, the paper's 4 GB. Here
-- gradients are freed after each update, and without checkpointing the peak is where backward begins, all activations there and no
-  gradients yet: 12 -> 2 bytes. Gradients kept over a step (accumulation, DDP's buckets) make it 16 -> 2;
-- sharded over n ranks the 12 are 12 / n: from n = 6 on a frozen base on every rank (2 bytes) takes more than all that full training
-  shards. --frozen_base shard takes 4 / n, and gathers the base every step (python bench.py wire);
-- activations are most of it: --activation_checkpointing block saves more than any phase does."""
-
-
-def fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Adam's moments, as every step but the first finds them."""
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def measure_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, images: int) -> dict[str, int]:
-    """Bytes that this rank holds at the peak of a step, by PARTS; their sum is the peak. Call it in the mode of `fake_ranks`.
-
-    masters: what is trained, float32, this rank's shards. gathered: parameters whole, for a block's work and the next one's. gradients:
-    reduced ones and what is being reduced; a block's own, until then, are among the activations, with autograd's temporaries.
-    frozen: what is not trained, replicated or this rank's shards.
-    """
-    tracker = FSDPMemTracker(model, optimizer)
-    with tracker:
-        for p in model.parameters():
-            if not p.requires_grad:  # else it would pass for a master or, where FSDP ignores it, for an activation
-                tracker._update_and_maybe_create_winfos(p, _FSDPRefType.BUFFER)
-        take_step(cfg, model, optimizer, images)
-    (peak,) = tracker.get_tracker_snapshot("peak").values()  # one device
-    return {part: sum(peak[_FSDPRefType(name)] for name in names) for part, names in PARTS.items()}
-
-
-def measure_switch(cfg: Config, mode: FakeTensorMode, model: nn.Module, optimizer: torch.optim.Optimizer, phase: str,
-                   ranks: dict[str, list[int]], mesh: DeviceMesh) -> dict[str, int]:
-    """Bytes that this rank holds at the peak of train.switch_phase: the old model, its moments, and what the new one adds."""
-    tracker = MemTracker()
-    tracker.track_external(model, optimizer)
-
-    def build(*args):
-        new = build_fake(mode, *args)  # out of the tracker's sight
-        tracker.track_external(new)
-        return new
-    with mode, tracker, mock.patch.object(train, "build_model", build):
-        switch_phase(cfg, model, optimizer, phase, ranks, mesh)
-    (peak,) = tracker.get_tracker_snapshot("peak").values()
-    return {"all": peak["Total"]}
-
-
-def memory(model: Model = "L/16", world_size: int = 64, images: int = 64, dp_shard: int | None = None,
-           activation_checkpointing: Literal["none", "block"] | None = None,
-           dtype: Literal["bfloat16", "float32"] = "bfloat16") -> dict[tuple, dict[str, int]]:
-    """A rank's memory at the peak of a step, in each phase, every adapter of rank 64, and at the peak of the switches.
-
-    images: of 224 × 224, on each rank. dp_shard: ranks that share one copy of the masters; None = all of them, 4, and 1.
-    activation_checkpointing: None = both. Returns {(dp_shard, checkpointing, title of CASES or of a switch): bytes by PARTS or in all},
-    and prints it.
-    """
-    if images < 1:
-        raise ValueError(f"images must be at least 1, not {images}")
-    start, held, ranks = time.perf_counter(), {}, uniform_ranks(model)
-    print(f"ViT-{model}, {world_size} ranks, {images} images of 224 × 224 each, {dtype}, ranks 64: GiB of a rank at its peak")
-    with fake_ranks(world_size) as mode:
-        for heading, shards, mesh in each_mesh(world_size, dp_shard):
-            for ac in [activation_checkpointing] if activation_checkpointing else ["none", "block"]:
-                print(f"\n{f'{heading}, checkpointing {ac}':52}{'peak':>8}{'- full':>8}" + "".join(f"{part:>12}" for part in PARTS))
-
-                def show(title: str, row: dict[str, int]) -> None:
-                    held[shards, ac, title] = row
-                    saved = sum(row.values()) - sum(held[shards, ac, "full"].values())
-                    print(f"{title:52}{sum(row.values()) / 2**30:8.2f}{saved / 2**30:+8.2f}"
-                          + "".join(f"{row[part] / 2**30:12.3f}" for part in PARTS if part in row), flush=True)
-
-                for title, (phase, frozen_base) in CASES.items():
-                    cfg = Config(model=model, dataset="imagenet", dtype=dtype, compile=False, frozen_base=frozen_base,
-                                 activation_checkpointing=ac)
-                    sharded = build_fake(mode, cfg, phase, ranks, "cpu", mesh)
-                    with mode:
-                        optimizer = build_optimizer(sharded, cfg.weight_decay)
-                        fill_moments(sharded, optimizer)
-                        show(title, measure_step(cfg, sharded, optimizer, images))
-                    if ac == "none" and phase != "lora":  # checkpointing changes nothing about it
-                        after = {"full": "warmup", "warmup": "lora"}[phase]
-                        show(f"  switch to {after}", measure_switch(cfg, mode, sharded, optimizer, after, ranks, mesh))
-    print(f"{WHY_MEMORY}\n\nmeasured in {time.perf_counter() - start:.0f} s")
-    return held
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# data loading
-
-def make_photos(folder: Path, count: int) -> None:
-    """A tree of `count` JPEGs that cost what ImageNet's do: 500 × 375, 120 kB; noise whose spectrum falls as photographs' does."""
-    rng = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500))
-    frequency[0, 0] = 1
-    for i in range(count):
-        noise = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(3, 375, 500))) / frequency**1.05, s=(375, 500))
-        noise = noise + noise.mean(axis=0)  # channels agree more than not
-        pixels = (noise / noise.std() * 55 + 120).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-        path = folder / f"class_{i % 4}" / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path, quality=90)
-
-
-def torchvision_batches(folder: Path, batch_size: int, num_workers: int, rand_augment: int):
-    """The loader one would write without this repo: normalised float32 batches (B, 3, 224, 224) and labels."""
-    extra = [timm_rand_augment(f"rand-m{rand_augment}-mmax{rand_augment}-p1.0-n2", {"img_mean": (128,) * 3})] if rand_augment else []
-    pipeline = T.Compose([T.RandomResizedCrop(224, (0.05, 1.0)), T.RandomHorizontalFlip(), *extra, T.ToTensor(),
-                          T.Normalize((0.5,) * 3, (0.5,) * 3)])
-    return torch.utils.data.DataLoader(ImageFolder(str(folder), pipeline), batch_size, shuffle=True, num_workers=num_workers,
-                                       drop_last=True, persistent_workers=True, pin_memory=torch.cuda.is_available())
-
-
-def data(images: str | None = None, num_workers: int | None = None, count: int = 768, batch_size: int = 32, rounds: int = 5,
-         rand_augment: int = 15) -> dict[str, float]:
-    """Images/s of a training epoch, to normalised float32 batches of 224 × 224, and how many times torchvision's DataLoader's that is.
-
-    images: a tree of CLASS/IMAGE; None = photo-like noise, made for the occasion. num_workers: threads of FFCV, processes of torchvision;
-    None = one per core. count: images of an epoch. batch_size: float32 batches above 32 MB are fresh memory from the system each time,
-    which costs a CPU more than normalising (a GPU does that itself). All take turns, in another order every round, `rounds` times;
-    medians. Limit: JPEG decoding alone, by the same libturbojpeg on the same threads. Returns {row: images/s}, and prints it.
-    """
-    num_workers = num_workers or default_workers()
-    with tempfile.TemporaryDirectory() as scratch:
-        tree = Path(images) if images else Path(scratch) / "photos"
-        if images is None:
-            make_photos(tree, count)
-        source = ImageTree(tree)
-        source.samples = source.samples[:: max(1, len(source.samples) // count)][:count]
-        if len(source) < batch_size:
-            raise ValueError(f"{tree} has {len(source)} images, fewer than a batch of {batch_size}")
-        same = Path(scratch) / "same"  # torchvision reads what the .beton holds: quality 90, at most 500 pixels
-        for mode in ("jpg", "raw"):
-            write_beton(source, Path(scratch) / mode / "train.beton", mode=mode)
-        samples, file = read_samples(Path(scratch) / "jpg/train.beton"), np.memmap(Path(scratch) / "jpg/train.beton", np.uint8, "r")
-        for i, (start, size, _, _, _, label) in enumerate(samples.tolist()):
-            path = same / str(label) / f"{i}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file[start: start + size].tobytes())
-
-        def ours(mode, magnitude):
-            loader = build_loader("ffcv", "imagenet", Path(scratch) / mode, "train", batch_size, 0, num_workers,
-                                  num_classes=len(source.classes), rand_augment_magnitude=magnitude)
-            return lambda epoch: sum(len(normalise(x, (0.5,) * 3, (0.5,) * 3)) for x, _ in loader.epoch(epoch))
-
-        def theirs(magnitude):
-            loader = torchvision_batches(same, batch_size, num_workers, magnitude)
-            return lambda epoch: sum(len(x) for x, _ in loader)
-
-        def decoding(epoch):
-            numba.set_num_threads(num_workers)
-            return decode_all(file, samples)
-
-        runs = {"torchvision, JPEG": theirs(0), "FFCV, JPEG": ours("jpg", 0), "FFCV, raw": ours("raw", 0),
-                "torchvision, JPEG, RandAugment": theirs(rand_augment), "FFCV, JPEG, RandAugment": ours("jpg", rand_augment),
-                "FFCV, raw, RandAugment": ours("raw", rand_augment), "limit: JPEG decoding alone": decoding}
-        rates = {name: [] for name in runs}
-        for epoch in range(rounds + 1):
-            for name, run in random.sample(list(runs.items()), len(runs)):  # each behind another one every time
-                start = time.perf_counter()
-                seen = run(epoch)
-                if epoch:  # the first of each warms up
-                    rates[name].append(seen / (time.perf_counter() - start))
-        rates = {name: statistics.median(values) for name, values in rates.items()}
-    megabytes = samples[:, 1].mean() / 1e6
-    print(f"{len(source)} images of {megabytes:.3f} MB on average, {num_workers} workers, batches of {batch_size}, "
-          f"RandAugment(2, {rand_augment}), medians of {rounds} epochs each\n\n{'':34}{'images/s':>10}{'× torchvision':>15}")
-    for name, rate in rates.items():
-        peer = rates["torchvision, JPEG" + ", RandAugment" * name.endswith("RandAugment")]
-        print(f"{name:34}{rate:10.0f}{rate / peer:15.2f}")
-    return rates
-
-
-@numba.njit(nogil=True, parallel=True)  # no cache: it would not notice a change of decode_jpeg
-def decode_all(file, samples):
-    for i in numba.prange(len(samples)):
-        image = np.empty((samples[i, 3], samples[i, 4], 3), np.uint8)
-        decode_jpeg(file[samples[i, 0]: samples[i, 0] + samples[i, 1]], image)
-    return len(samples)
+COMMANDS = {"step": step, "switch": switch, "data": data, "wire": wire, "memory": memory, "estimate": estimate, "all": write_report}
 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0, or 2 for a user's mistake."""
     try:
-        tyro.extras.subcommand_cli_from_dict({"data": data, "wire": wire, "memory": memory}, prog="bench.py", args=argv,
-                                             description=__doc__, use_underscores=True)
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="bench.py", args=argv, description=__doc__, use_underscores=True)
     except (ValueError, OSError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -420,6 +420,18 @@ def test_killed_before_the_first_checkpoint_starts_over(small, reference, tmp_pa
 
 # ---- the ablations' options, and forks
 
+def test_profile(small, reference, tmp_path):
+    """A trace of two steps of each phase; the run is the same, and without the flag there is none."""
+    assert without_times(run(small, tmp_path / "run", "--profile", "True")) == without_times(events(reference))
+    assert not (reference / "profile").exists()  # control
+    assert {p.name for p in (tmp_path / "run" / "profile").iterdir()} == {"full.json", "warmup.json", "lora.json"}
+    for phase, adapters in (("full", False), ("warmup", True), ("lora", True)):
+        names = [event.get("name", "") for event in json.loads((tmp_path / "run" / "profile" / f"{phase}.json").read_text())["traceEvents"]]
+        assert sum(name.startswith("ProfilerStep#") for name in names) == 2
+        assert sum("Optimizer.step" in name for name in names) == 2
+        assert any("prelora::lora_linear" in name for name in names) == adapters
+
+
 @pytest.fixture(scope="module")
 def baseline(small, tmp_path_factory):
     """Full training with every epoch's checkpoint kept."""
@@ -633,6 +645,7 @@ def test_lora_scaling_reaches_the_adapters():
     ("--target_modules q qq", "unknown target module 'qq'"),
     ("--target_modules q q", "target_modules must name each family once"),
     ("--batch_size 601", "601"),
+    ("--profile True --batch_size 300 --lr_warmup_steps 1", "profile needs epochs of 3 steps and more, 600 images are 2"),
     ("--baseline nowhere", "no run directory nowhere"),
     ("--eval_every 0", "eval_every must be above 0"),
     ("--lora_scaling rslora", "needs --lora_alpha"),
