@@ -23,9 +23,9 @@ class Device:
     network: float  # bytes/s that a node sends to other nodes, all its GPUs together
 
 
-# NVIDIA's data sheets: A100 40GB SXM 1,555 GB/s, 80GB SXM 2,039 GB/s, both NVLink 600 GB/s in two directions; H100 SXM 3.35 TB/s, NVLink 900 GB/s.
-# Nodes: a100-40gb as Polaris', 4 GPUs and 2 Slingshot 11 ports of 200 Gbit/s (ALCF's user guide); the others as DGX: 8 GPUs with a port each, of 200 (A100) and
-# 400 Gbit/s (H100).
+# NVIDIA's data sheets: A100 40GB SXM 1,555 GB/s, 80GB SXM 2,039 GB/s, both NVLink 600 GB/s in two directions; H100 SXM 3.35 TB/s, NVLink
+# 900 GB/s. Nodes: a100-40gb as Polaris', 4 GPUs and 2 Slingshot 11 ports of 200 Gbit/s (ALCF's user guide); the others as DGX: 8 GPUs with a
+# port each, of 200 (A100) and 400 Gbit/s (H100).
 DEVICES = {
     "a100-40gb": Device(PEAK_FLOPS["A100"]["bfloat16"], 1555e9, 4, 300e9, 2 * 25e9),
     "a100-80gb": Device(PEAK_FLOPS["A100"]["bfloat16"], 2039e9, 8, 300e9, 8 * 25e9),
@@ -77,7 +77,8 @@ def estimate(gpus: int = 64, device: Literal[*DEVICES] = "a100-40gb", model: Mod
     node = min(kind.gpus_per_node, gpus)
     print(f"""ESTIMATE, nothing below was measured: seconds of an epoch, ViT-{model} on {gpus} × {device}, bfloat16, adapters {ranks}
 assumed
-  {steps} steps of {batch_size} images, {batch_size // gpus} on a GPU ({images:,} images an epoch); evaluation, checkpoints and waiting for data: not counted
+  {steps} steps of {batch_size} images, {batch_size // gpus} on a GPU ({images:,} images an epoch)
+  not counted: evaluation, checkpoints, waiting for data
   {kind.peak_flops / 1e12:.0f} TFLOP/s a GPU, of which {100 * mfu:.0f} % while computing, in every phase alike (--mfu)
   GFLOP an image, counted by torch, forward and backward with attention: {', '.join(f'{p} {f / 1e9:.1f}' for p, f in flops.items())}
   bytes on the wire as counted from FSDP2's collectives (bench.py wire), rings at the full speed of their links, no latency, no stragglers:
@@ -98,8 +99,9 @@ assumed
                 row["overlap"] = max(row["compute"], row["wire"]) + row["optimizer"]
                 row["serial"] = row["compute"] + row["wire"] + row["optimizer"]
                 out[sharding, title] = row
+                logged = AUTHORS.get(title, "") if model == "L/16" else ""
                 print(f"{title:34}{row['compute']:9.1f}{row['optimizer']:11.2f}{row['wire']:8.1f}{row['overlap']:9.1f}{row['serial']:8.1f}"
-                      f"{out[sharding, 'full']['overlap'] / row['overlap']:11.2f}   {AUTHORS.get(title, '') if model == 'L/16' else ''}".rstrip(), flush=True)
-    print(f"\nthe LoRA phase can be at most {flops['full'] / flops['lora']:.2f} × as fast as full training by its FLOPs, warmup {flops['full'] / flops['warmup']:.2f} ×. "
-          "The authors' 305 / 92 is more than arithmetic allows: their full phase was slower than their own baseline.")
+                      f"{out[sharding, 'full']['overlap'] / row['overlap']:11.2f}   {logged}".rstrip(), flush=True)
+    print(f"\nby its FLOPs the LoRA phase can be at most {flops['full'] / flops['lora']:.2f} × as fast as full training, warmup "
+          f"{flops['full'] / flops['warmup']:.2f} ×. The authors' 305 / 92 is more than arithmetic allows: their full phase was slower than their own baseline.")
     return out

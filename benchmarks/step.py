@@ -192,10 +192,11 @@ def step(model: Model = "S/16", ranks: Ranks = "mixed", dtype: Literal["float32"
     """A step (forward, backward, clip, optimiser) of each phase, beside the peers'. One batch in memory, everything in turn in one process, in
     another order every round; medians.
 
-    ranks: of the adapters; mixed: 8 to 64 over layers and families. dtype: None = float32 on a CPU, bfloat16 on a GPU. Compiled: ours by block, theirs whole
-    (`model.compile()`); the same models, run eagerly, are the eager ones. keep_memory: on a CPU let glibc keep freed memory. The limit of a phase is
-    the full phase's time by the ratio of FLOPs, counted by torch with attention and without elementwise work and optimiser;
-    as done: without the products that lora.layers.merges spares. Prints all of it, and as its last line one JSON object, ratios > 1 where this repo is faster.
+    ranks: of the adapters; mixed: 8 to 64 over layers and families. dtype: None = float32 on a CPU, bfloat16 on a GPU. Compiled: ours by
+    block, theirs whole (`model.compile()`); the same models, run eagerly, are the eager ones. keep_memory: on a CPU let glibc keep freed
+    memory. The limit of a phase is the full phase's time by the ratio of FLOPs, counted by torch with attention and without elementwise
+    work and optimiser; as done: without the products that lora.layers.merges spares. Prints all of it, and as its last line one JSON
+    object, ratios > 1 where this repo is faster.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")

@@ -97,8 +97,8 @@ def switch(model: Model = "S/16", ranks: Ranks = "mixed", dtype: Literal["float3
     """What a run waits for at each switch (model rebuilt, weights and moments moved, compiled, FLOPs counted), with an empty compile cache and
     with the one that the run before left; beside the same with the whole model compiled, and with a graph for every combination of ranks.
 
-    beyond: the stall less torch.compile's own time, in steps of that phase: compilation ends in one training and one evaluation batch. Each run in a process of its own.
-    full: the start, where weights are drawn besides. Prints it, and as its last line a JSON object.
+    beyond: the stall less torch.compile's own time, in steps of that phase: compilation ends in one training and one evaluation batch. Each
+    run in a process of its own. full: the start, where weights are drawn besides. Prints it, and as its last line a JSON object.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")

@@ -24,7 +24,8 @@ def to_plain(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# ---- the operator. Below, x is (N, in), weight (out, in), A (Σ rank, in) with the scaling in it, Bs[i] (out / parts, rank i) that of row part where[i].
+# ---- the operator. Below, x is (N, in), weight (out, in), A (Σ rank, in) with the scaling in it, Bs[i] (out / parts, rank i) is the B of row
+# part where[i].
 
 def merges(x: Tensor, weight: Tensor) -> bool:
     """Whether x is multiplied by W + B A, made anew in every step, instead of by W and by A and B.
