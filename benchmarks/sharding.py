@@ -5,7 +5,7 @@ torch goes through a step of rank 0, op by op and collective by collective, but 
 FSDP2 really issues and what torch really allocates: on 2 real ranks both come out the same, except that watching the LoRA phase keeps one gradient
 of a qkv output alive too long (0.07 of its 11 GiB). Blocks run eagerly; FSDP treats compiled ones the same, and they keep fewer
 activations where the compiler recomputes pointwise work in backward. Dropout and drop path are off, and LoRA's operator is one op: its inner
-temporaries (at most W + B A of one Linear, in float32) are not seen.
+temporaries (dy B of one Linear; in float32 its W + B A) are not seen.
 """
 
 import contextlib
@@ -72,11 +72,13 @@ def build_fake(mode: FakeTensorMode, *args) -> nn.Module:
             return build_model(*args)
 
 
-def take_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, images: int) -> None:
+def take_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, images: int, between=lambda: None) -> None:
     """train.py's step on cfg.grad_accum_steps times `images` black images: forward, backward, clip, update. Its two logged sums are left out,
-    16 bytes."""
+    16 bytes. `between` is called between micro-batches."""
     device, size = next(model.parameters()).device, DATASETS[cfg.dataset].image_size
     for micro_step in range(cfg.grad_accum_steps):
+        if micro_step:
+            between()
         model.set_requires_gradient_sync(micro_step == cfg.grad_accum_steps - 1)
         with autocast(cfg, device):
             logits = model(torch.zeros(images, 3, size, size, device=device)).float()  # (B, C)
@@ -215,7 +217,7 @@ def measure_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer
         for p in model.parameters():
             if not p.requires_grad:  # else it would pass for a master or, where FSDP ignores it, for an activation
                 tracker._update_and_maybe_create_winfos(p, _FSDPRefType.BUFFER)
-        take_step(cfg, model, optimizer, images)
+        take_step(cfg, model, optimizer, images, between=tracker.reset_mod_stats)  # it stumbles over a second forward
     (peak,) = tracker.get_tracker_snapshot("peak").values()  # one device
     return {part: sum(peak[_FSDPRefType(name)] for name in names) for part, names in PARTS.items()}
 

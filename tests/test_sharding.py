@@ -231,7 +231,7 @@ def test_accumulated_gradients_are_in_the_peak(on_ranks):
 
 
 @pytest.mark.parametrize("per_image, fixed, known, fits", [(7.0, 100.0, 64, 128), (7.0, 100.0, 1, 128), (300.0, 800.0, 8, 0), (100.0, 900.0, 1, 1),
-                                                           (1.0, 0.0, 4, 999)])
+                                                           (1.0, 0.0, 4, 990)])
 def test_largest_fit(per_image, fixed, known, fits):
     asked = []
 
@@ -255,7 +255,8 @@ def test_memory_of_real_ranks_is_that_of_fake_ones(on_ranks):
     qkv = 4 * images * 17 * 3 * TINY["embed_dim"]  # of one block
     for real_warmup, real_lora in on_ranks(2, real_memory, "tiny/2", images, cases):
         assert warmup == pytest.approx(real_warmup, rel=0.01)
-        assert -0.01 * real_lora < lora - real_lora < 1.1 * qkv  # as the docstring of bench.py owns
+        inside = 4 * 3 * 64 * (images * 17 + TINY["embed_dim"])  # of qkv's operator: dy B, and W + B A
+        assert -inside < lora - real_lora < 1.1 * qkv  # as the docstring of benchmarks/sharding.py owns
 
 
 def test_activations_are_what_the_blocks_keep(on_ranks):
