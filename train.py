@@ -6,6 +6,7 @@
     torchrun --nproc_per_node 4 train.py config/debug.py    several GPUs, or CPU processes
     python launch/submit.py --nodes 16 config/x.py          a Slurm cluster
     python train.py --run_dir runs/debug --resume True      go on where the last checkpoint stands, on any number of ranks
+    python train.py config/x.py --init_from w.safetensors   start from weights
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import difflib
 import gc
 import io
 import math
+import os
 import platform
 import runpy
 import sys
@@ -38,6 +40,7 @@ from lora.ranks import assign_ranks, budget_ranks, count_parameters, uniform_ran
 from model import checkpoint, distributed
 from model.optim import build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
 from model.parallel import build_mesh, parallelize, reshard, to_plain, unsharded
+from model.pretrained import TIMM, copy_weights, load_pretrained
 from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
 from monitor.convergence import ConvergenceMonitor, failure_signs, rank_signs, replay
 from monitor.logger import RunLogger, phase_table
@@ -58,6 +61,8 @@ class Config:
     baseline: str | None = None  # run directory of a mode=full run, to warn of a loss plateau above it
     profile: bool = False  # write a Kineto trace of two steps of each phase to run_dir/profile (Perfetto, chrome://tracing), from rank 0
     fork: str | None = None  # start from another run's kept checkpoint: RUN@epoch, or RUN for the latest these settings can share
+    init_from: str | None = None  # weights to start from: timm:NAME, or FILE.safetensors with timm's or Hugging Face's names
+    fresh_head: bool = False  # init_from: without the head of those weights, which is for other classes
     # data
     dataset: str = "fashion_mnist"  # a row of data/loader.py's DATASETS
     data_dir: str = "datasets/fashion_mnist"  # holds train.beton and val.beton (ffcv) or the raw files (folder)
@@ -107,6 +112,10 @@ class Config:
     optimizer_at_switch: Literal["keep", "reset"] = "keep"  # keep: moments live on; reset: a fresh AdamW at both switches, as the authors'
     lora_rewarm_steps: int = 0  # after the freeze the learning rate rises from 0 again, to its cosine in so many steps (the authors': 100)
 
+    def __post_init__(self):
+        if self.init_from and not self.init_from.startswith(TIMM):  # a resumed run asks whether it is the same file
+            self.init_from = os.path.abspath(self.init_from)
+
 
 def check_config(cfg: Config) -> None:
     """Raise ValueError, in one sentence, for the first field that is out of range or contradicts another."""
@@ -118,6 +127,10 @@ def check_config(cfg: Config) -> None:
         check(not isinstance(value, float) or math.isfinite(value), f"{name} must be a finite number, not {value}")
     check(cfg.run_dir != "", "run_dir is empty")
     check(cfg.fork != "", "fork is empty")
+    check(cfg.init_from not in ("", TIMM), "init_from is empty")
+    check(cfg.init_from is None or cfg.fork is None, "fork starts from a run's checkpoint and init_from from other weights: choose one, "
+          "--init_from None or --fork None")
+    check(cfg.init_from is not None or not cfg.fresh_head, "fresh_head is for the weights of init_from: without them every head is fresh")
     check(cfg.seed < 2**63, f"seed must be below 2**63, not {cfg.seed}")
     for name in ("epochs", "batch_size", "grad_accum_steps", "eval_every", "lr", "window_epochs", "rank_min", "tau", "zeta", "layer_norm_eps"):
         check(getattr(cfg, name) > 0, f"{name} must be above 0, not {getattr(cfg, name)}")
@@ -244,7 +257,7 @@ def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
         if not Path(run, "config.json").is_file():
             raise ValueError(f"no run {run} to fork from (--fork RUN, or RUN@epoch with a whole number)")
         source = typed_config(checkpoint.read_json(Path(run, "config.json")), f"{run}/config.json")
-        cfg = parse_flags(flags, dataclasses.replace(source, fork=None, max_steps=None, resume=False))
+        cfg = parse_flags(flags, dataclasses.replace(source, fork=None, init_from=None, fresh_head=False, max_steps=None, resume=False))
         run_dir = Path(cfg.run_dir)
         stored = run_dir / "config.json"
     if cfg.resume and stored.exists():
@@ -536,7 +549,8 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
         if not {"state", "monitor", "config", "train_images"} <= meta.keys():
             raise ValueError(f"{last}/meta.json is damaged: keys are missing")
         old, state = typed_config(meta["config"], f"{last}/meta.json"), State(**meta["state"])
-        fixed = ["model", "dataset", "num_classes", "mode", "seed", "batch_size", "train_samples", "target_modules", "window_epochs"]
+        fixed = ["model", "dataset", "num_classes", "init_from", "fresh_head", "mode", "seed", "batch_size", "train_samples",
+                 "target_modules", "window_epochs"]
         if state.ranks:  # adapters of these ranks and this scaling, a base in this precision; the freeze's checkpoint is still open
             fixed += [*ADAPTER_FIELDS, "lora_trainable", "dtype"]
         check_same(cfg, old, [] if "records" in meta else fixed, last)  # a fork's were checked when it was found
@@ -551,9 +565,18 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
     return train_loader, val_loader
 
 
+def load_init(cfg: Config) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The weights that `cfg.init_from` names, made to fit this run's model and data, and what was done to them.
+    Raises ValueError or OSError, in one sentence, where they can't be had or don't fit."""
+    data, model = DATASETS[cfg.dataset], build_model(dataclasses.replace(cfg, compile=False), "full", None, "meta")
+    weights, notes = load_pretrained(cfg.init_from, model, data.mean, data.std, cfg.fresh_head)
+    return weights, [f"init_from: {note}" for note in notes]
+
+
 def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: distributed.StopRequest, notes: list[str],
-          train_loader, val_loader, last: Path | None, meta: dict | None, passed_over: list[str]) -> bool:
-    """One run, from its beginning or from checkpoint `last` with its `meta`, to its end. Closes the loaders.
+          weights: dict[str, torch.Tensor], train_loader, val_loader, last: Path | None, meta: dict | None, passed_over: list[str]) -> bool:
+    """One run, from its beginning (rank 0's `weights`, if any, instead of random ones) or from checkpoint `last` with its `meta`, to its
+    end. Closes the loaders.
 
     Returns whether it ended: False if it was told to `stop`, after saving.
     Raises FloatingPointError on a non-finite loss or gradient norm, with weights and optimiser as they were before that step;
@@ -637,6 +660,9 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
         else:
             model.init_weights(cfg.seed)
             init_adapters(model, cfg.seed)
+            if cfg.init_from:
+                copy_weights(model, weights)
+                weights.clear()
         costs = {} if s.next_phase else enter_phase()  # with a switch due, the phase to come is entered below
         logger.bar.unpause()  # compilation is over: time left counts from here
         hosts = distributed.gather(distributed.get_host())
@@ -795,6 +821,8 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
             distributed.once_per_node(stage, cfg.dataset, cfg.data_dir, cfg.stage_dir, distributed.get_rank() == 0)
         with distributed.together():
             loaders = open_run(cfg, *found)
+            fresh = cfg.init_from and not found[0] and distributed.get_rank() == 0
+            weights, remarks = load_init(cfg) if fresh else ({}, [])
         with distributed.together():  # now that no rank has found anything wrong
             Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as e:
@@ -807,7 +835,7 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
         return 2
     with distributed.rank_log(Path(cfg.run_dir)) as log, distributed.StopRequest(signals) as stop:
         try:
-            ended = train(cfg, device, mesh, stop, notes, *loaders, *found)
+            ended = train(cfg, device, mesh, stop, notes + remarks, weights, *loaders, *found)
             distributed.finish()
             return 0 if ended else distributed.REQUEUE
         except (FloatingPointError, distributed.SharedError) as e:  # on every rank

@@ -42,7 +42,7 @@ from monitor.plot import load_run
 import train
 
 PAPER = "config/vit_l16_in1k.py"
-PATHS = ("run_dir", "data_dir", "stage_dir", "baseline", "fork")  # fields of Config
+PATHS = ("run_dir", "data_dir", "stage_dir", "baseline", "fork")  # fields of Config; init_from, which may name a model, is absolute already
 
 # This site. Meant to be edited; flags go before it.
 SITE = {
@@ -94,7 +94,7 @@ class Run:
         """train.py's arguments in the job: paths absolute, because it runs in the snapshot; the preset as it is there."""
         preset = [str(get_preset_in(snapshot, self.preset) if snapshot else self.preset)] if self.preset else []
         flags = ["--grad_accum_steps", str(self.cfg.grad_accum_steps)]
-        for name in PATHS:
+        for name in (*PATHS, "init_from"):
             if getattr(self.cfg, name) is not None:
                 flags += [f"--{name}", getattr(self.cfg, name)]
         return [*preset, *self.flags, *flags]
@@ -172,9 +172,12 @@ def resolve(launch: Launch, preset: str | None, flags: list[str]) -> Run:
 
 def check_data(cfg: train.Config, ranks: int) -> None:
     """Raise OSError or ValueError for data that is missing, damaged, or too small for this schedule, without building the loaders, and for
-    a run to fork from that isn't there."""
-    if cfg.fork and not (cfg.resume and checkpoint.latest(Path(cfg.run_dir))):
+    a run to fork from or weights to start from that aren't there or don't fit. (timm's are downloaded now, where there is a network.)"""
+    fresh = not (cfg.resume and checkpoint.latest(Path(cfg.run_dir)))
+    if cfg.fork and fresh:
         train.find_fork(cfg)
+    if cfg.init_from and fresh:
+        train.load_init(cfg)
     if cfg.loader == "synthetic":
         return
     images, classes = {}, {}

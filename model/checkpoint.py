@@ -80,10 +80,7 @@ def complete(tmp: Path, final: Path, meta: dict) -> None:
 def load(path: Path, model: nn.Module, optimizer) -> None:
     """Restore weights and optimiser state in place, by name. Parameters whose optimiser state the checkpoint lacks (an adapter
     that has not stepped yet) start fresh. Raises OSError for a weight that is missing or has another shape, or a damaged file."""
-    try:
-        dcp.load({f"model.{name}": t for name, t in model.state_dict().items()}, checkpoint_id=path)
-    except CheckpointException as e:
-        raise unwrap(e, f"can't load {path}") from None
+    load_weights(path, model)
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     state = {}
     for name, p in model.named_parameters():
@@ -97,6 +94,20 @@ def load(path: Path, model: nn.Module, optimizer) -> None:
         except CheckpointException as e:
             raise unwrap(e, f"can't load {path}") from None
     set_optimizer_state(model, optimizer, state)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Restore weights alone, in place, by name, each in the model's own precision. Raises OSError as `load` does."""
+    try:
+        dcp.load({f"model.{name}": t for name, t in model.state_dict().items()}, checkpoint_id=path)
+    except CheckpointException as e:
+        raise unwrap(e, f"can't load {path}") from None
+
+
+def get_stored_dtypes(path: Path) -> dict[str, torch.dtype]:
+    """The precision in which each of the model's parameters lies in a checkpoint."""
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {key.removeprefix("model."): m.properties.dtype for key, m in saved.items() if key.startswith("model.")}
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -128,6 +139,20 @@ def find(run_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
     if warnings:
         raise ValueError(f"no intact checkpoint in {folder}: {warnings[-1]}")
     return None, None, []
+
+
+def resolve(target: Path) -> tuple[Path, dict, list[str]]:
+    """What `find` returns, for a run directory or for the directory of one checkpoint. Raises ValueError or OSError, in one sentence, if it
+    is neither, or damaged."""
+    if re.fullmatch(r"step_\d{8}(\.old)?", target.resolve().name) and target.is_dir():
+        found = target, verify(target), []
+    else:
+        found = find(target)
+    if found[0] is None:
+        raise ValueError(f"{target} is neither a run with a checkpoint nor a checkpoint (RUN/checkpoints/step_00001234)")
+    if not {"state", "config"} <= found[1].keys():
+        raise ValueError(f"{found[0]}/meta.json is damaged: keys are missing")
+    return found
 
 
 def kept(run_dir: Path) -> list[tuple[Path, dict]]:

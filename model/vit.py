@@ -1,7 +1,8 @@
 """Vision Transformer (Dosovitskiy et al. 2010.11929) with timm's parameter names.
 
 Class token, learned positions, pre-norm blocks, fused qkv, SDPA attention, dropout where AugReg has it, stochastic depth.
-A state dict of timm's `vit_*_patch16_224` loads as it is; Hugging Face's `ViTForImageClassification` by `from_huggingface`.
+A state dict of timm's `vit_*_patch16_224` loads as it is; Hugging Face's `ViTForImageClassification` by `from_huggingface`, and back by
+`to_huggingface`.
 """
 
 import math
@@ -219,4 +220,28 @@ def from_huggingface(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         out[new] = tensor
     for key in [k.removesuffix("/0") for k in out if k.endswith("/0")]:
         out[key] = torch.cat([out.pop(f"{key}/{part}") for part in range(3)])
+    return out
+
+
+def to_huggingface(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a state dict of ours, or any part of it, to the modules of transformers 5's ViTForImageClassification; qkv (3·D, …) is cut
+    into q, k, v, in this order. The inverse of `from_huggingface`. Raises KeyError on a name it doesn't know, an adapter's for one."""
+    names = [
+        (r"(cls_token)", r"vit.embeddings.\1"),
+        (r"pos_embed", r"vit.embeddings.position_embeddings"),
+        (r"patch_embed\.proj\.(\w+)", r"vit.embeddings.patch_embeddings.projection.\1"),
+        (r"norm\.(\w+)", r"vit.layernorm.\1"),
+        (r"head\.(\w+)", r"classifier.\1"),
+        (r"blocks\.(\d+)\.norm1\.(\w+)", r"vit.layers.\1.layernorm_before.\2"),
+        (r"blocks\.(\d+)\.norm2\.(\w+)", r"vit.layers.\1.layernorm_after.\2"),
+        (r"blocks\.(\d+)\.attn\.qkv\.(\w+)", r"vit.layers.\1.attention.{}_proj.\2"),
+        (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"vit.layers.\1.attention.o_proj.\2"),
+        (r"blocks\.(\d+)\.(mlp\.fc[12]\.\w+)", r"vit.layers.\1.\2"),
+    ]
+    out = {}
+    for key, tensor in state_dict.items():
+        new = next((m.expand(to) for pattern, to in names if (m := re.fullmatch(pattern, key))), None)
+        if new is None:
+            raise KeyError(f"not a parameter of this ViT: {key}")
+        out |= {new.format(part): rows for part, rows in zip("qkv", tensor.chunk(3))} if "{}" in new else {new: tensor}
     return out

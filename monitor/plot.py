@@ -35,7 +35,8 @@ DASHES = ["-", "--", ":"]  # a ninth family starts the colours again, dashed
 PHASES = {"full": "#F0F0F0", "warmup": "#FDEBD0", "lora": "#E3F0FA"}  # background tints, in order
 SWITCHES = {"switch": "--", "freeze": ":"}  # lines where several arms are compared
 # Config fields that make no other experiment: runs that differ in these alone are seeds of one arm
-IGNORED = {"run_dir", "resume", "seed", "max_steps", "keep_every", "eval_every", "baseline", "fork", "loader", "num_workers", "stage_dir"}
+IGNORED = {"run_dir", "resume", "seed", "max_steps", "keep_every", "eval_every", "baseline", "fork", "loader", "num_workers", "stage_dir",
+           "fresh_head"}
 
 
 class Arm(NamedTuple):
