@@ -207,7 +207,7 @@ def read_images(cfg: train.Config, count: int) -> tuple[Tensor, list[str] | None
 
 
 def load_back(asked: Export, folder: Path):
-    """images -> logits, of what lies in `folder`, by the library it is for."""
+    """What computes (N, 3, H, W) images -> (N, C) logits from the files in `folder`, in the library they are for."""
     if asked.format == "timm":
         return build_timm(folder)
     from transformers import ViTForImageClassification

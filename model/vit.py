@@ -229,14 +229,14 @@ def to_huggingface(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     names = [
         (r"(cls_token)", r"vit.embeddings.\1"),
         (r"pos_embed", r"vit.embeddings.position_embeddings"),
-        (r"patch_embed\.proj\.(\w+)", r"vit.embeddings.patch_embeddings.projection.\1"),
-        (r"norm\.(\w+)", r"vit.layernorm.\1"),
-        (r"head\.(\w+)", r"classifier.\1"),
-        (r"blocks\.(\d+)\.norm1\.(\w+)", r"vit.layers.\1.layernorm_before.\2"),
-        (r"blocks\.(\d+)\.norm2\.(\w+)", r"vit.layers.\1.layernorm_after.\2"),
-        (r"blocks\.(\d+)\.attn\.qkv\.(\w+)", r"vit.layers.\1.attention.{}_proj.\2"),
-        (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"vit.layers.\1.attention.o_proj.\2"),
-        (r"blocks\.(\d+)\.(mlp\.fc[12]\.\w+)", r"vit.layers.\1.\2"),
+        (r"patch_embed\.proj\.(weight|bias)", r"vit.embeddings.patch_embeddings.projection.\1"),
+        (r"norm\.(weight|bias)", r"vit.layernorm.\1"),
+        (r"head\.(weight|bias)", r"classifier.\1"),
+        (r"blocks\.(\d+)\.norm1\.(weight|bias)", r"vit.layers.\1.layernorm_before.\2"),
+        (r"blocks\.(\d+)\.norm2\.(weight|bias)", r"vit.layers.\1.layernorm_after.\2"),
+        (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"vit.layers.\1.attention.{}_proj.\2"),
+        (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"vit.layers.\1.attention.o_proj.\2"),
+        (r"blocks\.(\d+)\.(mlp\.fc[12]\.(?:weight|bias))", r"vit.layers.\1.\2"),
     ]
     out = {}
     for key, tensor in state_dict.items():
