@@ -8,6 +8,7 @@
     python evaluate.py FILE.safetensors --dataset fashion_mnist --data_dir datasets/fashion_mnist
 
 With adapters: also how far the logits of the merged model are from those of the unmerged one, both in float32. The last line is JSON.
+A checkpoint's index is a pickle: take RUN from nobody you don't trust. safetensors hold none.
 """
 
 import copy
