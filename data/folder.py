@@ -195,10 +195,23 @@ def _collate(samples):
     return np.stack(images), np.array(labels)  # (n, S, S, 3), (n,)
 
 
+# Meant for the main process, which saves and then ends its workers; a scheduler sends them to every process of the job.
+FOR_MAIN_PROCESS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+
+
 def _init_worker(worker):
-    # Meant for the main process, which saves and then ends its workers; a scheduler sends them to every process of the job.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    for number in FOR_MAIN_PROCESS:
+        signal.signal(number, signal.SIG_IGN)  # and forget it, if it came since the fork
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_MAIN_PROCESS)
+
+
+def _start_workers(loader):
+    """iter(loader). The workers are born with the signals blocked: one that came before _init_worker would end them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_MAIN_PROCESS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class FolderLoader:
@@ -237,7 +250,7 @@ class FolderLoader:
         loader = DataLoader(images, batch_sampler=batches, collate_fn=_collate, num_workers=self.num_workers, worker_init_fn=_init_worker,
                             generator=torch.Generator())  # else it draws from the global one, which dropout uses
         try:
-            for batch in loader:
+            for batch in _start_workers(loader):
                 if isinstance(batch, DataError):
                     raise batch
                 yield to_batch(*batch, self.batch_size)

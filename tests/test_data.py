@@ -429,6 +429,20 @@ def test_missing_ffcv(data, monkeypatch):
     assert len(list(build(data, "folder", num_workers=0).epoch(1))) == 9
 
 
+@pytest.mark.parametrize("number", folder.FOR_MAIN_PROCESS)
+@pytest.mark.filterwarnings("ignore:Exception ignored")  # in the control a half-built iterator of torch's is thrown away
+def test_a_signal_that_meets_a_worker_at_its_start(data, monkeypatch, number):
+    """Between the fork and the moment from which it ignores them."""
+    reference, initialise = list(build(data, "folder", num_workers=0).epoch(1)), folder._init_worker
+    monkeypatch.setattr(folder, "_init_worker", lambda worker: (os.kill(os.getpid(), number), initialise(worker)))
+    loader, before = build(data, "folder", num_workers=2), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert equal(loader.epoch(1), reference)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    monkeypatch.setattr(folder, "_start_workers", iter)  # the control
+    with pytest.raises(DataError, match="loader process failed.*exited unexpectedly|killed by signal"):
+        list(loader.epoch(1))
+
+
 @pytest.mark.parametrize("backend, module", [("ffcv", "data.beton"), ("folder", "data.folder")])
 def test_missing_data(tmp_path, backend, module):
     with pytest.raises(FileNotFoundError, match=f"python -m {module} .*{tmp_path}"):

@@ -697,7 +697,7 @@ def test_a_signal_to_all_processes_of_a_rank_spares_its_loader_workers(launcher,
         assert None in launcher.statuses(pids), (tmp_path / "console_0").read_text()
         time.sleep(0.1)
     launcher.kill(pids[1:], number)
-    assert launcher.wait(pids) == [distributed.REQUEUE] * 2, (tmp_path / "console_0").read_text()
+    assert launcher.wait(pids) == [distributed.REQUEUE] * 2, [(tmp_path / f"console_{rank}").read_text() for rank in range(2)]
     assert processes_of(pids[0]) == processes_of(pids[1]) == []
     assert "rror" not in (run_dir / "logs/rank_0001.log").read_text() and 8 < checkpoint.find(run_dir)[1]["step"] < 20
     assert launcher.wait(launcher.start(2, tmp_path, [*argv, "--resume", True])) == [0, 0]
