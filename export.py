@@ -58,11 +58,8 @@ class Export:
 # what is written
 
 def write_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """safetensors, float32. Raises OSError."""
-    try:
-        save_file({name: tensor.detach().float().contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"})
-    except SafetensorError as e:
-        raise OSError(f"can't write {path}: {e}") from None
+    """safetensors, float32. Raises SafetensorError, for a full disk too."""
+    save_file({name: tensor.detach().float().contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"})
 
 
 def write_timm(cfg: train.Config, model: nn.Module, classes: list[str] | None, folder: Path) -> None:
@@ -264,6 +261,8 @@ def export(target: str, asked: Export) -> str:
         for file in partial.rglob("*.safetensors"):
             file.chmod((partial / "README.md").stat().st_mode)  # safetensors makes them for their owner alone
         os.replace(partial, out)
+    except SafetensorError as e:  # transformers' own writing raises it too
+        raise OSError(f"can't write {asked.out}: {e}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return (f"{path}, phase {s.phase}: the logits of {len(images)} validation images in {library} are those of the trained model, within "

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -270,12 +270,16 @@ def test_control_a_wrong_weight_is_refused(runs, tmp_path, monkeypatch, capsys, 
     assert status == 2 and err.startswith("error: ") and os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch, capsys):
-    def fail(*args, **options):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr(export, "save_file", fail)
-    status, _, err = run_main(export.main, [runs["plain"], "--format", "timm", "--out", tmp_path / "deep/out"], capsys)
-    assert status == 2 and "No space left on device" in err and not list(tmp_path.rglob("*.tmp"))
+@pytest.mark.parametrize("flags", [["--format", "timm"], ["--format", "hf"], ["--format", "hf", "--adapters_only", "True"]])
+def test_a_full_disk_leaves_nothing(runs, tmp_path, capsys, flags):
+    """The real thing, by a limit on file sizes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        status, _, err = run_main(export.main, [runs.at("plain", "lora"), *flags, "--out", tmp_path / "out"], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and "File too large" in err and str(tmp_path / "out") in err and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("flags, words", [
