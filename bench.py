@@ -26,7 +26,7 @@ from benchmarks.estimate import estimate
 from benchmarks.loading import data
 from benchmarks.report import write_report
 from benchmarks.sharding import memory, wire
-from benchmarks.step import step
+from benchmarks.step import MODES, PEERS, step
 from benchmarks.switch import switch
 
 COMMANDS = {"step": step, "switch": switch, "data": data, "wire": wire, "memory": memory, "estimate": estimate, "all": write_report}
@@ -34,6 +34,8 @@ COMMANDS = {"step": step, "switch": switch, "data": data, "wire": wire, "memory"
 
 def main(argv: list[str]) -> int:
     """Exit status: 0, or 2 for a user's mistake."""
+    lists = {*PEERS, *MODES}  # hf,peft as well as hf peft
+    argv = [word for argument in argv for word in (argument.split(",") if lists.issuperset(argument.split(",")) else [argument])]
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="bench.py", args=argv, description=__doc__, use_underscores=True)
     except (ValueError, OSError, RuntimeError) as e:

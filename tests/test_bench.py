@@ -89,7 +89,7 @@ def test_step_command(tiny_step):
 
 @pytest.mark.slow
 def test_step_command_compiled(tiny_step):
-    status, out, err = run_main("step --model Ti/16 --ranks mixed --batch_size 2 --rounds 1 --peers hf peft")
+    status, out, err = run_main("step --model Ti/16 --ranks mixed --batch_size 2 --rounds 1 --peers hf,peft")
     assert status == 0, err
     result = result_of(out)
     assert "full_vs_timm" not in result and result["eager"]["lora_vs_peft"] > 0 and result["lora_vs_peft"] > 0
