@@ -26,6 +26,7 @@ import train
 from data.augment import normalise
 from data.loader import DATASETS, prefetch
 from lora.inject import merge_lora
+from lora.layers import separate_products
 from model import checkpoint, distributed
 from model.pretrained import TIMM, copy_weights, find_variant, load_pretrained, read_pretrained
 
@@ -38,17 +39,18 @@ class Evaluation:
     loader: Literal["ffcv", "folder", "synthetic"] | None = None
     num_workers: int | None = None
     batch_size: int = 256  # images of a rank's forward pass
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the compute
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the compute; None = the run's, float32 with merged
     dataset: str | None = None  # of weights that are no run's: a row of data/loader.py's DATASETS
     num_classes: int | None = None  # of a tree of one's own, for weights that are no run's
 
 
 def load_checkpoint(path: Path, meta: dict, **changes) -> tuple[train.Config, train.State]:
-    """Config, with `changes`, and State of a checkpoint. Raises ValueError if its meta is damaged, or for changes out of range."""
+    """Config, with `changes` and without what only training needs, and State of a checkpoint. Raises ValueError if its meta is damaged, or
+    for changes out of range."""
     cfg = train.typed_config(dict(meta["config"]), f"{path}/meta.json")
-    cfg = dataclasses.replace(cfg, compile=False, stage_dir=None, baseline=None, **changes)
+    cfg = dataclasses.replace(cfg, compile=False, activation_checkpointing="none", rand_augment=0, stage_dir=None, baseline=None, **changes)
     train.check_config(cfg)
-    return cfg, train.State(**meta["state"])
+    return cfg, train.read_state(meta, path)
 
 
 def build_checkpoint(cfg: train.Config, s: train.State, path: Path, device: torch.device | str = "cpu") -> torch.nn.Module:
@@ -61,21 +63,23 @@ def build_checkpoint(cfg: train.Config, s: train.State, path: Path, device: torc
 
 def read_weights(source: str, asked: Evaluation) -> tuple[train.Config, dict, list[str]]:
     """(Config that builds it, weights, notes) of timm:NAME or FILE.safetensors. Raises ValueError or OSError."""
+    found = None if source.startswith(TIMM) else read_pretrained(source)  # a file's mistakes first, a download last
     if not asked.dataset:
         raise ValueError(f"{source} is not a run: say what to evaluate it on, --dataset {' or '.join(DATASETS)}")
     if asked.dataset not in DATASETS:
         raise ValueError(f"unknown dataset {asked.dataset!r}, there are: {', '.join(DATASETS)}")
-    found = read_pretrained(source)
+    found = found or read_pretrained(source)
     data = DATASETS[asked.dataset]
     given = {name: getattr(asked, name) for name in ("data_dir", "loader") if getattr(asked, name)}
     cfg = train.Config(model=find_variant(found, source), dataset=asked.dataset, num_classes=asked.num_classes,
                        num_workers=asked.num_workers, layer_norm_eps=found.layer_norm_eps or 1e-6, dtype=asked.dtype or "float32", compile=False,
                        **{"data_dir": f"datasets/{asked.dataset}", **given})
     train.check_config(cfg)
-    classes, here = len(found.weights.get("head.weight", ())), cfg.num_classes or data.num_classes
+    head, here = found.weights.get("head.weight"), cfg.num_classes or data.num_classes
+    classes = len(head) if head is not None and head.ndim else 0
     if classes != here:
         raise ValueError(f"{source} {f'is for {classes} classes' if classes else 'has no head'}, the data has {here} classes")
-    weights, notes = load_pretrained(source, train.build_model(cfg, "full", None, "meta"), data.mean, data.std)
+    weights, notes = load_pretrained(source, train.build_on_meta(cfg), data.mean, data.std)
     return cfg, weights, notes
 
 
@@ -85,7 +89,9 @@ def compare_merged(cfg: train.Config, model, merged, loader, device: torch.devic
     data, worst = DATASETS[cfg.dataset], torch.zeros(2, device=device)
     for images, labels in prefetch(loader.epoch(0), device):
         images = normalise(images, data.mean, data.std)
-        logits, others = model(images)[labels >= 0], merged(images)[labels >= 0]
+        with separate_products():  # where fp32 on a CPU would have it multiply by a sum of its own
+            logits = model(images)[labels >= 0]
+        others = merged(images)[labels >= 0]
         if len(logits):
             worst = torch.maximum(worst, torch.stack([(logits - others).abs().max(), logits.abs().max()]))
     return tuple(distributed.max_over_ranks(value, device) for value in worst.tolist())
@@ -95,17 +101,23 @@ def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
     """What the last line says. All ranks together. Raises ValueError, OSError or RuntimeError, in one sentence, for what can't be read."""
     rank, ranks, weights = distributed.get_rank(), distributed.get_world_size(), {}
     flags = {name: getattr(asked, name) for name in ("data_dir", "loader", "num_workers", "dtype") if getattr(asked, name) is not None}
-    if target.startswith(TIMM) or Path(target).suffix == ".safetensors":
+    if target.startswith(TIMM) or Path(target).suffix == ".safetensors" or Path(target).is_file():
         def read():
             cfg, found, notes = read_weights(target, asked)
             weights.update(found)
             return cfg, train.State(), None, notes
         cfg, s, path, notes = distributed.on_rank_0(read)
     else:
+        def read():
+            if (weights_file := Path(target, "model.safetensors")).is_file():
+                raise ValueError(f"{target} is no run, it holds weights: give {weights_file}")
+            return checkpoint.resolve(Path(target))
+        path, meta, notes = distributed.on_rank_0(read)
         if asked.dataset or asked.num_classes:
             raise ValueError("dataset and num_classes are the run's own: these flags are for weights that are no run's")
-        path, meta, notes = distributed.on_rank_0(checkpoint.resolve, Path(target))
         cfg, s = load_checkpoint(path, meta, **flags)
+        if asked.merged and not asked.dtype:
+            cfg = dataclasses.replace(cfg, dtype="float32")
     for note in notes if rank == 0 else ():
         print(note)
     with distributed.together():
@@ -138,9 +150,10 @@ def main(argv: list[str]) -> int:
     try:
         device = distributed.start()
         with distributed.together():
-            asked = train.parse_flags(argv[1:] if target else argv, Evaluation(), prog="evaluate.py", description=__doc__)
-            if not target:
-                raise ValueError("evaluate what? python evaluate.py RUN, or RUN/checkpoints/step_00001234, timm:NAME, FILE.safetensors")
+            if not target and "--help" not in argv:
+                raise ValueError("evaluate what? python evaluate.py RUN, or RUN/checkpoints/step_00001234, timm:NAME, FILE.safetensors; "
+                                 "flags come after it")
+            asked = train.parse_flags(argv[1:] if target else ["--help"], Evaluation(), prog="evaluate.py", description=__doc__)
             if asked.batch_size < 1:
                 raise ValueError(f"batch_size must be above 0, not {asked.batch_size}")
         result = evaluate(target, asked, device)

@@ -6,7 +6,7 @@ back by that library, and its logits compared with the trained model's on valida
     python export.py runs/debug/checkpoints/step_00001250 --format hf --out exported/step_1250
     python export.py runs/debug --format hf --adapters_only True --out exported/peft      the frozen base and a PEFT adapter beside it
 
-Nothing is left behind if that fails. --format hf needs transformers, --adapters_only peft too: pip install -r requirements-dev.txt
+Nothing is left behind if that fails; of a process that is killed, a hidden folder .OUT.PID.tmp beside DIR. --format hf needs transformers, --adapters_only peft too: pip install -r requirements-dev.txt
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from data.augment import normalise
 from data.loader import DATASETS
 from evaluate import build_checkpoint, load_checkpoint
 from lora.inject import is_adapter, merge_lora
-from lora.layers import LoRALinear
+from lora.layers import LoRALinear, separate_products
 from model import checkpoint
 from model.pretrained import TIMM, build_timm
 from model.vit import VARIANTS, to_huggingface
@@ -41,7 +41,8 @@ from monitor.plot import load_run
 TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
 # timm's names for rows of VARIANTS; the others are vit_tiny_patch16_224 with other arguments
 ARCHITECTURES = {"S/16": "vit_small_patch16_224", "B/16": "vit_base_patch16_224", "L/16": "vit_large_patch16_224"}
-PRIVATE = ("run_dir", "data_dir", "stage_dir", "baseline", "fork", "resume", "num_workers", "compile")  # not for the card: paths, this machine
+# not for the card's recipe: paths, this machine, and what it says in words
+PRIVATE = ("run_dir", "data_dir", "stage_dir", "baseline", "fork", "init_from", "resume", "num_workers", "compile")
 
 
 @dataclass
@@ -79,7 +80,8 @@ def write_timm(cfg: train.Config, model: nn.Module, classes: list[str] | None, f
 
 def write_huggingface(cfg: train.Config, weights: dict[str, Tensor], classes: list[str] | None, folder: Path) -> None:
     """config.json and model.safetensors by transformers itself, which gives them the names of the published files, that all its versions
-    read; preprocessor_config.json of the images as evaluation here sees them. `weights` are merged, or a base without its adapters."""
+    read; preprocessor_config.json of the images as evaluation here sees them, but that transformers cuts out the middle a pixel further up or
+    left where an odd number of pixels goes and torchvision rounds the half up. `weights` are merged, or a base without its adapters."""
     from transformers import ViTConfig, ViTForImageClassification
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
@@ -121,28 +123,56 @@ def write_adapter(cfg: train.Config, model: nn.Module, folder: Path) -> None:
     write_weights(weights, folder / "adapter_model.safetensors")
 
 
-def write_card(cfg: train.Config, s: train.State, path: Path, asked: Export, dtypes: dict[str, torch.dtype], images: int,
-               folder: Path) -> None:
-    """README.md, the model card: what a run's files know of the model. Its licence is for whoever publishes it to fill in."""
-    epochs, metrics = [], "no epoch was finished"
-    if (path.parent.parent / "metrics.jsonl").exists():
-        with contextlib.suppress(ValueError):  # without a finished epoch
-            epochs = [e for e in load_run(path.parent.parent)[1] if e["epoch"] <= s.epoch]
-    if evaluated := [e for e in epochs if e["val_top1"] is not None]:
-        e = evaluated[-1]
-        metrics = (f"After epoch {e['epoch']}, on the whole validation set of {cfg.dataset}: top-1 {e['val_top1']:.2f} %, top-5 "
-                   f"{e['val_top5']:.2f} %, loss {e['val_loss']:.4f}")
-        metrics += f" (as trained, computed in {cfg.dtype})" if cfg.dtype != "float32" else ""
+def describe_training(cfg: train.Config, s: train.State) -> str:
+    """A sentence or two of the card: what this run trained, up to this checkpoint."""
+    paper = "PreLoRA (arXiv 2509.21619)"
+    if cfg.mode == "full":
+        return f"Trained with all parameters from beginning to end: the baseline of {paper}."
+    if cfg.mode == "lora":
+        return f"Trained as static LoRA, adapters, head, norms and embeddings on a base that was frozen from the first step: a baseline of {paper}."
+    then = {"full": "This is a checkpoint of the first phase: there are no adapters yet.",
+            "warmup": "This is a checkpoint of the second phase: the base was not frozen yet.", "lora": ""}[s.phase]
+    return f"Trained with {paper}: first all parameters, then base and LoRA adapters together, then adapters on a frozen base. {then}".strip()
+
+
+def describe_metrics(cfg: train.Config, s: train.State, run_dir: Path) -> tuple[str, str]:
+    """(phases with their epochs, the last evaluation) by the log of the run whose checkpoint this is, if it is still there."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return s.phase, "not known, the run's log was not beside the checkpoint"
+    try:
+        epochs = [e for e in load_run(run_dir)[1] if e["epoch"] <= s.epoch] if s.epoch else []
+    except ValueError:
+        return s.phase, "not known, the run's log was damaged"
     spans = [(phase, [e["epoch"] for e in epochs if e["phase"] == phase]) for phase in ("full", "warmup", "lora")]
     phases = "; ".join(f"{phase}: epochs {span[0]} to {span[-1]}" for phase, span in spans if span) or s.phase
-    kinds = {dtype: sum(dtypes[name] == dtype for name in dtypes if not is_adapter(name)) for dtype in set(dtypes.values())}
-    base = "float32 throughout" if set(kinds) == {torch.float32} else (
-        "bfloat16 for the Linear and Conv weights, which the freeze rounded to it and training went on with, float32 for the rest; "
-        "exported are just these values, as float32")
+    evaluated = [e for e in epochs if e["val_top1"] is not None]
+    if not evaluated:
+        return phases, "not evaluated" if epochs else "no epoch was finished"
+    e = evaluated[-1]
+    return phases, (f"after epoch {e['epoch']}, on the whole validation set: top-1 {e['val_top1']:.2f} %, top-5 {e['val_top5']:.2f} %, "
+                    f"loss {e['val_loss']:.4f}" + (f" (as trained, computed in {cfg.dtype})" if cfg.dtype != "float32" else ""))
+
+
+def write_card(meta: dict, s: train.State, path: Path, asked: Export, model: nn.Module, images: int, folder: Path) -> None:
+    """README.md, the model card: what a run's files know of the model, whose logits of `images` images are compared. Its licence is for
+    whoever publishes it to fill in."""
+    cfg = train.typed_config(dict(meta["config"]), f"{path}/meta.json")  # as it was trained
+    phases, metrics = describe_metrics(cfg, s, path.resolve().parent.parent)
+    data = f"an image folder of {cfg.num_classes:,} classes" if cfg.num_classes else cfg.dataset
+    dtypes = checkpoint.get_stored_dtypes(path)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if not is_adapter(name)}
+    rounded = sum(size for name, size in sizes.items() if dtypes[name] == torch.bfloat16)
+    base = "float32 throughout" if not rounded else (
+        f"bfloat16 for {rounded:,} of its {sum(sizes.values()):,} parameters, which the freeze rounded to it and training went on with, float32 "
+        "for the others; exported are just these values, as float32")
+    started = ""
+    if cfg.init_from:
+        source = cfg.init_from if cfg.init_from.startswith(TIMM) else Path(cfg.init_from).name
+        started = f"- started from: the weights of {source}{', with a fresh head' if cfg.fresh_head else ''}\n"
+    elif cfg.fork:
+        started = f"- started from: a checkpoint of another run, {Path(train.split_fork(cfg.fork)[0]).name}, whose own beginning is not told here\n"
     ranks = "\n".join(f"| {family} | {' '.join(map(str, layers))} |" for family, layers in s.ranks.items()) if s.phase != "full" else ""
     recipe = {name: value for name, value in vars(cfg).items() if name not in PRIVATE and value is not None}
-    if cfg.init_from and not cfg.init_from.startswith(TIMM):
-        recipe["init_from"] = Path(cfg.init_from).name
     library = "peft" if asked.adapters_only else {"timm": "timm", "hf": "transformers"}[asked.format]
     usage = {
         "timm": 'import json, safetensors.torch, timm\n'
@@ -165,15 +195,15 @@ pipeline_tag: image-classification
 license:  # yours to fill in
 ---
 
-# ViT {cfg.model} on {cfg.dataset}
+# ViT {cfg.model} on {data}
 
-Pre-trained with PreLoRA (arXiv 2509.21619): first all parameters, then base and LoRA adapters together, then adapters alone.
+{describe_training(cfg, s)}
 
-- data: {cfg.dataset}, {images:,} training images of {DATASETS[cfg.dataset].image_size} pixels
+{started}- data: {data}, {meta["train_images"]:,} training images of {DATASETS[cfg.dataset].image_size} pixels
 - phases: {phases}; exported from step {s.step:,}, epoch {s.epoch} of {cfg.epochs}, phase {s.phase}
 - metrics: {metrics}
 - base precision: {base}
-- checked: {library}'s logits are the trained model's, on {asked.images} validation images, in float32
+- checked: {library}'s logits are the trained model's, on {images} validation images, in float32
 - licence: to be filled in by whoever publishes this
 
 {adapters}{"| family | rank of each layer |" if ranks else ""}{chr(10) + "|---|---|" + chr(10) + ranks + chr(10) if ranks else ""}
@@ -218,7 +248,9 @@ def load_back(asked: Export, folder: Path):
 @torch.no_grad()
 def check_logits(model: nn.Module, loaded, images: Tensor, library: str) -> tuple[float, float]:
     """(largest difference, largest logit). Raises ValueError where they differ by more than TOLERANCE."""
-    expected, got = model(images), loaded(images)  # (N, C)
+    with separate_products():  # not by a sum of its own
+        expected = model(images)  # (N, C)
+    got = loaded(images)
     largest, difference = expected.abs().max().item(), (got - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, largest):  # nor NaN
         raise ValueError(f"{library} does not compute what was trained: the logits of {len(images)} images differ by up to {difference:.2e}, "
@@ -229,7 +261,7 @@ def check_logits(model: nn.Module, loaded, images: Tensor, library: str) -> tupl
 def export(target: str, asked: Export) -> str:
     """Make asked.out from a run or checkpoint; returns what to say. Raises ValueError, OSError or RuntimeError, in one sentence, with
     nothing left behind."""
-    out = Path(os.path.abspath(asked.out))
+    out = Path(asked.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{asked.out} is already there and not empty: choose another --out")
     path, meta, passed_over = checkpoint.resolve(Path(target))
@@ -241,8 +273,9 @@ def export(target: str, asked: Export) -> str:
     for text in passed_over:
         print(f"warning: {text}")
     images, classes = read_images(cfg, asked.images)
-    model, dtypes = build_checkpoint(dataclasses.replace(cfg, dtype="float32"), s, path), checkpoint.get_stored_dtypes(path)
+    model = build_checkpoint(dataclasses.replace(cfg, dtype="float32"), s, path)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    new_parents = [folder for folder in out.parents if not folder.exists()]
     try:
         partial.mkdir(parents=True)
         if asked.adapters_only:
@@ -255,7 +288,7 @@ def export(target: str, asked: Export) -> str:
                 write_timm(cfg, merged, classes, partial)
             else:
                 write_huggingface(cfg, merged.state_dict(), classes, partial)
-        write_card(cfg, s, path, asked, dtypes, meta["train_images"], partial)
+        write_card(meta, s, path, asked, model, len(images), partial)
         library = "PEFT" if asked.adapters_only else {"timm": "timm", "hf": "transformers"}[asked.format]
         difference, largest = check_logits(model, load_back(asked, partial), images, library)
         for file in partial.rglob("*.safetensors"):
@@ -265,6 +298,9 @@ def export(target: str, asked: Export) -> str:
         raise OSError(f"can't write {asked.out}: {e}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in new_parents:  # of an export that failed: they are empty
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     return (f"{path}, phase {s.phase}: the logits of {len(images)} validation images in {library} are those of the trained model, within "
             f"{difference:.1e}, the largest is {largest:.2f}\nwrote {asked.out}: " + ", ".join(
                 sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())))
@@ -276,9 +312,11 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what PEFT calls
     target = argv[0] if argv and not argv[0].startswith("-") else None
     try:
-        asked = train.parse_flags(argv[1:] if target else argv, Export(), prog="export.py", description=__doc__)
+        asked = Export()
+        if target or "--help" in argv:
+            asked = train.parse_flags(argv[1:] if target else ["--help"], Export(), prog="export.py", description=__doc__)
         if not target or not asked.format or not asked.out:
-            raise ValueError("export what, for whom, where to? python export.py RUN --format timm|hf --out DIR")
+            raise ValueError("export what, for whom, where to? python export.py RUN --format timm|hf --out DIR, the run first")
         if asked.images < 1:
             raise ValueError(f"images must be above 0, not {asked.images}")
         if asked.adapters_only and asked.format != "hf":

@@ -303,6 +303,12 @@ def build_model(cfg: Config, phase: str, ranks: dict[str, list[int]] | None, dev
     return model
 
 
+def build_on_meta(cfg: Config, phase: str = "full", ranks: dict[str, list[int]] | None = None) -> torch.nn.Module:
+    """A phase's model without its numbers, uncompiled: for its shapes, and to count what it computes."""
+    plain = dataclasses.replace(cfg, compile=False, activation_checkpointing="none", dtype="float32")
+    return build_model(plain, phase, ranks, "meta")
+
+
 def switch_phase(cfg: Config, model, optimizer, phase: str, ranks: dict[str, list[int]], mesh: DeviceMesh | None = None):
     """Rebuild the model in its next phase and move weights and optimiser state over, by name. Returns (model, optimizer).
 
@@ -344,7 +350,7 @@ def choose_ranks(cfg: Config, changes: dict[str, list[float]]) -> dict[str, list
 
 def count_base(cfg: Config) -> tuple[int, dict[str, list[int]]]:
     """Parameters of the model without adapters, and what one more rank adds to each layer's: {family: [per layer]}."""
-    model = build_model(dataclasses.replace(cfg, compile=False), "full", None, "meta")
+    model = build_on_meta(cfg)
     return sum(p.numel() for p in model.parameters()), rank_costs(model, match_families(model, LORA_FAMILIES, cfg.target_modules))
 
 
@@ -420,6 +426,14 @@ class State:
     metrics_bytes: int = 0  # length of metrics.jsonl
 
 
+def read_state(meta: dict, path: Path) -> State:
+    """The State in the meta of checkpoint `path`. Raises ValueError if it is damaged."""
+    try:
+        return State(**meta["state"])
+    except TypeError as e:
+        raise ValueError(f"{path}/meta.json is damaged: {e}") from None
+
+
 def decide_phase(cfg: Config, s: State, due: ConvergenceMonitor | None) -> None:
     """At the end of an epoch: set s.next_phase if a switch comes next, and s.ranks from the monitor that says one is `due`."""
     s.next_phase = None
@@ -484,7 +498,7 @@ def find_fork(cfg: Config) -> tuple[Path, dict, list[str]]:
                          f"{', '.join(map(str, sorted(kept)))} (see --keep_every)")
     path, meta = kept[at]
     checkpoint.verify(path)
-    old, s = typed_config(meta["config"], f"{path}/meta.json"), State(**meta["state"])
+    old, s = typed_config(meta["config"], f"{path}/meta.json"), read_state(meta, path)
     if s.phase == "full" and cfg.mode == "lora":
         raise ValueError(f"{path} is in its full phase, mode lora has none")
     if s.phase != "full":
@@ -548,7 +562,7 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
     if last:
         if not {"state", "monitor", "config", "train_images"} <= meta.keys():
             raise ValueError(f"{last}/meta.json is damaged: keys are missing")
-        old, state = typed_config(meta["config"], f"{last}/meta.json"), State(**meta["state"])
+        old, state = typed_config(meta["config"], f"{last}/meta.json"), read_state(meta, last)
         fixed = ["model", "dataset", "num_classes", "init_from", "fresh_head", "mode", "seed", "batch_size", "train_samples",
                  "target_modules", "window_epochs"]
         if state.ranks:  # adapters of these ranks and this scaling, a base in this precision; the freeze's checkpoint is still open
@@ -568,8 +582,8 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
 def load_init(cfg: Config) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The weights that `cfg.init_from` names, made to fit this run's model and data, and what was done to them.
     Raises ValueError or OSError, in one sentence, where they can't be had or don't fit."""
-    data, model = DATASETS[cfg.dataset], build_model(dataclasses.replace(cfg, compile=False), "full", None, "meta")
-    weights, notes = load_pretrained(cfg.init_from, model, data.mean, data.std, cfg.fresh_head)
+    data = DATASETS[cfg.dataset]
+    weights, notes = load_pretrained(cfg.init_from, build_on_meta(cfg), data.mean, data.std, cfg.fresh_head)
     return weights, [f"init_from: {note}" for note in notes]
 
 
@@ -587,7 +601,7 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.allow_tf32 = True
-    s = State(**meta["state"]) if last else State()
+    s = read_state(meta, last) if last else State()
     if not last and cfg.mode == "lora":
         s = State(phase="lora", ranks={family: [cfg.rank_max] * VARIANTS[cfg.model]["depth"] for family in cfg.target_modules})
     steps_per_epoch = train_loader.num_samples // cfg.batch_size
@@ -625,9 +639,9 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
 
     def enter_phase() -> dict:
         """What a phase costs, once its model stands: for the start and switch events."""
-        on_meta = build_model(dataclasses.replace(cfg, compile=False, dtype="float32"), s.phase, s.ranks, "meta")
         return {**compile_graphs(cfg, model, device), "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "flops_per_image": count_flops(on_meta, torch.empty(1, 3, data.image_size, data.image_size, device="meta"))}
+                "flops_per_image": count_flops(build_on_meta(cfg, s.phase, s.ranks),
+                                               torch.empty(1, 3, data.image_size, data.image_size, device="meta"))}
 
     def save(pinned: bool) -> None:
         s.metrics_bytes = logger.bytes

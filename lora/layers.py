@@ -10,6 +10,7 @@ backward and nothing else, computes no gradient that nobody asked for, and where
 Not for torch.func's transforms (no vmap, no double backward), nor for float16 autocast, which needs a gradient scaler this repo has not.
 """
 
+import contextlib
 import math
 import zlib
 
@@ -27,6 +28,21 @@ def to_plain(tensor: Tensor) -> Tensor:
 # ---- the operator. Below, x is (N, in), weight (out, in), A (Σ rank, in) with the scaling in it, Bs[i] (out / parts, rank i) is the B of row
 # part where[i].
 
+_separate = False  # see separate_products
+
+
+@contextlib.contextmanager
+def separate_products():
+    """Inside, W and B A multiply x each on its own, whatever `merges` would choose: what a merged weight is compared with. Not for compiled
+    blocks, nor for a backward whose forward was outside."""
+    global _separate
+    before, _separate = _separate, True
+    try:
+        yield
+    finally:
+        _separate = before
+
+
 def merges(x: Tensor, weight: Tensor) -> bool:
     """Whether x is multiplied by W + B A, made anew in every step, instead of by W and by A and B.
 
@@ -36,7 +52,7 @@ def merges(x: Tensor, weight: Tensor) -> bool:
     """
     exact = x.dtype == torch.float64 or x.dtype == torch.float32 and (
         x.device.type in ("cpu", "meta") or torch.get_float32_matmul_precision() == "highest")
-    return exact and x.shape[0] >= 2 * min(weight.shape)
+    return exact and x.shape[0] >= 2 * min(weight.shape) and not _separate
 
 
 def spans(Bs: list[Tensor]) -> list[tuple[int, int]]:

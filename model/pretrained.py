@@ -47,7 +47,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     cut short, and what is no safetensors file at all; OSError."""
     pickled = f"{path} is a pickle, as .pt and .bin files are, which can run code when it is opened: only safetensors are read here"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there" if not path.exists() else f"{path} is no file")
+        inside = ": give its model.safetensors" if (path / "model.safetensors").is_file() else ""
+        raise FileNotFoundError(f"{path} is not there" if not path.exists() else f"{path} is no file{inside}")
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
         raise ValueError(pickled)
     try:
@@ -65,8 +66,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_file(path: Path) -> Pretrained:
     """FILE.safetensors, with what lies beside it. A ViTModel of Hugging Face, without a head, will do; its pooler is left out."""
     weights = {name: tensor.float() for name, tensor in read_safetensors(path).items()}
-    config, processor = [read_json(beside) if (beside := path.with_name(name)).exists() else {}
-                         for name in ("config.json", "preprocessor_config.json")]
+    beside = [path.with_name("config.json"), path.with_name("preprocessor_config.json")]
+    config, processor = [read_json(file) if file.exists() else {} for file in beside]
     if "embeddings.cls_token" in weights:
         weights = {f"vit.{name}": tensor for name, tensor in weights.items()}
     if any(name.startswith("vit.") for name in weights):
@@ -77,14 +78,33 @@ def read_file(path: Path) -> Pretrained:
         config = config if config.get("model_type") == "vit" else {}  # else it belongs to something else
         if config.get("hidden_act", "gelu") != "gelu":
             raise ValueError(f"{path} is of a model with activation {config['hidden_act']}, this one's is gelu")
-        known = processor.get("do_normalize", True) and "image_mean" in processor and "image_std" in processor
-        return Pretrained(weights, config.get("num_attention_heads"), config.get("layer_norm_eps", 1e-12),  # Hugging Face's default
-                          *([tuple(processor["image_mean"]), tuple(processor["image_std"])] if known else []))
+        images = processor if processor.get("do_normalize", True) else {}
+        return Pretrained(weights, read_number(config, "num_attention_heads", beside[0]),
+                          read_number(config, "layer_norm_eps", beside[0]) or 1e-12,  # Hugging Face's default
+                          *[read_channels(images, key, beside[1]) for key in ("image_mean", "image_std")])
     if "architecture" not in config:
         return Pretrained(weights)
-    images = config.get("pretrained_cfg", config)
-    return Pretrained(weights, *describe_timm(config["architecture"], **config.get("model_args", {})),
-                      *[tuple(images[key]) if key in images else None for key in ("mean", "std")])
+    images, args = config.get("pretrained_cfg") or config, config.get("model_args") or {}
+    if not isinstance(images, dict) or not isinstance(args, dict):
+        raise ValueError(f"{beside[0]} is damaged: pretrained_cfg and model_args are no JSON objects")
+    return Pretrained(weights, *describe_timm(config["architecture"], **args),
+                      *[read_channels(images, key, beside[0]) for key in ("mean", "std")])
+
+
+def read_number(config: dict, key: str, path: Path) -> float | None:
+    value = config.get(key)
+    if value is not None and (type(value) not in (int, float) or not value > 0):
+        raise ValueError(f"{path} is damaged: {key} is {value!r}, not a number above 0")
+    return value
+
+
+def read_channels(config: dict, key: str, path: Path) -> tuple | None:
+    """The numbers of the three channels."""
+    values = config.get(key)
+    ok = isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) and ("std" not in key or v > 0) for v in values)
+    if values is not None and not ok:
+        raise ValueError(f"{path} is damaged: {key} is {values!r}, not the numbers of three channels")
+    return None if values is None else tuple(values)
 
 
 def read_timm(name: str) -> Pretrained:
@@ -168,6 +188,9 @@ def fit_weights(weights: dict[str, Tensor], model: nn.Module, source: str, fresh
     Positions of another image size are interpolated, as timm does. `fresh_head`: the weights' head, if any, is left out.
     """
     shapes, weights, notes = {name: p.shape for name, p in model.named_parameters()}, dict(weights), []
+    for name in sorted(weights.keys() & shapes.keys()):
+        if weights[name].ndim != len(shapes[name]):
+            raise ValueError(f"{source}: {name} has shape {tuple(weights[name].shape)}, this model's {tuple(shapes[name])}")
     classes, head = shapes["head.weight"][0], [weights.pop(name) for name in ("head.weight", "head.bias") if name in weights]
     body = {name for name in shapes if not name.startswith("head.")}
     here, there = describe(shapes), describe({name: t.shape for name, t in weights.items()})
@@ -189,9 +212,11 @@ def fit_weights(weights: dict[str, Tensor], model: nn.Module, source: str, fresh
     if fresh_head:
         notes.append(f"a fresh head for {classes} classes" + (f" instead of its own for {len(head[0])}" if head else ""))
     elif len(head) < 2:
-        raise ValueError(f"{source} has no head: --fresh_head True starts with a new one, for {classes} classes")
+        raise ValueError(f"{source} has {'half a' if head else 'no'} head: --fresh_head True starts with a new one, for {classes} classes")
     elif len(head[0]) != classes:
         raise ValueError(f"{source} is for {len(head[0])} classes, this model for {classes}: --fresh_head True starts with a new head")
+    elif (found := [tuple(t.shape) for t in head]) != (here := [tuple(shapes[name]) for name in ("head.weight", "head.bias")]):
+        raise ValueError(f"{source}: the head's weight and bias have shapes {found[0]} and {found[1]}, this model's {here[0]} and {here[1]}")
     else:
         weights |= {"head.weight": head[0], "head.bias": head[1]}
     return weights, notes
@@ -199,7 +224,7 @@ def fit_weights(weights: dict[str, Tensor], model: nn.Module, source: str, fresh
 
 def describe(shapes: dict[str, tuple]) -> str | None:
     """What tells one ViT from another, by its parameters' shapes; None if it is no ViT."""
-    if not {"cls_token", "patch_embed.proj.weight"} <= shapes.keys():
+    if not all(shapes.get(name) for name in ("cls_token", "patch_embed.proj.weight")):  # absent, or of no dimension
         return None
     depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     return f"width {shapes['cls_token'][-1]}, {depth} blocks, patches of {shapes['patch_embed.proj.weight'][-1]}"

@@ -194,7 +194,7 @@ def from_huggingface(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename a Hugging Face ViTForImageClassification state dict to ours (and timm's); q, k, v are stacked to (3·D, D).
 
     Knows the names of the published files (transformers 4) and of transformers 5's modules. Build the model with
-    `layer_norm_eps=1e-12` to get its logits. Raises KeyError on a name it doesn't know.
+    `layer_norm_eps=1e-12` to get its logits. Raises KeyError on a name it doesn't know, or a q, k or v missing.
     """
     layer = r"vit\.(?:encoder\.layer|layers)\.(\d+)\."
     names = [
@@ -218,8 +218,11 @@ def from_huggingface(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if new is None:
             raise KeyError(f"not a parameter of a Hugging Face ViTForImageClassification: {key}")
         out[new] = tensor
-    for key in [k.removesuffix("/0") for k in out if k.endswith("/0")]:
-        out[key] = torch.cat([out.pop(f"{key}/{part}") for part in range(3)])
+    for key in sorted({name.split("/")[0] for name in out if "/" in name}):
+        parts = [out.pop(f"{key}/{part}", None) for part in range(3)]
+        if len({part is not None and part.shape for part in parts}) > 1 or not parts[0].ndim:
+            raise KeyError(f"{key} is of q, k and v, and they are not all there or not of one shape")
+        out[key] = torch.cat(parts)
     return out
 
 
