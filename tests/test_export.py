@@ -606,6 +606,9 @@ def test_files_that_are_no_safetensors(tmp_path, monkeypatch, capsys):
         status, _, err = run_main(train.main, ["--run_dir", "run", "--loader", "synthetic", "--dtype", "float32", "--batch_size", "16",
                                                "--init_from", path], capsys)
         assert status == 2 and words in err and err.startswith("error: ") and err.count("\n") == 1 and not Path("run").exists()
+    save_file(good, "folder.safetensors/model.safetensors")
+    with pytest.raises(FileNotFoundError, match="is no file: give its model.safetensors"):
+        pretrained.read_safetensors(Path("folder.safetensors"))
     assert not Path("exploded").exists()
     pickle.loads(Path("plain.safetensors").read_bytes())
     assert Path("exploded").exists()  # control: it would have
