@@ -6,7 +6,8 @@ back by that library, and its logits compared with the trained model's on valida
     python export.py runs/debug/checkpoints/step_00001250 --format hf --out exported/step_1250
     python export.py runs/debug --format hf --adapters_only True --out exported/peft      the frozen base and a PEFT adapter beside it
 
-Nothing is left behind if that fails; of a process that is killed, a hidden folder .OUT.PID.tmp beside DIR. --format hf needs transformers, --adapters_only peft too: pip install -r requirements-dev.txt
+Nothing is left behind if that fails; of a process that is killed, a hidden folder .OUT.PID.tmp beside DIR. --format hf needs
+transformers, --adapters_only peft too: pip install -r requirements-dev.txt
 """
 
 import contextlib
