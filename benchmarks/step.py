@@ -164,12 +164,13 @@ def count_spared(model: nn.Module, rows: int) -> int:
         weight, A, Bs = meta(module.weight), meta(module.lora_A), [meta(B) for B in module.lora_B.values()]
         x, dy = x.to(A.dtype), dy.to(A.dtype)
         frozen, where, parts = not module.weight.requires_grad, [int(part) for part in module.lora_B], len(module.ranks)
+        ax = torch.empty(rows if frozen or not layers.merges(x, weight.to(A.dtype)) else 0, A.shape[0], dtype=A.dtype, device="meta")
         need = [not (first and frozen), not frozen, not frozen and module.bias is not None, True]  # below the first adapter nothing trains
         counts = []
         for forward, back in ((layers.lora_linear, layers.lora_linear_backward),
                               (layers.lora_linear._init_fn, layers.lora_linear_backward._init_fn)):
             with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_shapes}) as counter:
-                _, ax = forward(x, weight.to(A.dtype), None, A, Bs, where, parts, frozen)
+                forward(x, weight.to(A.dtype), None, A, Bs, ax, where, parts)
                 back(dy, x, weight.to(A.dtype), A, ax, Bs, where, parts, *need)
             counts.append(counter.get_total_flops())
         total, first = total + counts[0] - counts[1], False

@@ -43,6 +43,11 @@ def separate_products():
         _separate = before
 
 
+@torch.compiler.assume_constant_result  # dynamo can't trace the question
+def multiplies_exactly() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 def merges(x: Tensor, weight: Tensor) -> bool:
     """Whether x is multiplied by W + B A, made anew in every step, instead of by W and by A and B.
 
@@ -51,7 +56,7 @@ def merges(x: Tensor, weight: Tensor) -> bool:
     the sum: not in bfloat16 nor TF32, where an adapter's small B A would vanish beside W.
     """
     exact = x.dtype == torch.float64 or x.dtype == torch.float32 and (
-        x.device.type in ("cpu", "meta") or torch.get_float32_matmul_precision() == "highest")
+        x.device.type in ("cpu", "meta") or multiplies_exactly())
     return exact and x.shape[0] >= 2 * min(weight.shape) and not _separate
 
 
@@ -68,6 +73,14 @@ def rows_of(tensor: Tensor, part: int, parts: int, dim: int) -> Tensor:
     return tensor.narrow(dim, part * rows, rows)
 
 
+def narrow_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b, (M, K) and (K, rank). MKL takes up to four times as long for 8 columns as for 8 rows."""
+    if b.shape[1] >= 16:
+        return torch.mm(a, b, out=out)
+    product = (b.t() @ a.t()).t()
+    return product.contiguous() if out is None else out.copy_(product)
+
+
 def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int) -> Tensor:
     """W + B A (out, in), rows without an adapter as they are."""
     new = weight.clone(memory_format=torch.contiguous_format)
@@ -77,22 +90,24 @@ def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], p
 
 
 @torch.library.custom_op("prelora::lora_linear", mutates_args=())
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bs: list[Tensor], where: list[int], parts: int,
-                frozen: bool) -> tuple[Tensor, Tensor]:
-    """(y (N, out), A x (N, Σ rank) for backward). Merged, backward needs A x only if the weight is `frozen`; else it is empty."""
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bs: list[Tensor], ax: Tensor, where: list[int],
+                parts: int) -> Tensor:
+    """y (N, out). ax: A x (N, Σ rank), without a gradient; merged, only backward needs it, and only of a frozen weight, else it may be empty.
+
+    It comes from outside so that y is all that this gives: with two outputs the compiler's partitioner thinks y cheaper to make again
+    than to keep, and has forward write GELU's derivative, too, instead of keeping what backward can make it from.
+    """
     if merges(x, weight):
-        y = F.linear(x, add_product(weight, A, Bs, where, parts), bias)
-        return y, F.linear(x, A) if frozen else x.new_empty(0, A.shape[0])
-    y, ax = F.linear(x, weight, bias), F.linear(x, A)
+        return F.linear(x, add_product(weight, A, Bs, where, parts), bias)
+    y, ax = F.linear(x, weight, bias), ax if len(ax) == len(x) else F.linear(x, A)
     for B, part, (start, end) in zip(Bs, where, spans(Bs)):
         rows_of(y, part, parts, 1).addmm_(ax[:, start:end], B.t())
-    return y, ax
+    return y
 
 
 @lora_linear.register_fake
-def _(x, weight, bias, A, Bs, where, parts, frozen):
-    kept = x.shape[0] if frozen or not merges(x, weight) else 0
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(kept, A.shape[0])
+def _(x, weight, bias, A, Bs, ax, where, parts):
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("prelora::lora_linear_backward", mutates_args=())
@@ -112,11 +127,11 @@ def lora_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, ax: T
     elif need_adapters or need_x and not merged:
         g = x.new_empty(x.shape[0], A.shape[0])  # dy B (N, Σ rank)
         for B, part, (start, end) in adapters:
-            torch.mm(rows_of(dy, part, parts, 1), B, out=g[:, start:end])
+            narrow_mm(rows_of(dy, part, parts, 1), B, out=g[:, start:end])
         if need_adapters:
             dA = g.t() @ x
             ax = ax if len(ax) == len(x) else F.linear(x, A)  # the weight could have had a gradient, but nobody asked
-            dBs = [rows_of(dy, part, parts, 1).t() @ ax[:, start:end] for _, part, (start, end) in adapters]
+            dBs = [narrow_mm(rows_of(dy, part, parts, 1).t(), ax[:, start:end]) for _, part, (start, end) in adapters]
     if need_x and merged:
         dx = dy @ add_product(weight, A, Bs, where, parts)
     elif need_x:
@@ -132,16 +147,12 @@ def _(dy, x, weight, A, ax, Bs, where, parts, need_x, need_weight, need_bias, ne
 
 
 def setup_context(ctx, inputs, output):
-    x, weight, bias, A, Bs, ctx.where, ctx.parts, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, A, output[1], *Bs)
+    x, weight, bias, A, Bs, ax, ctx.where, ctx.parts = inputs
+    ctx.save_for_backward(x, weight, A, ax, *Bs)
     ctx.has_bias = bias is not None
 
 
-def backward(ctx, dy, _):
-    if dy is None:  # y went nowhere
-        return None, None, None, None, [None] * (len(ctx.saved_tensors) - 4), None, None, None
+def backward(ctx, dy):
     x, weight, A, ax, *Bs = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_Bs = ctx.needs_input_grad[:5]
     need_adapters = need_A or any(need_Bs)
@@ -155,9 +166,9 @@ lora_linear.register_autograd(backward, setup_context=setup_context)
 
 
 @register_flop_formula(torch.ops.prelora.lora_linear)
-def lora_linear_flops(x, weight, bias, A, Bs, where, parts, frozen, **kwargs) -> int:
-    """LoRA's own: W x, A x and B (A x), however they were come by."""
-    return 2 * x[0] * (weight[0] * weight[1] + A[0] * A[1] + sum(rows * rank for rows, rank in Bs))
+def lora_linear_flops(x, weight, bias, A, Bs, ax, where, parts, **kwargs) -> int:
+    """LoRA's own: W x, A x (which torch counts where it was made outside) and B (A x), however they were come by."""
+    return 2 * x[0] * (weight[0] * weight[1] + (not ax[0]) * A[0] * A[1] + sum(rows * rank for rows, rank in Bs))
 
 
 @register_flop_formula(torch.ops.prelora.lora_linear_backward)
@@ -231,8 +242,10 @@ class LoRALinear(nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = [None if t is None else t.to(dtype) for t in tensors]
         x2d, weight, bias, A, *Bs = tensors  # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
-        y, _ = lora_linear(x2d, weight, bias, A, Bs, [int(part) for part in self.lora_B], len(self.ranks),
-                           torch.is_grad_enabled() and not self.weight.requires_grad)
+        needed = torch.is_grad_enabled() and not self.weight.requires_grad or not merges(x2d, weight)
+        with torch.no_grad():  # the operator's backward sees to A
+            ax = F.linear(x2d, A) if needed else x2d.new_empty(0, A.shape[0])  # (N, Σ rank)
+        y = lora_linear(x2d, weight, bias, A, Bs, ax, [int(part) for part in self.lora_B], len(self.ranks))
         return y.view(*x.shape[:-1], self.out_features)  # (..., out)
 
     def adapter(self, part: int) -> tuple[Tensor, Tensor]:

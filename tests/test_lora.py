@@ -195,6 +195,7 @@ def test_not_merged_where_the_sum_would_be_rounded(monkeypatch):
         assert not layers.merges(on_gpu, weight)
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
         assert layers.merges(on_gpu, weight)
+    assert torch.compile(lambda: layers.multiplies_exactly(), fullgraph=True, backend="eager")()  # which torch's own question stops
     linear = build_linear([2, 4, 3])
     Bs = [B.data * 1e-3 for B in linear.lora_B.values()]
     narrow = [t.bfloat16() for t in (linear.weight.data, linear.lora_A.data, *Bs)]
@@ -254,6 +255,34 @@ def test_operator_compiled(rows, strided):
             assert_close(mine, theirs)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), layers_before))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+
+
+def test_compiled_forward_leaves_gelu_s_derivative_to_backward():
+    """The partitioner keeps fc1's output; e^(-y²/2), the derivative's, is in backward's graph alone."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+    torch._dynamo.reset()
+    graphs = {}
+    capture = lambda name: lambda graph, inputs: graphs.setdefault(name, graph)
+    model = nn.Sequential(build_linear([5]), nn.GELU(), LoRALinear.from_linear(nn.Linear(24, 12), [5], None))
+    freeze_base(model)
+    model.compile(fullgraph=True, backend=aot_autograd(fw_compiler=capture("forward"), bw_compiler=capture("backward"), decompositions=select_decomp_table(),
+                                                       partition_fn=min_cut_rematerialization_partition))
+    model(torch.randn(ROWS["merged"], 12)).sum().backward()
+    ops = {name: [str(node.target) for node in graph.graph.nodes] for name, graph in graphs.items()}
+    assert "aten.exp.default" in ops["backward"] and "aten.exp.default" not in ops["forward"]
+    assert "aten.erf.default" in ops["forward"]  # control: GELU is taken apart, and is there
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_narrow_mm(rank):
+    a, b, out = torch.randn(rank + 3, 5).t(), torch.randn(rank + 3, rank), torch.zeros(5, rank + 2)
+    assert_close(layers.narrow_mm(a, b), a @ b)
+    assert layers.narrow_mm(a, b).is_contiguous()
+    layers.narrow_mm(a, b, out=out[:, 1:-1])
+    assert_close(out[:, 1:-1], a @ b)
+    assert not out[:, 0].any() and not out[:, -1].any()
 
 
 def test_flops_counted_are_lora_s_own():
