@@ -44,7 +44,7 @@ def keep_memory() -> None:
     except OSError:  # no glibc
         return
     libc.mallopt(-4, 0)  # M_MMAP_MAX
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def describe_device() -> str:
