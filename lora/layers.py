@@ -92,7 +92,7 @@ def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], p
 @torch.library.custom_op("prelora::lora_linear", mutates_args=())
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bs: list[Tensor], ax: Tensor, where: list[int],
                 parts: int) -> Tensor:
-    """y (N, out). ax: A x (N, Σ rank), without a gradient; merged, only backward needs it, and only of a frozen weight, else it may be empty.
+    """y (N, out). ax: A x (N, Σ rank), without a gradient, kept for backward; empty where that will not ask for it.
 
     It comes from outside so that y is all that this gives: with two outputs the compiler's partitioner thinks y cheaper to make again
     than to keep, and has forward write GELU's derivative, too, instead of keeping what backward can make it from.
@@ -242,9 +242,9 @@ class LoRALinear(nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = [None if t is None else t.to(dtype) for t in tensors]
         x2d, weight, bias, A, *Bs = tensors  # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
-        needed = torch.is_grad_enabled() and not self.weight.requires_grad or not merges(x2d, weight)
+        kept = torch.is_grad_enabled() and not (self.weight.requires_grad and merges(x2d, weight))  # in that case dW says all
         with torch.no_grad():  # the operator's backward sees to A
-            ax = F.linear(x2d, A) if needed else x2d.new_empty(0, A.shape[0])  # (N, Σ rank)
+            ax = F.linear(x2d, A) if kept else x2d.new_empty(0, A.shape[0])  # (N, Σ rank)
         y = lora_linear(x2d, weight, bias, A, Bs, ax, [int(part) for part in self.lora_B], len(self.ranks))
         return y.view(*x.shape[:-1], self.out_features)  # (..., out)
 

@@ -437,15 +437,14 @@ def test_a_signal_that_meets_a_worker_at_its_start(data, monkeypatch, number):
     loader, before = build(data, "folder", num_workers=2), signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert equal(loader.epoch(1), reference)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
-    if number == folder.FOR_MAIN_PROCESS[0]:  # the control
-        monkeypatch.setattr(folder, "_start_workers", iter)
-        # Without torch's handler, which raises wherever the main thread is: within a queue's lock, if it comes to that, which is then held for ever.
-        torch_s = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        try:
-            with pytest.raises(DataError, match="loader process failed.*exited unexpectedly"):
-                list(loader.epoch(1))
-        finally:
-            signal.signal(signal.SIGCHLD, torch_s)
+    monkeypatch.setattr(folder, "_start_workers", iter)  # the control
+    # Without torch's handler, which raises wherever the main thread is: within a queue's lock, if it comes to that, which then is never released.
+    torch_s = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        with pytest.raises(DataError, match="loader process failed.*exited unexpectedly"):
+            list(loader.epoch(1))
+    finally:
+        signal.signal(signal.SIGCHLD, torch_s)
 
 
 @pytest.mark.parametrize("backend, module", [("ffcv", "data.beton"), ("folder", "data.folder")])

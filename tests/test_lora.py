@@ -195,7 +195,6 @@ def test_not_merged_where_the_sum_would_be_rounded(monkeypatch):
         assert not layers.merges(on_gpu, weight)
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
         assert layers.merges(on_gpu, weight)
-    assert torch.compile(lambda: layers.multiplies_exactly(), fullgraph=True, backend="eager")()  # which torch's own question stops
     linear = build_linear([2, 4, 3])
     Bs = [B.data * 1e-3 for B in linear.lora_B.values()]
     narrow = [t.bfloat16() for t in (linear.weight.data, linear.lora_A.data, *Bs)]
@@ -257,6 +256,13 @@ def test_operator_compiled(rows, strided):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
 
 
+def test_the_question_for_tf32_can_be_compiled():
+    compiled = lambda ask: torch.compile(lambda x: x + 1 if ask() else x, fullgraph=True, backend="eager")(torch.zeros(1)).item()
+    assert compiled(lambda: layers.multiplies_exactly()) == 1
+    with pytest.raises(torch._dynamo.exc.Unsupported):  # control: asked as it is
+        compiled(lambda: torch.get_float32_matmul_precision() == "highest")
+
+
 def test_compiled_forward_leaves_gelu_s_derivative_to_backward():
     """The partitioner keeps fc1's output; e^(-y²/2), the derivative's, is in backward's graph alone."""
     from torch._dynamo.backends.common import aot_autograd
@@ -267,8 +273,9 @@ def test_compiled_forward_leaves_gelu_s_derivative_to_backward():
     capture = lambda name: lambda graph, inputs: graphs.setdefault(name, graph)
     model = nn.Sequential(build_linear([5]), nn.GELU(), LoRALinear.from_linear(nn.Linear(24, 12), [5], None))
     freeze_base(model)
-    model.compile(fullgraph=True, backend=aot_autograd(fw_compiler=capture("forward"), bw_compiler=capture("backward"), decompositions=select_decomp_table(),
-                                                       partition_fn=min_cut_rematerialization_partition))
+    model.compile(fullgraph=True, backend=aot_autograd(
+        fw_compiler=capture("forward"), bw_compiler=capture("backward"), decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition))
     model(torch.randn(ROWS["merged"], 12)).sum().backward()
     ops = {name: [str(node.target) for node in graph.graph.nodes] for name, graph in graphs.items()}
     assert "aten.exp.default" in ops["backward"] and "aten.exp.default" not in ops["forward"]
