@@ -17,7 +17,8 @@ GPUs, without having them.
 import os
 import sys
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the loader's threads and torch's would spin against each other on few cores
+if sys.argv[1:2] == ["data"]:  # the loader's threads and torch's would spin against each other on few cores; a step's products are slower with it
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its word on every start and stop of the profiler
 
 import tyro

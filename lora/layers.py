@@ -73,12 +73,20 @@ def rows_of(tensor: Tensor, part: int, parts: int, dim: int) -> Tensor:
     return tensor.narrow(dim, part * rows, rows)
 
 
-def narrow_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, (M, K) and (K, rank). MKL takes up to four times as long for 8 columns as for 8 rows."""
-    if b.shape[1] >= 16:
-        return torch.mm(a, b, out=out)
-    product = (b.t() @ a.t()).t()
-    return product.contiguous() if out is None else out.copy_(product)
+def narrow_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a b, where a side of one of them is a rank. In float32 on a CPU by oneDNN: MKL, behind torch.mm, takes up to three times as long
+    for these. But not of a slice: there oneDNN takes a hundred times as long."""
+    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available() and all(
+            t.is_contiguous() or t.t().is_contiguous() for t in (a, b)):
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return torch.mm(a, b)
+
+
+def get_dB(dy: Tensor, ax: Tensor) -> Tensor:
+    """dB (out, rank) = dy' (A x), of one adapter; on a CPU by its transpose, which oneDNN does faster, and MKL where the rank is small."""
+    if dy.device.type == "cpu" and (dy.is_contiguous() or ax.shape[1] < 16):
+        return narrow_mm(ax.t(), dy).t().contiguous()
+    return torch.mm(dy.t(), ax)
 
 
 def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int) -> Tensor:
@@ -87,6 +95,22 @@ def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], p
     for B, part, (start, end) in zip(Bs, where, spans(Bs)):
         rows_of(new, part, parts, 0).addmm_(B, A[start:end])
     return new
+
+
+@torch.library.custom_op("prelora::project", mutates_args=())
+def project(x: Tensor, A: Tensor) -> Tensor:
+    """A x (N, Σ rank). It has no gradient of its own: `lora_linear` sees to A and x."""
+    return narrow_mm(x, A.t())
+
+
+@project.register_fake
+def _(x, A):
+    return x.new_empty(x.shape[0], A.shape[0])
+
+
+@register_flop_formula(torch.ops.prelora.project)
+def project_flops(x, A, **kwargs) -> int:
+    return 2 * x[0] * A[0] * A[1]
 
 
 @torch.library.custom_op("prelora::lora_linear", mutates_args=())
@@ -99,7 +123,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bs: l
     """
     if merges(x, weight):
         return F.linear(x, add_product(weight, A, Bs, where, parts), bias)
-    y, ax = F.linear(x, weight, bias), ax if len(ax) == len(x) else F.linear(x, A)
+    y, ax = F.linear(x, weight, bias), ax if len(ax) == len(x) else narrow_mm(x, A.t())
     for B, part, (start, end) in zip(Bs, where, spans(Bs)):
         rows_of(y, part, parts, 1).addmm_(ax[:, start:end], B.t())
     return y
@@ -125,13 +149,12 @@ def lora_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, ax: T
         dA = torch.cat([B.t() @ rows_of(dweight, part, parts, 0) for B, part, _ in adapters])
         dBs = [rows_of(dweight, part, parts, 0) @ A[start:end].t() for _, part, (start, end) in adapters]
     elif need_adapters or need_x and not merged:
-        g = x.new_empty(x.shape[0], A.shape[0])  # dy B (N, Σ rank)
-        for B, part, (start, end) in adapters:
-            narrow_mm(rows_of(dy, part, parts, 1), B, out=g[:, start:end])
+        g = [narrow_mm(rows_of(dy, part, parts, 1), B) for B, part, _ in adapters]
+        g = g[0] if len(g) == 1 else torch.cat(g, dim=1)  # dy B (N, Σ rank)
         if need_adapters:
-            dA = g.t() @ x
-            ax = ax if len(ax) == len(x) else F.linear(x, A)  # the weight could have had a gradient, but nobody asked
-            dBs = [narrow_mm(rows_of(dy, part, parts, 1).t(), ax[:, start:end]) for _, part, (start, end) in adapters]
+            dA = narrow_mm(g.t(), x)
+            ax = ax if len(ax) == len(x) else narrow_mm(x, A.t())  # the weight could have had a gradient, but nobody asked
+            dBs = [get_dB(rows_of(dy, part, parts, 1), ax[:, start:end]) for _, part, (start, end) in adapters]
     if need_x and merged:
         dx = dy @ add_product(weight, A, Bs, where, parts)
     elif need_x:
@@ -167,7 +190,7 @@ lora_linear.register_autograd(backward, setup_context=setup_context)
 
 @register_flop_formula(torch.ops.prelora.lora_linear)
 def lora_linear_flops(x, weight, bias, A, Bs, ax, where, parts, **kwargs) -> int:
-    """LoRA's own: W x, A x (which torch counts where it was made outside) and B (A x), however they were come by."""
+    """LoRA's own: W x, A x (which `project` counts where it was made outside) and B (A x), however they were come by."""
     return 2 * x[0] * (weight[0] * weight[1] + (not ax[0]) * A[0] * A[1] + sum(rows * rank for rows, rank in Bs))
 
 
@@ -244,7 +267,7 @@ class LoRALinear(nn.Linear):
         x2d, weight, bias, A, *Bs = tensors  # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
         kept = torch.is_grad_enabled() and not (self.weight.requires_grad and merges(x2d, weight))  # in that case dW says all
         with torch.no_grad():  # the operator's backward sees to A
-            ax = F.linear(x2d, A) if kept else x2d.new_empty(0, A.shape[0])  # (N, Σ rank)
+            ax = project(x2d, A) if kept else x2d.new_empty(0, A.shape[0])  # (N, Σ rank)
         y = lora_linear(x2d, weight, bias, A, Bs, ax, [int(part) for part in self.lora_B], len(self.ranks))
         return y.view(*x.shape[:-1], self.out_features)  # (..., out)
 

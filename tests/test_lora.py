@@ -282,14 +282,28 @@ def test_compiled_forward_leaves_gelu_s_derivative_to_backward():
     assert "aten.erf.default" in ops["forward"]  # control: GELU is taken apart, and is there
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_narrow_mm(dtype, monkeypatch):
+    """Right however its factors lie, and by oneDNN where these are whole, not where one is a slice."""
+    wide, narrow, odd = torch.randn(40, 24, dtype=dtype), torch.randn(24, 3, dtype=dtype), torch.randn(3, 24, dtype=dtype)
+    whole = [(wide, narrow), (wide, odd.t()), (odd, wide.t()), (narrow.t(), wide.t())]
+    sliced = [(torch.cat([wide, wide], 1)[:, 24:], narrow), (wide, torch.cat([narrow, narrow], 1)[:, 3:])]
+    for a, b in whole + sliced:
+        assert_close(layers.narrow_mm(a, b), a @ b)
+        assert layers.narrow_mm(a, b).is_contiguous()
+    called, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: called.append(a) or mm(a, b))
+    for a, b in whole + sliced:
+        layers.narrow_mm(a, b)
+    assert len(called) == len(sliced) + (dtype != torch.float32) * len(whole)
+
+
 @pytest.mark.parametrize("rank", [8, 16])
-def test_narrow_mm(rank):
-    a, b, out = torch.randn(rank + 3, 5).t(), torch.randn(rank + 3, rank), torch.zeros(5, rank + 2)
-    assert_close(layers.narrow_mm(a, b), a @ b)
-    assert layers.narrow_mm(a, b).is_contiguous()
-    layers.narrow_mm(a, b, out=out[:, 1:-1])
-    assert_close(out[:, 1:-1], a @ b)
-    assert not out[:, 0].any() and not out[:, -1].any()
+def test_get_dB(rank):
+    dy, ax = torch.randn(40, 24), torch.randn(40, rank + 3)
+    for rows, columns in ((dy, ax), (dy[:, 8:16], ax[:, 1:1 + rank]), (dy, ax[:, :rank]), (dy[:, :8], ax[:, :rank].contiguous())):
+        assert_close(layers.get_dB(rows, columns), rows.t() @ columns)
+        assert layers.get_dB(rows, columns).is_contiguous()
 
 
 def test_flops_counted_are_lora_s_own():
