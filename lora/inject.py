@@ -51,7 +51,7 @@ def add_lora(model: nn.Module, families: Families, ranks: dict[str, list[int]], 
             raise ValueError(f"family {family!r} has {len(layers)} layers but {len(layer_ranks)} ranks")
         for (name, part, parts), rank in zip(layers, layer_ranks):
             kind = type(modules.get(name))
-            if kind is not nn.Linear:
+            if kind is not nn.Linear and not vars(kind).get("is_plain_linear"):
                 raise ValueError(f"family {family!r}: {name} is a {kind.__name__}, not a plain nn.Linear")
             if not 0 <= part < parts:
                 raise ValueError(f"family {family!r}: {name} has no row part {part} of {parts}")

@@ -15,7 +15,6 @@ import math
 import zlib
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -73,34 +72,49 @@ def rows_of(tensor: Tensor, part: int, parts: int, dim: int) -> Tensor:
     return tensor.narrow(dim, part * rows, rows)
 
 
-def narrow_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a b, where a side of one of them is a rank. In float32 on a CPU by oneDNN: MKL, behind torch.mm, takes up to three times as long
-    for these. But not of a slice: there oneDNN takes a hundred times as long."""
-    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available() and all(
-            t.is_contiguous() or t.t().is_contiguous() for t in (a, b)):
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-    return torch.mm(a, b)
+def onednn(tensor: Tensor) -> bool:
+    """Whether oneDNN takes this tensor's products: MKL, behind torch's in float32 on a CPU, takes two to three times as long on AMD's
+    processors. `torch.backends.mkldnn.flags(enabled=False)` says no."""
+    return (tensor.device.type == "cpu" and tensor.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+            and torch._C._get_mkldnn_enabled())
+
+
+def whole(matrix: Tensor) -> Tensor:
+    """Without gaps: of a slice oneDNN takes a hundred times as long."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b + bias, (m, k), (k, n) and (n,)."""
+    if onednn(a):
+        return torch.ops.mkldnn._linear_pointwise(whole(a), whole(b).t(), bias, "none", [], "")
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def get_dW(dy: Tensor, x: Tensor) -> Tensor:
+    """dW (out, in) = dy' x."""
+    if onednn(x):  # of weight the shape is all that is read
+        return torch.ops.aten.mkldnn_linear_backward_weights(dy.to_mkldnn(), x.to_mkldnn(), x.new_empty(dy.shape[1], x.shape[1]), False)[0]
+    return torch.mm(dy.t(), x)
 
 
 def get_dB(dy: Tensor, ax: Tensor) -> Tensor:
-    """dB (out, rank) = dy' (A x), of one adapter; on a CPU by its transpose, which oneDNN does faster, and MKL where the rank is small."""
-    if dy.device.type == "cpu" and (dy.is_contiguous() or ax.shape[1] < 16):
-        return narrow_mm(ax.t(), dy).t().contiguous()
-    return torch.mm(dy.t(), ax)
+    """dB (out, rank) = dy' (A x), of one adapter; by its transpose where oneDNN does it, which it does faster."""
+    return mm(ax.t(), dy).t().contiguous() if onednn(dy) else torch.mm(dy.t(), ax)
 
 
 def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int) -> Tensor:
     """W + B A (out, in), rows without an adapter as they are."""
     new = weight.clone(memory_format=torch.contiguous_format)
     for B, part, (start, end) in zip(Bs, where, spans(Bs)):
-        rows_of(new, part, parts, 0).addmm_(B, A[start:end])
+        rows_of(new, part, parts, 0).add_(mm(B, A[start:end]))
     return new
 
 
 @torch.library.custom_op("prelora::project", mutates_args=())
 def project(x: Tensor, A: Tensor) -> Tensor:
     """A x (N, Σ rank). It has no gradient of its own: `lora_linear` sees to A and x."""
-    return narrow_mm(x, A.t())
+    return mm(x, A.t())
 
 
 @project.register_fake
@@ -122,8 +136,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bs: l
     than to keep, and has forward write GELU's derivative, too, instead of keeping what backward can make it from.
     """
     if merges(x, weight):
-        return F.linear(x, add_product(weight, A, Bs, where, parts), bias)
-    y, ax = F.linear(x, weight, bias), ax if len(ax) == len(x) else narrow_mm(x, A.t())
+        return mm(x, add_product(weight, A, Bs, where, parts).t(), bias)
+    y, ax = mm(x, weight.t(), bias), ax if len(ax) == len(x) else mm(x, A.t())
     for B, part, (start, end) in zip(Bs, where, spans(Bs)):
         rows_of(y, part, parts, 1).addmm_(ax[:, start:end], B.t())
     return y
@@ -144,21 +158,24 @@ def lora_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, ax: T
     if need_bias:
         dbias = dy.sum(0)
     if need_weight:
-        dweight = dy.t() @ x
+        dweight = get_dW(dy, x)
     if need_adapters and merged and need_weight:  # all is in dW
-        dA = torch.cat([B.t() @ rows_of(dweight, part, parts, 0) for B, part, _ in adapters])
-        dBs = [rows_of(dweight, part, parts, 0) @ A[start:end].t() for _, part, (start, end) in adapters]
+        dA = torch.cat([mm(B.t(), rows_of(dweight, part, parts, 0)) for B, part, _ in adapters])
+        dBs = [mm(rows_of(dweight, part, parts, 0), A[start:end].t()) for _, part, (start, end) in adapters]
     elif need_adapters or need_x and not merged:
-        g = [narrow_mm(rows_of(dy, part, parts, 1), B) for B, part, _ in adapters]
+        dys = [rows_of(dy, part, parts, 1) for part in where]
+        if onednn(dy):
+            dys = [whole(rows) for rows in dys]
+        g = [mm(rows, B) for rows, B in zip(dys, Bs)]
         g = g[0] if len(g) == 1 else torch.cat(g, dim=1)  # dy B (N, Σ rank)
         if need_adapters:
-            dA = narrow_mm(g.t(), x)
-            ax = ax if len(ax) == len(x) else narrow_mm(x, A.t())  # the weight could have had a gradient, but nobody asked
-            dBs = [get_dB(rows_of(dy, part, parts, 1), ax[:, start:end]) for _, part, (start, end) in adapters]
+            dA = mm(g.t(), x)
+            ax = ax if len(ax) == len(x) else mm(x, A.t())  # the weight could have had a gradient, but nobody asked
+            dBs = [get_dB(rows, ax[:, start:end]) for rows, (start, end) in zip(dys, spans(Bs))]
     if need_x and merged:
-        dx = dy @ add_product(weight, A, Bs, where, parts)
+        dx = mm(dy, add_product(weight, A, Bs, where, parts))
     elif need_x:
-        dx = (dy @ weight).addmm_(g, A)
+        dx = mm(dy, weight).addmm_(g, A)
     return dx, dweight, dbias, dA, dBs
 
 
