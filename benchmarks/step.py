@@ -1,5 +1,6 @@
 """python bench.py step: a training step of each phase beside Hugging Face's ViT, PEFT on it, timm's ViT, and the arithmetic limit."""
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -8,6 +9,7 @@ import random
 import statistics
 import time
 from typing import Literal
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from data.loader import DATASETS
 from lora import layers
 from lora.inject import init_adapters
 from lora.layers import LoRALinear
+from model import linear
 from model.optim import build_optimizer
 from model.vit import LORA_FAMILIES, VARIANTS
 from monitor.perf import Stopwatch, count_flops, peak_flops
@@ -164,7 +167,7 @@ def count_spared(model: nn.Module, rows: int) -> int:
         weight, A, Bs = meta(module.weight), meta(module.lora_A), [meta(B) for B in module.lora_B.values()]
         x, dy = x.to(A.dtype), dy.to(A.dtype)
         frozen, where, parts = not module.weight.requires_grad, [int(part) for part in module.lora_B], len(module.ranks)
-        ax = torch.empty(rows if frozen or not layers.merges(x, weight.to(A.dtype)) else 0, A.shape[0], dtype=A.dtype, device="meta")
+        ax = torch.empty(0 if layers.merges(x, weight.to(A.dtype)) else rows, A.shape[0], dtype=A.dtype, device="meta")
         need = [not (first and frozen), not frozen, not frozen and module.bias is not None, True]  # below the first adapter nothing trains
         counts = []
         for forward, back in ((layers.lora_linear, layers.lora_linear_backward),
@@ -187,22 +190,54 @@ def count_phase(cfg: Config, phase: str, ranks: dict[str, list[int]], batch_size
     return flops, flops - (count_spared(on_meta, batch_size * tokens) // batch_size if merged else 0)
 
 
+@contextlib.contextmanager
+def without_onednn():
+    """Inside, this repo's float32 products are torch's own, MKL's, as the peers' are always."""
+    with mock.patch.object(layers, "onednn", lambda tensor: False), mock.patch.object(linear, "onednn", lambda tensor: False):
+        yield
+
+
+def take_turns(contenders: dict[str, Contender], runs: list[tuple[str, str]], rounds: int, images: torch.Tensor,
+               labels: torch.Tensor) -> tuple[dict, dict]:
+    """Seconds of each of `rounds` steps of every (mode, title) of `runs`, and bytes at its peak."""
+    times, memory, stances = {}, {}, {"eager": "force_eager", "compiled": "default"}
+    for mode, title in runs:
+        with torch.compiler.set_stance(stances[mode]):
+            for _ in range(3):  # compiles; the first step makes the moments
+                contenders[title].step(images, labels)
+            memory[mode, title] = peak_of_step(contenders[title], images, labels)
+        times[mode, title] = []
+    gc.collect()
+    gc.disable()  # its pauses would fall on whoever is there
+    for _ in range(rounds):
+        for mode, title in random.sample(runs, len(runs)):
+            watch = Stopwatch(images.device)
+            with torch.compiler.set_stance(stances[mode]):
+                watch.start()
+                contenders[title].step(images, labels)
+                watch.stop()
+            times[mode, title].append(watch.seconds())
+    gc.enable()
+    return times, memory
+
+
 def step(model: Model = "S/16", ranks: Ranks = "mixed", dtype: Literal["float32", "bfloat16"] | None = None,
          peers: tuple[Literal["hf", "peft", "timm"], ...] = ("hf", "peft", "timm"), modes: tuple[Literal["eager", "compiled"], ...] = MODES,
-         batch_size: int | None = None, rounds: int = 15, keep_memory: bool = True) -> dict:
+         batch_size: int | None = None, rounds: int = 11, keep_memory: bool = True, onednn: bool = True) -> dict:
     """A step (forward, backward, clip, optimiser) of each phase, beside the peers'. One batch in memory, everything in turn in one process, in
     another order every round; medians.
 
     ranks: of the adapters; mixed: 8 to 64 over layers and families. dtype: None = float32 on a CPU, bfloat16 on a GPU. Compiled: ours by
     block, theirs whole (`model.compile()`); the same models, run eagerly, are the eager ones. keep_memory: on a CPU let glibc keep freed
-    memory. The limit of a phase is the full phase's time by the ratio of FLOPs, counted by torch with attention and without elementwise
-    work and optimiser; as done: without the products that lora.layers.merges spares. best: the fastest round, where neighbours are
-    loud; the ratios are of medians. Prints all of it, and as its last line one JSON object, ratios > 1 where this repo is faster.
+    memory. onednn: without it this repo's float32 products are torch's own, too, and what then is left of a lead is not the library's.
+    The limit of a phase is the full phase's time by the ratio of FLOPs, counted by torch with attention and without elementwise work and
+    optimiser; as done: without the products that lora.layers.merges spares. best: the fastest round, where neighbours are loud; the ratios are
+    of medians. Prints all of it, and as its last line one JSON object, ratios > 1 where this repo is faster.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if batch_size is None:
-        batch_size = 128 if device.type == "cuda" else 8 if VARIANTS[model]["embed_dim"] > 384 else 16
+        batch_size = 128 if device.type == "cuda" else 16 if VARIANTS[model]["embed_dim"] > 384 else 32
     if batch_size < 1 or rounds < 1:
         raise ValueError(f"batch_size and rounds must be at least 1, not {batch_size} and {rounds}")
     if VARIANTS[model]["patch_size"] != 16:
@@ -219,26 +254,9 @@ def step(model: Model = "S/16", ranks: Ranks = "mixed", dtype: Literal["float32"
     where = describe_device()
     print(f"ViT-{model}, {batch_size} images of 197 tokens, {dtype}, ranks {ranks}, {where}, medians of {rounds} rounds", flush=True)
 
-    contenders = {title: Contender(title, cfg, wanted, device) for title in chosen}
-    runs, times, memory = [(mode, title) for mode in modes for title in chosen], {}, {}
-    stances = {"eager": "force_eager", "compiled": "default"}
-    for mode, title in runs:
-        with torch.compiler.set_stance(stances[mode]):
-            for _ in range(3):  # compiles; the first step makes the moments
-                contenders[title].step(images, labels)
-            memory[mode, title] = peak_of_step(contenders[title], images, labels)
-        times[mode, title] = []
-    gc.collect()
-    gc.disable()  # its pauses would fall on whoever is there
-    for _ in range(rounds):
-        for mode, title in random.sample(runs, len(runs)):
-            watch = Stopwatch(device)
-            with torch.compiler.set_stance(stances[mode]):
-                watch.start()
-                contenders[title].step(images, labels)
-                watch.stop()
-            times[mode, title].append(watch.seconds())
-    gc.enable()
+    runs = [(mode, title) for mode in modes for title in chosen]
+    with contextlib.nullcontext() if onednn else without_onednn():
+        times, memory = take_turns({title: Contender(title, cfg, wanted, device) for title in chosen}, runs, rounds, images, labels)
     best = {key: min(seconds) for key, seconds in times.items()}
     times = {key: statistics.median(seconds) for key, seconds in times.items()}
     flops = {phase: count_phase(cfg, phase, wanted, batch_size, device) for phase in ("full", "warmup", "lora")}

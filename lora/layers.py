@@ -105,10 +105,13 @@ def get_dB(dy: Tensor, ax: Tensor) -> Tensor:
 
 def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int) -> Tensor:
     """W + B A (out, in), rows without an adapter as they are."""
-    new = weight.clone(memory_format=torch.contiguous_format)
+    rows = list(weight.chunk(parts))
     for B, part, (start, end) in zip(Bs, where, spans(Bs)):
-        rows_of(new, part, parts, 0).add_(mm(B, A[start:end]))
-    return new
+        if onednn(weight):  # adds in the product's own pass
+            rows[part] = torch.ops.mkldnn._linear_pointwise.binary(whole(B), whole(rows[part]), whole(A[start:end]).t(), None, "add")
+        else:
+            rows[part] = torch.addmm(rows[part], B, A[start:end])
+    return rows[0] if parts == 1 else torch.cat(rows)
 
 
 @torch.library.custom_op("prelora::project", mutates_args=())
@@ -282,7 +285,7 @@ class LoRALinear(nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = [None if t is None else t.to(dtype) for t in tensors]
         x2d, weight, bias, A, *Bs = tensors  # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
-        kept = torch.is_grad_enabled() and not (self.weight.requires_grad and merges(x2d, weight))  # in that case dW says all
+        kept = torch.is_grad_enabled() and not merges(x2d, weight)
         with torch.no_grad():  # the operator's backward sees to A
             ax = project(x2d, A) if kept else x2d.new_empty(0, A.shape[0])  # (N, Σ rank)
         y = lora_linear(x2d, weight, bias, A, Bs, ax, [int(part) for part in self.lora_B], len(self.ranks))

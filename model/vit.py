@@ -62,7 +62,8 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        # cut before the heads are told apart: backward then writes the gradients of q, k, v side by side once, not twice
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
         return self.proj_drop(self.proj(rearrange(x, "b h n d -> b n (h d)")))
 
