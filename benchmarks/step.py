@@ -223,7 +223,7 @@ def take_turns(contenders: dict[str, Contender], runs: list[tuple[str, str]], ro
 
 def step(model: Model = "S/16", ranks: Ranks = "mixed", dtype: Literal["float32", "bfloat16"] | None = None,
          peers: tuple[Literal["hf", "peft", "timm"], ...] = ("hf", "peft", "timm"), modes: tuple[Literal["eager", "compiled"], ...] = MODES,
-         batch_size: int | None = None, rounds: int = 11, keep_memory: bool = True, onednn: bool = True) -> dict:
+         batch_size: int | None = None, rounds: int = 9, keep_memory: bool = True, onednn: bool = True) -> dict:
     """A step (forward, backward, clip, optimiser) of each phase, beside the peers'. One batch in memory, everything in turn in one process, in
     another order every round; medians.
 

@@ -5,8 +5,8 @@ alpha / √rank (Kalajdzievski 2312.03732).
 A fused qkv is one Linear with three row parts and so three adapters with three ranks: their A-matrices stand side by side in
 one (Σ rank, in) matrix and take one GEMM, each B-product is added to its rows in place.
 
-The whole is one operator with a backward of its own, `prelora::lora_linear`, which torch.compile takes as it is: it keeps x and A x for
-backward and nothing else, computes no gradient that nobody asked for, and where that is exact and cheaper multiplies by W + B A (see `merges`).
+The whole is one operator with a backward of its own, `prelora::lora_linear`, which torch.compile takes as it is: it keeps x and, where
+it multiplies by W, A and B apart, A x for backward and nothing else, computes no gradient that nobody asked for, and where that is exact and cheaper multiplies by W + B A (see `merges`).
 Not for torch.func's transforms (no vmap, no double backward), nor for float16 autocast, which needs a gradient scaler this repo has not.
 """
 
@@ -72,6 +72,7 @@ def rows_of(tensor: Tensor, part: int, parts: int, dim: int) -> Tensor:
     return tensor.narrow(dim, part * rows, rows)
 
 
+# model/linear.py has these for the base alone: leaves know nothing of each other
 def onednn(tensor: Tensor) -> bool:
     """Whether oneDNN takes this tensor's products: MKL, behind torch's in float32 on a CPU, takes two to three times as long on AMD's
     processors. `torch.backends.mkldnn.flags(enabled=False)` says no."""
@@ -140,7 +141,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bs: l
     """
     if merges(x, weight):
         return mm(x, add_product(weight, A, Bs, where, parts).t(), bias)
-    y, ax = mm(x, weight.t(), bias), ax if len(ax) == len(x) else mm(x, A.t())
+    y, ax = mm(x, weight.t(), bias), ax if len(ax) == len(x) else mm(x, A.t())  # empty in evaluation
     for B, part, (start, end) in zip(Bs, where, spans(Bs)):
         rows_of(y, part, parts, 1).addmm_(ax[:, start:end], B.t())
     return y
@@ -173,7 +174,7 @@ def lora_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, ax: T
         g = g[0] if len(g) == 1 else torch.cat(g, dim=1)  # dy B (N, Σ rank)
         if need_adapters:
             dA = mm(g.t(), x)
-            ax = ax if len(ax) == len(x) else mm(x, A.t())  # the weight could have had a gradient, but nobody asked
+            ax = mm(x, A.t()) if merged else ax
             dBs = [get_dB(rows, ax[:, start:end]) for rows, (start, end) in zip(dys, spans(Bs))]
     if need_x and merged:
         dx = mm(dy, add_product(weight, A, Bs, where, parts))
@@ -285,7 +286,7 @@ class LoRALinear(nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = [None if t is None else t.to(dtype) for t in tensors]
         x2d, weight, bias, A, *Bs = tensors  # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
-        kept = torch.is_grad_enabled() and not merges(x2d, weight)
+        kept = torch.is_grad_enabled() and not merges(x2d, weight)  # else forward has no use for it
         with torch.no_grad():  # the operator's backward sees to A
             ax = project(x2d, A) if kept else x2d.new_empty(0, A.shape[0])  # (N, Σ rank)
         y = lora_linear(x2d, weight, bias, A, Bs, ax, [int(part) for part in self.lora_B], len(self.ranks))

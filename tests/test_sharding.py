@@ -170,6 +170,7 @@ def fake_memory(model, world_size, images, asked, options={}, keep_gradients=Fal
 
 
 @with_tiny
+@torch.backends.mkldnn.flags(enabled=False)  # oneDNN's copies of its factors are inside its operators, where no tracker looks
 def real_memory(model, images, cases):
     """The largest sum of a step's allocations less frees, of each case, on real ranks, as torch's profiler has it from the allocator.
 
