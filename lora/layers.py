@@ -5,8 +5,9 @@ alpha / √rank (Kalajdzievski 2312.03732).
 A fused qkv is one Linear with three row parts and so three adapters with three ranks: their A-matrices stand side by side in
 one (Σ rank, in) matrix and take one GEMM, each B-product is added to its rows in place.
 
-The whole is one operator with a backward of its own, `prelora::lora_linear`, which torch.compile takes as it is: it keeps x and, where
-it multiplies by W, A and B apart, A x for backward and nothing else, computes no gradient that nobody asked for, and where that is exact and cheaper multiplies by W + B A (see `merges`).
+The whole is one operator with a backward of its own, `prelora::lora_linear`, which torch.compile takes as it is: it keeps x for backward,
+A x where W, A and B multiply apart, and nothing else, computes no gradient that nobody asked for, and where that is exact and cheaper
+multiplies by W + B A (see `merges`).
 Not for torch.func's transforms (no vmap, no double backward), nor for float16 autocast, which needs a gradient scaler this repo has not.
 """
 
