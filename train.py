@@ -35,10 +35,9 @@ from torch.distributed.tensor import DTensor
 
 from data.augment import mixup, normalise
 from data.loader import DATASETS, build_loader, get_staged_dir, prefetch, stage
-from lora import layers
 from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families, rank_costs
 from lora.ranks import assign_ranks, budget_ranks, count_parameters, uniform_ranks
-from model import checkpoint, distributed, linear
+from model import checkpoint, distributed
 from model.optim import build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
 from model.parallel import build_mesh, parallelize, reshard, to_plain, unsharded
 from model.pretrained import TIMM, copy_weights, load_pretrained
@@ -283,8 +282,6 @@ def build_model(cfg: Config, phase: str, ranks: dict[str, list[int]] | None, dev
     """The ViT of a phase, compiled and sharded over `mesh`, on `device`, its weights not yet set: call `init_weights` or load.
     The only way to build one."""
     data = DATASETS[cfg.dataset]
-    if cfg.compile:  # an operator's backward is no part of the compile cache's key, which would go on with the one from before an edit
-        torch.compiler.config.cache_key_tag = f"{zlib.crc32(b''.join(Path(ops.__file__).read_bytes() for ops in (layers, linear))):x}"
     with torch.device("meta"):
         model = VisionTransformer(cfg.model, data.image_size, cfg.num_classes or data.num_classes, dropout=cfg.dropout,
                                   drop_path=cfg.drop_path, layer_norm_eps=cfg.layer_norm_eps)

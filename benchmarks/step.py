@@ -246,13 +246,16 @@ def step(model: Model = "S/16", ranks: Ranks = "mixed", dtype: Literal["float32"
         torch.set_float32_matmul_precision("high")
     elif keep_memory:
         globals()["keep_memory"]()
+    if not onednn and (device.type, dtype) != ("cpu", "float32"):
+        raise ValueError("--no_onednn is of float32 on a CPU")
     cfg = Config(model=model, dataset="imagenet", dtype=dtype, compile=True)
     wanted, chosen = choose(ranks, model), [t for t in CONTENDERS if t in ("full", "warmup", "lora") or any(t in PEERS[p] for p in peers)]
     rng = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, 224, 224, generator=rng).to(device, memory_format=torch.channels_last)  # (B, 3, 224, 224)
     labels = torch.randint(1000, (batch_size,), generator=rng).to(device)
     where = describe_device()
-    print(f"ViT-{model}, {batch_size} images of 197 tokens, {dtype}, ranks {ranks}, {where}, medians of {rounds} rounds", flush=True)
+    print(f"ViT-{model}, {batch_size} images of 197 tokens, {dtype}, ranks {ranks}, {where}, medians of {rounds} rounds"
+          + ("" if onednn else ", all by torch's own float32 products"), flush=True)
 
     runs = [(mode, title) for mode in modes for title in chosen]
     with contextlib.nullcontext() if onednn else without_onednn():
@@ -290,7 +293,7 @@ def step(model: Model = "S/16", ranks: Ranks = "mixed", dtype: Literal["float32"
         shown = {"vs HF + PEFT": "lora_vs_peft", "full vs timm": "full_vs_timm", "full vs HF": "full_vs_hf", "HF + PEFT against HF full": "peft_vs_hf"}
         print("; ".join(f"{name} {out[mode][key]:.3f} ×" for name, key in shown.items() if out[mode][key]))
     # the contract's keys: compiled, as one trains
-    result = {"model": model, "batch_size": batch_size, "dtype": dtype, "ranks": ranks, "device": where, "rounds": rounds,
+    result = {"model": model, "batch_size": batch_size, "dtype": dtype, "ranks": ranks, "device": where, "rounds": rounds, "onednn": onednn,
               **out[modes[-1] if "compiled" not in modes else "compiled"], **({"eager": out["eager"]} if {*modes} == {*MODES} else {})}
     print(json.dumps({key: value for key, value in result.items() if value is not None}))
     return result

@@ -14,11 +14,16 @@ Not for torch.func's transforms (no vmap, no double backward), nor for float16 a
 import contextlib
 import math
 import zlib
+from pathlib import Path
 
 import torch
+import torch.compiler.config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import register_flop_formula
+
+# torch.compile's cache knows an operator by its name alone: after an edit it would go on with the backward from before
+torch.compiler.config.cache_key_tag += f"/{zlib.crc32(Path(__file__).read_bytes()):x}"
 
 
 def to_plain(tensor: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ def onednn(tensor: Tensor) -> bool:
     """Whether oneDNN takes this tensor's products: MKL, behind torch's in float32 on a CPU, takes two to three times as long on AMD's
     processors. `torch.backends.mkldnn.flags(enabled=False)` says no."""
     return (tensor.device.type == "cpu" and tensor.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-            and torch._C._get_mkldnn_enabled())
+            and torch._C._get_mkldnn_enabled() and tensor.numel() > 0)
 
 
 def whole(matrix: Tensor) -> Tensor:
@@ -107,13 +112,15 @@ def get_dB(dy: Tensor, ax: Tensor) -> Tensor:
 
 def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int) -> Tensor:
     """W + B A (out, in), rows without an adapter as they are."""
-    rows = list(weight.chunk(parts))
-    for B, part, (start, end) in zip(Bs, where, spans(Bs)):
-        if onednn(weight):  # adds in the product's own pass
+    if onednn(weight):  # which adds in the product's own pass
+        rows = list(weight.chunk(parts))
+        for B, part, (start, end) in zip(Bs, where, spans(Bs)):
             rows[part] = torch.ops.mkldnn._linear_pointwise.binary(whole(B), whole(rows[part]), whole(A[start:end]).t(), None, "add")
-        else:
-            rows[part] = torch.addmm(rows[part], B, A[start:end])
-    return rows[0] if parts == 1 else torch.cat(rows)
+        return rows[0] if parts == 1 else torch.cat(rows)
+    new = weight.clone(memory_format=torch.contiguous_format)
+    for B, part, (start, end) in zip(Bs, where, spans(Bs)):
+        rows_of(new, part, parts, 0).addmm_(B, A[start:end])
+    return new
 
 
 @torch.library.custom_op("prelora::project", mutates_args=())
@@ -241,7 +248,7 @@ class LoRALinear(nn.Linear):
         for rank in ranks:
             if not 0 <= rank <= min(in_features, rows):
                 raise ValueError(f"rank {rank} is not between 0 and min(in, out) = {min(in_features, rows)}")
-        self.ranks, self.alpha, self.rslora = list(ranks), alpha, rslora
+        self.ranks, self.alpha, self.rslora, self.plain = list(ranks), alpha, rslora, nn.Linear  # plain: what `merged` is
         self.lora_A = nn.Parameter(torch.empty(sum(ranks), in_features, device=device, dtype=dtype))
         self.lora_B = nn.ParameterDict({str(i): nn.Parameter(torch.empty(rows, rank, device=device, dtype=dtype))
                                         for i, rank in enumerate(ranks) if rank})
@@ -255,7 +262,7 @@ class LoRALinear(nn.Linear):
         """The same Linear, its weight and bias shared and not copied, with adapters on its device in its dtype."""
         new = cls(linear.in_features, linear.out_features, ranks, alpha, rslora, linear.bias is not None,
                   device=linear.weight.device, dtype=linear.weight.dtype)
-        new.weight, new.bias = linear.weight, linear.bias
+        new.weight, new.bias, new.plain = linear.weight, linear.bias, type(linear)
         return new.train(linear.training)
 
     def get_scaling(self, rank: int) -> float:
@@ -306,7 +313,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain Linear with W + s·B·A, the sum taken in float32 (its rounding is all that is lost)."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype)
+        linear = self.plain(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype)
         delta = torch.cat([B.float() @ A.float() for B, A in map(self.adapter, range(len(self.ranks)))])  # (out, in)
         linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype), self.weight.requires_grad)
         linear.bias = self.bias

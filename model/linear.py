@@ -1,20 +1,27 @@
 """Linear: nn.Linear, by oneDNN where torch would ask MKL.
 
 In float32 on a CPU torch's matrix products are MKL's, and on AMD's processors MKL takes its AVX2 path: half of what oneDNN, which is in torch as
-well, makes of AVX-512 (measured by `python bench.py step`; on Intel's the two are expected to be even). On a GPU, in bfloat16 and under autocast
-this is nn.Linear, line for line.
+well, makes of AVX-512 (measured by `python bench.py step`; on Intel's the two are expected to be even). On a GPU, in other types and under autocast
+this is nn.Linear. In float32 on a CPU not for torch.func's transforms (no vmap, no double backward), nor for a weight that is a DTensor.
 """
 
+import zlib
+from pathlib import Path
+
 import torch
+import torch.compiler.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
+
+# torch.compile's cache knows an operator by its name alone: after an edit it would go on with the backward from before
+torch.compiler.config.cache_key_tag += f"/{zlib.crc32(Path(__file__).read_bytes()):x}"
 
 
 def onednn(tensor: Tensor) -> bool:
     """Whether oneDNN takes this tensor's products; `torch.backends.mkldnn.flags(enabled=False)` says no."""
     return (tensor.device.type == "cpu" and tensor.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-            and torch._C._get_mkldnn_enabled())
+            and torch._C._get_mkldnn_enabled() and tensor.numel() > 0)
 
 
 def whole(matrix: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh | None = None, compile: bool 
     model.grad_checkpointing = activation_checkpointing == "block"
     if compile:
         torch._functorch.config.activation_memory_budget = 0.5 if activation_checkpointing == "selective" else 1.0
+        torch._functorch.config.is_non_builtin_to_include = True  # else it would take our operators' products for free
         torch._dynamo.config.recompile_limit = 16
         for block in model.blocks:
             block.compile(fullgraph=True)

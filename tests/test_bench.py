@@ -14,6 +14,7 @@ import bench
 from benchmarks import estimate, report, step
 from benchmarks.sharding import CASES, uniform_ranks
 from lora import layers
+from model import linear
 from model.vit import VARIANTS
 from train import Config, build_model
 
@@ -40,7 +41,7 @@ def test_commands(on_ranks):
 
 @pytest.mark.parametrize("argv, reason", [("wire --world_size 1", "at least 2"), ("memory --dp_shard 3", "does not divide the 64 ranks"),
                                           ("memory --images 0", "at least 1"), ("memory --grad_accum_steps 0", "grad_accum_steps must be at least 1"), ("memory --fit 0", "above 0 GiB"),
-                                          ("step --batch_size 0", "at least 1"), ("step --model tiny-debug", "patches of 16"), ("switch --batch_size 0", "at least 1"),
+                                          ("step --batch_size 0", "at least 1"), ("step --model tiny-debug", "patches of 16"), ("step --no_onednn --dtype bfloat16", "float32 on a CPU"), ("switch --batch_size 0", "at least 1"),
                                           ("estimate --gpus 1", "2 or more"), ("estimate --gpus 6", "fill nodes of 4"), ("estimate --mfu 2", "at most 1"),
                                           ("estimate --batch_size 100", "not divisible by 64"), ("estimate --images 5", "less than a batch")])
 def test_mistakes_are_one_sentence(on_ranks, argv, reason):
@@ -77,12 +78,14 @@ def tiny_step(monkeypatch):
 @pytest.mark.parametrize("extra", ["", " --no_onednn"])
 def test_step_command(tiny_step, monkeypatch, extra):
     called, onednn = [], layers.onednn
-    monkeypatch.setattr(layers, "onednn", lambda x: called.append(x.device.type) or onednn(x))
+    for name, ops in {"base": linear, "adapters": layers}.items():
+        monkeypatch.setattr(ops, "onednn", lambda x, name=name: called.append((name, x.device.type)) or onednn(x))
     status, out, err = run_main(f"step --model Ti/16 --ranks 8 --batch_size 2 --rounds 2 --modes eager{extra}")
-    assert ("cpu" in called) == (extra == "")  # replaced while the steps run
+    assert {name for name, device in called if device == "cpu"} == ({"base", "adapters"} if extra == "" else set())  # replaced while the steps run
     result = result_of(out)
     assert status == 0, err
     assert {"lora_vs_peft", "full_vs_timm", "full_vs_hf", "lora_vs_full", "lora_limit", "limit_fraction"} <= result.keys()
+    assert result["onednn"] == (extra == "")
     ms = result["milliseconds"]
     assert set(ms) == set(step.CONTENDERS) == set(result["memory_bytes"]) and min(ms.values()) > 0
     assert result["lora_vs_peft"] == pytest.approx(ms["HF + PEFT"] / ms["lora"]) and result["full_vs_timm"] == pytest.approx(ms["timm full"] / ms["full"])
