@@ -13,8 +13,7 @@ from benchmarks.step import describe_device
 SECTIONS = {
     "step": "A step of each phase, ViT-S/16, beside Hugging Face, PEFT and timm. The last line is for scripts.",
     "step --model B/16": "The same at B/16.",
-    "step --no_onednn --rounds 3": "S/16 with torch's own float32 products for all: what is left where MKL is as fast as oneDNN.",
-    "step --model B/16 --no_onednn --rounds 3": "And at B/16.",
+    "step --no_onednn --modes eager": "S/16 with torch's own float32 products for all: what is left where MKL is as fast as oneDNN.",
     "switch": "What a run waits for at each switch, and what the monitor costs.",
     "memory --dp_shard 1 --fit 40": "Memory of a rank, plain replication, and the images that fit in 40 GiB.",
     "memory --dp_shard 1 --activation_checkpointing none --grad_accum_steps 2": "The same with gradients kept from micro-batch to micro-batch.",
