@@ -192,7 +192,8 @@ def count_phase(cfg: Config, phase: str, ranks: dict[str, list[int]], batch_size
 
 @contextlib.contextmanager
 def without_onednn():
-    """Inside, this repo's float32 products are torch's own, MKL's, as the peers' are always."""
+    """Inside, this repo's float32 products are torch's own, MKL's, as the peers' are always. torch.backends.mkldnn.flags would take
+    oneDNN from everybody's convolutions, too."""
     with mock.patch.object(layers, "onednn", lambda tensor: False), mock.patch.object(linear, "onednn", lambda tensor: False):
         yield
 

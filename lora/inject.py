@@ -39,7 +39,9 @@ def add_lora(model: nn.Module, families: Families, ranks: dict[str, list[int]], 
 
     `ranks[family]` has one rank a layer, in the order of `families[family]`. The base's parameters stay the same objects under
     the same names. Raises ValueError, before anything is changed, if a family is unknown, empty or has another number of
-    layers than ranks, a name is no plain nn.Linear (a subclass says itself that it is one: `is_plain_linear = True`), a row part is named twice, or a rank doesn't fit its Linear.
+    layers than ranks, a name is no plain nn.Linear (a subclass says itself that it is one: `is_plain_linear = True`), a row part
+    is named twice, or a rank doesn't fit its Linear. On a CPU in float32 an adapter multiplies by oneDNN, where available: on a
+    Linear that doesn't, the function at insertion is the base's to float32's rounding instead of to the bit.
     """
     modules = dict(model.named_modules())
     plan: dict[str, list[int]] = {}  # name of the Linear -> rank of each row part
