@@ -164,17 +164,17 @@ def count_spared(model: nn.Module, rows: int) -> int:
             continue
         meta = lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")
         x, dy = torch.empty(rows, module.in_features, device="meta"), torch.empty(rows, module.out_features, device="meta")
-        weight, A, Bs = meta(module.weight), meta(module.lora_A), [meta(B) for B in module.lora_B.values()]
+        A, Bs = meta(module.lora_A), [meta(B) for B in module.lora_B.values()]
         x, dy = x.to(A.dtype), dy.to(A.dtype)
         frozen, where, parts = not module.weight.requires_grad, [int(part) for part in module.lora_B], len(module.ranks)
-        ax = torch.empty(0 if layers.merges(x, weight.to(A.dtype)) else rows, A.shape[0], dtype=A.dtype, device="meta")
         need = [not (first and frozen), not frozen, not frozen and module.bias is not None, True]  # below the first adapter nothing trains
-        counts = []
-        for forward, back in ((layers.lora_linear, layers.lora_linear_backward),
-                              (layers.lora_linear._init_fn, layers.lora_linear_backward._init_fn)):
+        weight, counts = meta(module.weight).to(A.dtype), []
+        operators = layers.prepare, layers.lora_linear, layers.lora_linear_backward
+        for prepare, forward, back in operators, [op._init_fn for op in operators]:
             with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_shapes}) as counter:
-                forward(x, weight.to(A.dtype), None, A, Bs, ax, where, parts)
-                back(dy, x, weight.to(A.dtype), A, ax, Bs, where, parts, *need)
+                prepared = prepare(x, weight, A, Bs, where, parts)
+                forward(x, weight, None, A, Bs, prepared, where, parts)
+                back(dy, x, weight, A, prepared, Bs, where, parts, *need)
             counts.append(counter.get_total_flops())
         total, first = total + counts[0] - counts[1], False
     return total

@@ -5,9 +5,9 @@ alpha / √rank (Kalajdzievski 2312.03732).
 A fused qkv is one Linear with three row parts and so three adapters with three ranks: their A-matrices stand side by side in
 one (Σ rank, in) matrix and take one GEMM, each B-product is added to its rows in place.
 
-The whole is one operator with a backward of its own, `prelora::lora_linear`, which torch.compile takes as it is: it keeps x for backward,
-A x where W, A and B multiply apart, and nothing else, computes no gradient that nobody asked for, and where that is exact and cheaper
-multiplies by W + B A (see `merges`).
+The whole is one operator with a backward of its own, `prelora::lora_linear`, which torch.compile takes as it is: it keeps x for backward and,
+where W, A and B multiply apart, A x, computes no gradient that nobody asked for, and where that is exact and cheaper multiplies by
+W + B A, which it then keeps instead of A x (see `merges`).
 Not for torch.func's transforms (no vmap, no double backward), nor for float16 autocast, which needs a gradient scaler this repo has not.
 """
 
@@ -57,8 +57,9 @@ def merges(x: Tensor, weight: Tensor) -> bool:
     """Whether x is multiplied by W + B A, made anew in every step, instead of by W and by A and B.
 
     That spares the products of N rows with B, forward, and with A, backward, and where W is trained the other four, too: the adapters'
-    gradients then are B' dW and dW A'. It costs products of `weight.shape`, so x must have rows enough. And nothing may be lost in
-    the sum: not in bfloat16 nor TF32, where an adapter's small B A would vanish beside W.
+    gradients then are B' dW and dW A'. It costs one product of `weight.shape` (W trained: three), so x must have rows enough, and one more
+    copy of the weights, whole ones where FSDP shards them, from forward to backward. And nothing may be lost in the sum: not in bfloat16
+    nor TF32, where an adapter's small B A would vanish beside W.
     """
     exact = x.dtype == torch.float64 or x.dtype == torch.float32 and (
         x.device.type in ("cpu", "meta") or multiplies_exactly())
@@ -123,45 +124,47 @@ def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], p
     return new
 
 
-@torch.library.custom_op("prelora::project", mutates_args=())
-def project(x: Tensor, A: Tensor) -> Tensor:
-    """A x (N, Σ rank). It has no gradient of its own: `lora_linear` sees to A and x."""
-    return mm(x, A.t())
+@torch.library.custom_op("prelora::prepare", mutates_args=())
+def prepare(x: Tensor, weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int) -> Tensor:
+    """What forward and backward both need: W + B A (out, in) where they multiply by it, else A x (N, Σ rank). It has no gradient of its own:
+    `lora_linear` sees to that.
+
+    It is apart from `lora_linear` so that y is all that gives: with two outputs the compiler's partitioner thinks y cheaper to make again
+    than to keep, and has forward write GELU's derivative, too, instead of keeping what backward can make it from.
+    """
+    return add_product(weight, A, Bs, where, parts) if merges(x, weight) else mm(x, A.t())
 
 
-@project.register_fake
-def _(x, A):
-    return x.new_empty(x.shape[0], A.shape[0])
+@prepare.register_fake
+def _(x, weight, A, Bs, where, parts):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format) if merges(x, weight) else x.new_empty(x.shape[0], A.shape[0])
 
 
-@register_flop_formula(torch.ops.prelora.project)
-def project_flops(x, A, **kwargs) -> int:
+@register_flop_formula(torch.ops.prelora.prepare)
+def prepare_flops(x, weight, A, *args, **kwargs) -> int:
+    """LoRA's own, as below: A x, however it was come by."""
     return 2 * x[0] * A[0] * A[1]
 
 
 @torch.library.custom_op("prelora::lora_linear", mutates_args=())
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bs: list[Tensor], ax: Tensor, where: list[int],
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bs: list[Tensor], prepared: Tensor, where: list[int],
                 parts: int) -> Tensor:
-    """y (N, out). ax: A x (N, Σ rank), without a gradient, kept for backward; empty where that will not ask for it.
-
-    It comes from outside so that y is all that this gives: with two outputs the compiler's partitioner thinks y cheaper to make again
-    than to keep, and has forward write GELU's derivative, too, instead of keeping what backward can make it from.
-    """
+    """y (N, out), with its gradients. prepared: by `prepare`."""
     if merges(x, weight):
-        return mm(x, add_product(weight, A, Bs, where, parts).t(), bias)
-    y, ax = mm(x, weight.t(), bias), ax if len(ax) == len(x) else mm(x, A.t())  # empty in evaluation
+        return mm(x, prepared.t(), bias)
+    y = mm(x, weight.t(), bias)
     for B, part, (start, end) in zip(Bs, where, spans(Bs)):
-        rows_of(y, part, parts, 1).addmm_(ax[:, start:end], B.t())
+        rows_of(y, part, parts, 1).addmm_(prepared[:, start:end], B.t())
     return y
 
 
 @lora_linear.register_fake
-def _(x, weight, bias, A, Bs, ax, where, parts):
+def _(x, weight, bias, A, Bs, prepared, where, parts):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("prelora::lora_linear_backward", mutates_args=())
-def lora_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, ax: Tensor, Bs: list[Tensor], where: list[int], parts: int,
+def lora_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, prepared: Tensor, Bs: list[Tensor], where: list[int], parts: int,
                          need_x: bool, need_weight: bool, need_bias: bool,
                          need_adapters: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of (x, weight, bias, A, Bs); empty what is not needed."""
@@ -182,33 +185,35 @@ def lora_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, ax: T
         g = g[0] if len(g) == 1 else torch.cat(g, dim=1)  # dy B (N, Σ rank)
         if need_adapters:
             dA = mm(g.t(), x)
-            ax = mm(x, A.t()) if merged else ax
+            ax = mm(x, A.t()) if merged else prepared
             dBs = [get_dB(rows, ax[:, start:end]) for rows, (start, end) in zip(dys, spans(Bs))]
     if need_x and merged:
-        dx = mm(dy, add_product(weight, A, Bs, where, parts))
+        dx = mm(dy, prepared)
     elif need_x:
         dx = mm(dy, weight).addmm_(g, A)
     return dx, dweight, dbias, dA, dBs
 
 
 @lora_linear_backward.register_fake
-def _(dy, x, weight, A, ax, Bs, where, parts, need_x, need_weight, need_bias, need_adapters):
+def _(dy, x, weight, A, prepared, Bs, where, parts, need_x, need_weight, need_bias, need_adapters):
     new = lambda like, needed: x.new_empty(like.shape if needed else (0,))
     return (new(x, need_x), new(weight, need_weight), x.new_empty(weight.shape[0] if need_bias else 0), new(A, need_adapters),
             [new(B, need_adapters) for B in Bs])
 
 
 def setup_context(ctx, inputs, output):
-    x, weight, bias, A, Bs, ax, ctx.where, ctx.parts = inputs
-    ctx.save_for_backward(x, weight, A, ax, *Bs)
+    x, weight, bias, A, Bs, prepared, ctx.where, ctx.parts = inputs
+    if merges(x, weight) and not ctx.needs_input_grad[0]:  # then W + B A has done its work
+        prepared = x.new_empty(0)
+    ctx.save_for_backward(x, weight, A, prepared, *Bs)
     ctx.has_bias = bias is not None
 
 
 def backward(ctx, dy):
-    x, weight, A, ax, *Bs = ctx.saved_tensors
+    x, weight, A, prepared, *Bs = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_Bs = ctx.needs_input_grad[:5]
     need_adapters = need_A or any(need_Bs)
-    dx, dweight, dbias, dA, dBs = lora_linear_backward(dy, x, weight, A, ax, Bs, ctx.where, ctx.parts, need_x, need_weight,
+    dx, dweight, dbias, dA, dBs = lora_linear_backward(dy, x, weight, A, prepared, Bs, ctx.where, ctx.parts, need_x, need_weight,
                                                        need_bias and ctx.has_bias, need_adapters)
     return (dx if need_x else None, dweight if need_weight else None, dbias if need_bias and ctx.has_bias else None,
             dA if need_A else None, [dB if need else None for dB, need in zip(dBs, need_Bs)], None, None, None)
@@ -218,13 +223,13 @@ lora_linear.register_autograd(backward, setup_context=setup_context)
 
 
 @register_flop_formula(torch.ops.prelora.lora_linear)
-def lora_linear_flops(x, weight, bias, A, Bs, ax, where, parts, **kwargs) -> int:
-    """LoRA's own: W x, A x (which `project` counts where it was made outside) and B (A x), however they were come by."""
-    return 2 * x[0] * (weight[0] * weight[1] + (not ax[0]) * A[0] * A[1] + sum(rows * rank for rows, rank in Bs))
+def lora_linear_flops(x, weight, bias, A, Bs, *args, **kwargs) -> int:
+    """W x and B (A x)."""
+    return 2 * x[0] * (weight[0] * weight[1] + sum(rows * rank for rows, rank in Bs))
 
 
 @register_flop_formula(torch.ops.prelora.lora_linear_backward)
-def lora_linear_backward_flops(dy, x, weight, A, ax, Bs, where, parts, need_x, need_weight, need_bias, need_adapters, **kwargs) -> int:
+def lora_linear_backward_flops(dy, x, weight, A, prepared, Bs, where, parts, need_x, need_weight, need_bias, need_adapters, **kwargs) -> int:
     low = sum(rows * rank for rows, rank in Bs)
     return 2 * x[0] * ((need_x + need_weight) * weight[0] * weight[1]  # dx, dW
                        + (need_x or need_adapters) * low + need_x * A[0] * A[1]  # dy B, and that times A
@@ -294,10 +299,10 @@ class LoRALinear(nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = [None if t is None else t.to(dtype) for t in tensors]
         x2d, weight, bias, A, *Bs = tensors  # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
-        kept = torch.is_grad_enabled() and not merges(x2d, weight)  # else forward has no use for it
-        with torch.no_grad():  # the operator's backward sees to A
-            ax = project(x2d, A) if kept else x2d.new_empty(0, A.shape[0])  # (N, Σ rank)
-        y = lora_linear(x2d, weight, bias, A, Bs, ax, [int(part) for part in self.lora_B], len(self.ranks))
+        where, parts = [int(part) for part in self.lora_B], len(self.ranks)
+        with torch.no_grad():
+            prepared = prepare(x2d, weight, A, Bs, where, parts)
+        y = lora_linear(x2d, weight, bias, A, Bs, prepared, where, parts)
         return y.view(*x.shape[:-1], self.out_features)  # (..., out)
 
     def adapter(self, part: int) -> tuple[Tensor, Tensor]:

@@ -223,16 +223,17 @@ def test_operator_under_autocast(frozen):
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("frozen", [True, False])
-def test_what_is_kept_for_backward(rows, frozen):
-    """x, and A x where W and B A multiply on their own; never W + B A, nor anything of y's size."""
-    linear, x = build_linear([2, 4, 3]), torch.randn(rows, 12)
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_kept_for_backward(rows, frozen, first):
+    """x, and A x where W and B A multiply on their own, else W + B A if x has a gradient; nothing of y's size."""
+    linear, x = build_linear([2, 4, 3]), torch.randn(rows, 12, requires_grad=not first)
     linear.weight.requires_grad_(not frozen)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         linear(x)
     own = {p.data_ptr() for p in linear.parameters()}
     sizes = sorted(t.numel() for t in kept if t.data_ptr() not in own and t.numel())
-    assert sizes == sorted([x.numel()] + ([rows * 9] if rows < 24 else [])), sizes
+    assert sizes == sorted([x.numel()] + ([rows * 9] if rows < 24 else [] if first else [linear.weight.numel()])), sizes
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
