@@ -5,9 +5,9 @@ alpha / √rank (Kalajdzievski 2312.03732).
 A fused qkv is one Linear with three row parts and so three adapters with three ranks: their A-matrices stand side by side in
 one (Σ rank, in) matrix and take one GEMM, each B-product is added to its rows in place.
 
-The whole is one operator with a backward of its own, `prelora::lora_linear`, which torch.compile takes as it is: it keeps x for backward and,
-where W, A and B multiply apart, A x, computes no gradient that nobody asked for, and where that is exact and cheaper multiplies by
-W + B A, which it then keeps instead of A x (see `merges`).
+The whole is one operator with a backward of its own, `prelora::lora_linear`, which torch.compile takes as it is, and a small one before it,
+`prelora::prepare`. It keeps x and A x for backward and computes no gradient that nobody asked for. Where that is exact and cheaper it
+multiplies by W + B A (see `merges`), and keeps that instead of A x, if x has a gradient.
 Not for torch.func's transforms (no vmap, no double backward), nor for float16 autocast, which needs a gradient scaler this repo has not.
 """
 
@@ -54,7 +54,7 @@ def multiplies_exactly() -> bool:
 
 
 def merges(x: Tensor, weight: Tensor) -> bool:
-    """Whether x is multiplied by W + B A, made anew in every step, instead of by W and by A and B.
+    """Whether x is multiplied by W + B A, made anew in every forward, instead of by W and by A and B.
 
     That spares the products of N rows with B, forward, and with A, backward, and where W is trained the other four, too: the adapters'
     gradients then are B' dW and dW A'. It costs one product of `weight.shape` (W trained: three), so x must have rows enough, and one more
@@ -126,7 +126,7 @@ def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], p
 
 @torch.library.custom_op("prelora::prepare", mutates_args=())
 def prepare(x: Tensor, weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int) -> Tensor:
-    """What forward and backward both need: W + B A (out, in) where they multiply by it, else A x (N, Σ rank). It has no gradient of its own:
+    """What forward hands on to backward: W + B A (out, in) where they multiply by it, else A x (N, Σ rank). It has no gradient of its own:
     `lora_linear` sees to that.
 
     It is apart from `lora_linear` so that y is all that gives: with two outputs the compiler's partitioner thinks y cheaper to make again

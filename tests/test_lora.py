@@ -265,8 +265,8 @@ def test_the_question_for_tf32_can_be_compiled():
         compiled(lambda: torch.get_float32_matmul_precision() == "highest")
 
 
-def test_compiled_forward_leaves_gelu_s_derivative_to_backward():
-    """The partitioner keeps fc1's output; e^(-y²/2), the derivative's, is in backward's graph alone."""
+def capture_graphs(x):
+    """Forward's and backward's graph, as torch.compile's partitioner cuts them, of two adapted Linears with a GELU between."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -278,10 +278,26 @@ def test_compiled_forward_leaves_gelu_s_derivative_to_backward():
     model.compile(fullgraph=True, backend=aot_autograd(
         fw_compiler=capture("forward"), bw_compiler=capture("backward"), decompositions=select_decomp_table(),
         partition_fn=min_cut_rematerialization_partition))
-    model(torch.randn(ROWS["merged"], 12)).sum().backward()
-    ops = {name: [str(node.target) for node in graph.graph.nodes] for name, graph in graphs.items()}
+    model(x).sum().backward()
+    return graphs, {name: [str(node.target) for node in graph.graph.nodes] for name, graph in graphs.items()}
+
+
+def test_compiled_forward_leaves_gelu_s_derivative_to_backward():
+    """The partitioner keeps fc1's output; e^(-y²/2), the derivative's, is in backward's graph alone."""
+    _, ops = capture_graphs(torch.randn(ROWS["merged"], 12))
     assert "aten.exp.default" in ops["backward"] and "aten.exp.default" not in ops["forward"]
     assert "aten.erf.default" in ops["forward"]  # control: GELU is taken apart, and is there
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("first", [True, False])
+def test_compiled_forward_prepares_for_backward(rows, first):
+    """What `prepare` makes is made once, and the compiler keeps it; not a first Linear's W + B A, which nobody asks for again."""
+    graphs, ops = capture_graphs(torch.randn(rows, 12, requires_grad=not first))
+    assert ops["forward"].count("prelora.prepare.default") == 2 and "prelora.prepare.default" not in ops["backward"]
+    (output,) = [node for node in graphs["forward"].graph.nodes if node.op == "output"]
+    kept = [str(node.target) for node in output.args[0] if node is not None].count("prelora.prepare.default")
+    assert kept == (1 if first and rows == ROWS["merged"] else 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -256,7 +256,7 @@ def test_memory_of_real_ranks_is_that_of_fake_ones(on_ranks):
     qkv = 4 * images * 17 * 3 * TINY["embed_dim"]  # of one block
     for real_warmup, real_lora in on_ranks(2, real_memory, "tiny/2", images, cases):
         assert warmup == pytest.approx(real_warmup, rel=0.01)
-        inside = 4 * 3 * 64 * (images * 17 + TINY["embed_dim"])  # of qkv's operator: dy B, while the adapters' gradients are made
+        inside = 4 * 3 * 64 * (images * 17 + TINY["embed_dim"])  # of an operator: dy B and A x of rank 64, or qkv's dy B and a gradient
         assert -inside < lora - real_lora < 1.1 * qkv  # as the docstring of benchmarks/sharding.py owns
 
 
