@@ -7,22 +7,22 @@ file has been written."""
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.datasets import DATASETS
-from data.staging import get_staged_dir, stage
-from launch.distributed import get_world_rank, get_world_size, once_per_node, together
-from model.variants import LORA_FAMILIES
-from monitor.log import check_logs, load_run, phase_table
 from torch import Tensor, nn
 
 from config.cli import split_fork, typed_config
+from data.datasets import DATASETS
 from data.loader import Loader, build_loader
+from data.staging import get_staged_dir, stage
 from errors import UserError
 from files import write_json
+from launch.distributed import get_world_rank, get_world_size, once_per_node, together
 from lora.inject import match_families
 from model import checkpoint
 from model.checkpoint import on_process_0
 from model.pretrained import load_pretrained
+from model.variants import LORA_FAMILIES
 from monitor.convergence import find_switch
+from monitor.log import check_logs, load_run, phase_table
 from monitor.logger import RunLogger
 
 # A run goes on with these as they were: its past depends on them.
@@ -72,6 +72,12 @@ class Start:
     passed_over: list[str] = field(default_factory=list)  # damaged checkpoints, in sentences
     train_loader: Loader | None = None
     val_loader: Loader | None = None
+    log: RunLogger | None = None
+
+    def close(self) -> None:
+        for opened in (self.train_loader, self.val_loader, self.log):
+            if opened is not None:
+                opened.close()
 
 
 def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
@@ -120,7 +126,7 @@ def open_log(cfg, start: Start, last_step: int) -> RunLogger:
         (run_dir / "ranks.json").unlink(missing_ok=True)  # of epochs after the checkpoint, perhaps
         if s.ranks:
             write_json(run_dir / "ranks.json", s.ranks)
-    log = RunLogger(run_dir, s.step, last_step, s.metrics_bytes, s.steps_bytes, enabled=first)
+    log = start.log = RunLogger(run_dir, s.step, last_step, s.metrics_bytes, s.steps_bytes, enabled=first)
     log.epochs = on_process_0(list, log.epochs)
     for record in start.records:
         log.copy(record)

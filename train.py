@@ -20,6 +20,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,30 +28,32 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from data.datasets import DATASETS
-from data.device import mixup, normalise
-from lora.kernels import use_onednn
-from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
-from monitor.log import get_freeze_step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from config.cli import parse_config
 from config.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PowerOfTwo
+from data.datasets import DATASETS
+from data.device import mixup, normalise
 from data.loader import prefetch
 from errors import UserError
 from launch import distributed, failures
 from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families, rank_costs
+from lora.kernels import use_onednn
 from lora.ranks import Ranks, choose_ranks
 from model import checkpoint, parallel
 from model.optim import apply_update, build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
 from model.pretrained import copy_weights
+from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
 from model.vit import VisionTransformer
-from monitor.convergence import get_changes, switch_due
+from monitor.clock import EpochClock
+from monitor.convergence import get_changes, get_signs, switch_due
+from monitor.log import get_freeze_step, load_run
 from monitor.logger import RunLogger
-from monitor.norms import adapter_norms, weight_norms
-from monitor.perf import EpochClock, count_flops, peak_memory, reset_peak_memory
+from monitor.norms import get_norms
+from monitor.perf import count_flops, peak_memory, reset_peak_memory
+from monitor.records import get_epoch_record, get_start_record, get_switch_record
 from start import Start, State, begin, open_log, say_done
 
 
@@ -321,6 +324,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     last_step = min(cfg.max_steps or total_steps, total_steps)
     schedule = dict(peak=cfg.lr, warmup_steps=cfg.lr_warmup_steps, total_steps=total_steps)
     lr_at = partial(get_lr, **schedule, rewarm_steps=cfg.lora_rewarm_steps)
+    baseline = load_run(cfg.baseline).epochs if cfg.baseline else None
     if s.step >= last_step and s.epoch_step < steps_per_epoch:
         return say_done(cfg, s, total_steps)
 
@@ -336,7 +340,8 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
     phase, ranks = get_next_phase(cfg, s, log.epochs)
     costs = enter_phase(cfg, s, model, optimizer, device) if phase == s.phase else {}
-    log.start(s, device, costs)
+    hosts = distributed.gather(distributed.get_host())
+    log.write(get_start_record(s, device, hosts, start.notes, costs))
 
     stopped = False
     while s.epoch < cfg.epochs:
@@ -349,12 +354,13 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             gc.collect()  # compiled blocks stand in reference cycles, and hold the old model
             peak = distributed.max_over_processes(peak_memory(device), device)
             costs = enter_phase(cfg, s, model, optimizer, device)
-            log.switch(s, previous, peak, costs, seconds=time.perf_counter() - began)
+            log.switch(get_switch_record(s, previous, peak, costs, time.perf_counter() - began))
 
         # -- an epoch of training, or what is left of it
         steps = min(steps_per_epoch - s.epoch_step, last_step - s.step)
         batches = prefetch(train_loader.epoch(s.epoch, s.epoch_step * cfg.grad_accum_steps), device)
-        clock = EpochClock(cfg, s, model, batches, device, trace=cfg.profile and log.enabled and steps >= 3)
+        trace = log.get_trace_path(s.phase) if cfg.profile and steps >= 3 else None
+        clock = EpochClock(s, model, batches, device, trace)
         frozen_at = get_freeze_step(log.epochs)
         failed = torch.zeros((), dtype=torch.bool, device=device)
         pending = []  # (learning rate, result) of the steps that the host has not looked at
@@ -364,9 +370,10 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             pending.append((lr, train_step(cfg, model, optimizer, clock.batches, s.step, lr, failed)))
             s.step, s.epoch_step = s.step + 1, s.epoch_step + 1
             clock.step()
+            log.advance()
             if device.type == "cpu" or s.step % LOOK_EVERY == 0 or i == steps - 1:  # the loop's only sync
                 look(s, log, pending)
-                log.progress(s, clock.images_per_second)
+                log.progress(s.phase, s.epoch_loss / s.epoch_step, clock.images_per_second(cfg.batch_size))
                 stopped = stop.on_any_process(device)
                 if stopped:
                     break
@@ -378,25 +385,20 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         # -- the epoch's end: measure, evaluate, decide, save
         s.epoch += 1
         own = distributed.gather(clock.own_costs | {"host": distributed.get_host()})
-        norms = {
-            "weight_norms": weight_norms(model, families),
-            "adapter_norms": adapter_norms(model, families),
-        }
-        if s.phase == "lora" and log.epochs:  # the base's stay; a bfloat16 copy would only blur them
-            norms["weight_norms"] = log.epochs[-1]["weight_norms"]
-        scores = dict.fromkeys(("val_loss", "val_top1", "val_top5"))
-        if s.epoch % cfg.eval_every == 0 or s.step >= last_step:
-            scores = evaluate(cfg, model, start.val_loader.epoch(0), device)
         lr = lr_at(s.step - 1, frozen_at=frozen_at)
-        log.epoch(cfg, s, clock.get_costs(own, costs), lr, norms, scores)
+        record = get_epoch_record(cfg, s, device, own, costs, lr, log.take_step_losses())
+        record |= get_norms(model, families, frozen=log.epochs[-1:] if s.phase == "lora" else [])
+        if s.epoch % cfg.eval_every == 0 or s.step >= last_step:
+            record |= evaluate(cfg, model, start.val_loader.epoch(0), device)
+        log.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
         s.begin_epoch()
         phase, ranks = get_next_phase(cfg, s, log.epochs)
-        log.signs(cfg, s, phase, ranks)
+        log.decided(s, get_signs(cfg, s, log.epochs, baseline, phase), ranks)
         pinned = phase != s.phase or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0)
         save(cfg, s, log, model, optimizer, pinned)
         if s.step >= last_step:
             break
-    log.end(s, stop if stopped else None)
+    log.end(s.step, stop.signal or "another process was told to stop" if stopped else None)
     return not stopped
 
 
@@ -439,12 +441,13 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
         start = begin(cfg, build_net(cfg), notes)
     except (UserError, RuntimeError) as error:
         return failures.refuse(error)
-    with distributed.process_log(Path(cfg.run_dir)) as log, distributed.StopRequest(signals) as stop:
+    run_dir = Path(cfg.run_dir)
+    with distributed.process_log(run_dir) as say, distributed.StopRequest(signals) as stop, closing(start):
         try:
             ended = train(cfg, start, device, mesh, stop)
             distributed.finish()
         except (UserError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
-            return failures.explain(error, Path(cfg.run_dir), log)
+            return failures.explain(error, run_dir, say)
     return 0 if ended else distributed.REQUEUE
 
 
