@@ -35,13 +35,17 @@ from torch.distributed.tensor import DTensor
 
 from data.augment import mixup, normalise
 from data.loader import DATASETS, build_loader, get_staged_dir, prefetch, stage
+from errors import SharedError
+from files import read_json, write_json
 from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families, rank_costs
 from lora.ranks import assign_ranks, budget_ranks, count_parameters, uniform_ranks
 from model import checkpoint, distributed
 from model.optim import build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
-from model.parallel import build_mesh, parallelize, reshard, to_plain, unsharded
-from model.pretrained import TIMM, copy_weights, load_pretrained
-from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
+from model.parallel import build_mesh, materialise, parallelize, reshard, to_plain, unsharded
+from model.pretrained import copy_weights, load_pretrained
+from model.sources import TIMM
+from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
+from model.vit import VisionTransformer
 from monitor.convergence import ConvergenceMonitor, failure_signs, rank_signs, replay
 from monitor.logger import RunLogger, phase_table
 from monitor.norms import adapter_norms, weight_norms
@@ -256,12 +260,12 @@ def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
         run, _ = split_fork(cfg.fork)
         if not Path(run, "config.json").is_file():
             raise ValueError(f"no run {run} to fork from (--fork RUN, or RUN@epoch with a whole number)")
-        source = typed_config(checkpoint.read_json(Path(run, "config.json")), f"{run}/config.json")
+        source = typed_config(read_json(Path(run, "config.json")), f"{run}/config.json")
         cfg = parse_flags(flags, dataclasses.replace(source, fork=None, init_from=None, fresh_head=False, max_steps=None, resume=False))
         run_dir = Path(cfg.run_dir)
         stored = run_dir / "config.json"
     if cfg.resume and stored.exists():
-        old = dataclasses.replace(typed_config(checkpoint.read_json(stored), str(stored)), run_dir=cfg.run_dir, resume=True)
+        old = dataclasses.replace(typed_config(read_json(stored), str(stored)), run_dir=cfg.run_dir, resume=True)
         asked, cfg = cfg, parse_flags(flags, old)
         for name, value in vars(cfg).items():
             if value != getattr(old, name):
@@ -293,10 +297,7 @@ def build_model(cfg: Config, phase: str, ranks: dict[str, list[int]] | None, dev
         freeze_base(model, keep=LORA_REST if rest else (), dtype=None if sharded else getattr(torch, cfg.dtype))
     parallelize(model, mesh, cfg.compile, getattr(torch, cfg.dtype), cfg.activation_checkpointing, cfg.reshard_after_forward,
                 cfg.frozen_base == "replicate")
-    model.to_empty(device=device)
-    for module in model.modules():  # to_empty left the buffers as garbage, and no state dict has them
-        if hasattr(module, "init_buffers"):
-            module.init_buffers()
+    materialise(model, device)
     for block in model.blocks:
         with unsharded(block):  # what forward sees are the gathered parameters
             mark_ranks_dynamic(block)
@@ -618,10 +619,10 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
     baseline = load_run(cfg.baseline)[1] if cfg.baseline else None  # its epoch records
 
     if rank == 0:
-        checkpoint.write_json(run_dir / "config.json", vars(cfg) | {"resume": False})
+        write_json(run_dir / "config.json", vars(cfg) | {"resume": False})
         (run_dir / "ranks.json").unlink(missing_ok=True)  # of epochs after the checkpoint, perhaps
         if s.ranks:
-            checkpoint.write_json(run_dir / "ranks.json", s.ranks)
+            write_json(run_dir / "ranks.json", s.ranks)
     logger = RunLogger(run_dir, s.step, last_step, s.metrics_bytes, enabled=rank == 0)
     for record in meta["records"] if last and "records" in meta else ():
         logger.copy(record)
@@ -802,7 +803,7 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             decide_phase(cfg, s, monitor if due else None)
             if due:
                 if rank == 0:
-                    checkpoint.write_json(run_dir / "ranks.json", s.ranks)
+                    write_json(run_dir / "ranks.json", s.ranks)
                 signs += rank_signs(s.ranks, cfg.rank_min, cfg.rank_max, cfg.rank_rule == "minmax")
             if s.epoch == cfg.epochs and s.phase == "full" and cfg.mode == "prelora":
                 signs.append(f"the convergence test did not pass in time: tau {cfg.tau}, zeta {cfg.zeta}, windows of {cfg.window_epochs}")
@@ -826,7 +827,7 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
         device = distributed.start()
         with distributed.together():
             cfg, notes = parse_config(argv)
-        mesh = build_mesh(cfg.dp_shard, device.type)
+        mesh = build_mesh(cfg.dp_shard, device.type, distributed.TIMEOUT)
         found = distributed.on_rank_0(checkpoint.find, Path(cfg.run_dir)) if cfg.resume else (None, None, [])
         if cfg.fork and not found[0]:
             *found, differences = distributed.on_rank_0(find_fork, cfg)
@@ -852,7 +853,7 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
             ended = train(cfg, device, mesh, stop, notes + remarks, weights, *loaders, *found)
             distributed.finish()
             return 0 if ended else distributed.REQUEUE
-        except (FloatingPointError, distributed.SharedError) as e:  # on every rank
+        except (FloatingPointError, distributed.SharedError, SharedError) as e:  # on every rank
             log(f"error: {e}", console=distributed.get_rank() == 0)
         except KeyboardInterrupt:
             log(f"interrupted: go on with --run_dir {cfg.run_dir} --resume True", console=distributed.get_rank() == 0)
