@@ -28,7 +28,8 @@ from data.loader import DATASETS, prefetch
 from lora.inject import merge_lora
 from lora.layers import separate_products
 from model import checkpoint, distributed
-from model.pretrained import TIMM, copy_weights, find_variant, load_pretrained, read_pretrained
+from model.pretrained import copy_weights, find_variant, load_pretrained
+from model.sources import TIMM, read_pretrained
 
 
 @dataclass

@@ -34,9 +34,11 @@ from data.loader import DATASETS
 from evaluate import build_checkpoint, load_checkpoint
 from lora.inject import is_adapter, merge_lora
 from lora.layers import LoRALinear, separate_products
+from files import write_json
 from model import checkpoint
-from model.pretrained import TIMM, build_timm
-from model.vit import VARIANTS, to_huggingface
+from model.sources import TIMM, build_timm
+from model.huggingface import to_huggingface
+from model.variants import VARIANTS
 from monitor.plot import load_run
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
@@ -68,7 +70,7 @@ def write_timm(cfg: train.Config, model: nn.Module, classes: list[str] | None, f
     """config.json as timm's own export has it, and model.safetensors."""
     data, row = DATASETS[cfg.dataset], VARIANTS[cfg.model]
     size, num_classes = data.image_size, model.head.out_features
-    checkpoint.write_json(folder / "config.json", {
+    write_json(folder / "config.json", {
         "architecture": ARCHITECTURES.get(cfg.model, "vit_tiny_patch16_224"), "num_classes": num_classes, "num_features": row["embed_dim"],
         "global_pool": "token", **({"label_names": classes} if classes else {}),
         "model_args": {"img_size": size, **{name: row[name] for name in ("patch_size", "embed_dim", "depth", "num_heads")}},
@@ -95,7 +97,7 @@ def write_huggingface(cfg: train.Config, weights: dict[str, Tensor], classes: li
     model = ViTForImageClassification(config)
     model.load_state_dict(to_huggingface({name: tensor.float() for name, tensor in weights.items()}), strict=True)
     model.save_pretrained(folder)
-    checkpoint.write_json(folder / "preprocessor_config.json", {
+    write_json(folder / "preprocessor_config.json", {
         "image_processor_type": "BitImageProcessor",  # ViT's own can't resize the shorter side and cut out the middle
         "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": data.short_side}, "resample": 2,  # bilinear
         "do_center_crop": True, "crop_size": {"height": data.image_size, "width": data.image_size}, "do_rescale": True,

@@ -26,9 +26,10 @@ from scipy import stats
 import replay
 import train
 from lora.inject import init_adapters
+from files import read_json, write_json
 from model import checkpoint
 from model.optim import build_optimizer
-from model.vit import VARIANTS
+from model.variants import VARIANTS
 from monitor import plot
 
 ROOT, RUNS, DOC = Path(__file__).parent, Path("runs/study"), Path("docs/study.md")
@@ -80,7 +81,7 @@ def build_command(arm: Arm, seed: int, *more: str) -> tuple[Path, int, list[str]
     cfg = train.parse_flags(flags, train.load_preset(f"config/{arm.preset}.py"))
     train.check_config(cfg)
     if (run_dir / "config.json").exists():
-        stored = train.typed_config(checkpoint.read_json(run_dir / "config.json"), str(run_dir / "config.json"))
+        stored = train.typed_config(read_json(run_dir / "config.json"), str(run_dir / "config.json"))
         changed = [name for name, value in vars(cfg).items() if value != getattr(stored, name) and name not in ("num_workers", "fork")]
         if changed:
             raise ValueError(f"{run_dir} was trained with another {', '.join(changed)}: remove it, it will be trained anew")
@@ -197,8 +198,8 @@ def get_epoch_seconds() -> dict[str, dict[str, float]]:
     path = RUNS / "seconds.json"
     if not path.exists():
         print("timing the phases of all arms side by side …", flush=True)
-        checkpoint.write_json(path, time_epochs())
-    seconds = checkpoint.read_json(path)
+        write_json(path, time_epochs())
+    seconds = read_json(path)
     return {arm.name: seconds.get(arm.name, {}) | {"full": seconds[BASELINE.name]["full"]} for arm in ARMS}
 
 

@@ -9,6 +9,7 @@ import torch
 from benchmarks.sharding import CASES, Model, build_fake, count_wire, fake_ranks
 from benchmarks.step import Ranks, choose
 from data.loader import DATASETS
+from model import distributed
 from model.parallel import build_mesh
 from monitor.perf import PEAK_FLOPS, count_flops
 from train import Config, build_model
@@ -87,7 +88,7 @@ assumed
   overlap: all communication behind computation, or the reverse; none: one after the other. A real run lies between.""")
     with fake_ranks(gpus) as mode:
         for sharding, shards in {"plain replication": 1, f"HSDP, dp_shard {node}": node}.items():
-            mesh = build_mesh(shards, "cpu")
+            mesh = build_mesh(shards, "cpu", distributed.TIMEOUT)
             print(f"\n{sharding:34}{'compute':>9}{'optimizer':>11}{'wire':>8}{'overlap':>9}{'none':>8}{'full / it':>11}   the authors' logs")
             for title, (phase, frozen_base) in CASES.items():
                 case = dataclasses.replace(cfg, frozen_base=frozen_base)

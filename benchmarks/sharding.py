@@ -31,9 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import train
 from data.loader import DATASETS
+from model import distributed
 from model.optim import build_optimizer
 from model.parallel import build_mesh, to_plain
-from model.vit import LORA_FAMILIES, VARIANTS
+from model.variants import LORA_FAMILIES, VARIANTS
 from train import Config, autocast, build_model, switch_phase
 
 Model = Literal[*VARIANTS]
@@ -106,7 +107,7 @@ def each_mesh(world_size: int, dp_shard: int | None):
     """(title, dp_shard, mesh) of one choice, or of three: one copy of the masters in all, one to 4 ranks, one to each."""
     for shards in [dp_shard] if dp_shard else sorted({world_size, min(4, world_size), 1}, reverse=True):
         kind = {1: "plain replication", world_size: "full sharding"}.get(shards, f"HSDP, {world_size // shards} copies")
-        yield f"{kind} (dp_shard {shards})", shards, build_mesh(shards, "cpu")
+        yield f"{kind} (dp_shard {shards})", shards, build_mesh(shards, "cpu", distributed.TIMEOUT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

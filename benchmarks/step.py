@@ -24,7 +24,7 @@ from lora.inject import init_adapters
 from lora.layers import LoRALinear
 from model import linear
 from model.optim import build_optimizer
-from model.vit import LORA_FAMILIES, VARIANTS
+from model.variants import LORA_FAMILIES, VARIANTS
 from monitor.perf import Stopwatch, count_flops, peak_flops
 from train import Config, autocast, build_model
 

@@ -20,7 +20,7 @@ from benchmarks.step import Contender, Ranks, choose, describe_device
 from data.loader import DATASETS
 from lora.inject import match_families
 from model.optim import build_optimizer
-from model.vit import LORA_FAMILIES
+from model.variants import LORA_FAMILIES
 from monitor.convergence import ConvergenceMonitor
 from monitor.norms import adapter_norms, weight_norms
 from monitor.perf import count_flops

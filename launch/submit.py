@@ -36,7 +36,7 @@ from data.loader import DATASETS, find_beton
 from data.order import check_classes, get_indices
 from launch.job import MAX_REQUEUES, Job, get_failures
 from model import checkpoint
-from model.vit import VARIANTS
+from model.variants import VARIANTS
 from monitor.logger import phase_table
 from monitor.plot import load_run
 import train

@@ -15,7 +15,7 @@ from benchmarks import estimate, report, step
 from benchmarks.sharding import CASES, uniform_ranks
 from lora import layers
 from model import linear
-from model.vit import VARIANTS
+from model.variants import VARIANTS
 from train import Config, build_model
 
 CASES = list(CASES)

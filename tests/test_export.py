@@ -24,8 +24,12 @@ from data.augment import normalise
 from data.folder import FILES, open_dataset, prepare_fashion_mnist
 from data.loader import DATASETS
 from lora.inject import is_adapter, merge_lora
-from model import checkpoint, pretrained
-from model.vit import VARIANTS, VisionTransformer, from_huggingface, to_huggingface
+from errors import UserError
+from files import write_json
+from model import checkpoint, pretrained, sources
+from model.huggingface import from_huggingface, to_huggingface
+from model.variants import VARIANTS
+from model.vit import VisionTransformer
 from test_parallel import PLAIN
 from test_resume import captured
 from test_train import REPO, events, no_figures, weights  # noqa: F401 (a fixture)
@@ -177,7 +181,7 @@ def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
 def change_meta(path, **config):
     """The checkpoint's stored config, changed by hand."""
     meta = checkpoint.read_meta(path)
-    checkpoint.write_json(path / "meta.json", meta | {"config": meta["config"] | config})
+    write_json(path / "meta.json", meta | {"config": meta["config"] | config})
     return path
 
 
@@ -522,7 +526,7 @@ def test_mistakes_of_evaluate(runs, checkpoint_alone, tmp_path, capsys, argv, wo
     places["EXPORT"].mkdir()
     save_file({"a": torch.zeros(3)}, places["EXPORT"] / "model.safetensors")
     meta = checkpoint.read_meta(checkpoint_alone)
-    checkpoint.write_json(checkpoint_alone / "meta.json", meta | {"state": meta["state"] | {"mood": 1}})
+    write_json(checkpoint_alone / "meta.json", meta | {"state": meta["state"] | {"mood": 1}})
     status, _, err = run_main(evaluate.main, [places.get(word, word) for word in argv], capsys)
     assert status == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1, err
 
@@ -584,7 +588,7 @@ def test_files_that_are_no_safetensors(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     good = {"a": torch.randn(10, 10), "b": torch.randn(3)}
     save_file(good, "good.safetensors")
-    read = pretrained.read_safetensors(Path("good.safetensors"))
+    read = sources.read_safetensors(Path("good.safetensors"))
     assert all(torch.equal(read[name], t) for name, t in good.items())
     whole = Path("good.safetensors").read_bytes()
     torch.save({"a": Bomb()}, "zip.safetensors")
@@ -600,15 +604,15 @@ def test_files_that_are_no_safetensors(tmp_path, monkeypatch, capsys):
                         ("cut", "is cut short or damaged"), ("cut_header", "is cut short or damaged"), ("empty", "is no safetensors file"),
                         ("lfs", "is no safetensors file"), ("folder", "is no file"), ("gone", "is not there")]:
         path = Path(name if "." in name else f"{name}.safetensors")
-        with pytest.raises((ValueError, FileNotFoundError)) as error:
-            pretrained.read_safetensors(path)
+        with pytest.raises(UserError) as error:
+            sources.read_safetensors(path)
         assert str(error.value).startswith(f"{path} {words}") and "\n" not in str(error.value)
         status, _, err = run_main(train.main, ["--run_dir", "run", "--loader", "synthetic", "--dtype", "float32", "--batch_size", "16",
                                                "--init_from", path], capsys)
         assert status == 2 and words in err and err.startswith("error: ") and err.count("\n") == 1 and not Path("run").exists()
     save_file(good, "folder.safetensors/model.safetensors")
-    with pytest.raises(FileNotFoundError, match="is no file: give its model.safetensors"):
-        pretrained.read_safetensors(Path("folder.safetensors"))
+    with pytest.raises(UserError, match="is no file: give its model.safetensors"):
+        sources.read_safetensors(Path("folder.safetensors"))
     assert not Path("exploded").exists()
     pickle.loads(Path("plain.safetensors").read_bytes())
     assert Path("exploded").exists()  # control: it would have
@@ -709,29 +713,29 @@ def test_what_lies_beside_a_file_is_heeded(tmp_path):
             (model.state_dict(), dict(config=timms | {"pretrained_cfg": {"std": [1, 1, 0]}}), "config.json is damaged: std is"),
             (named, dict(config=hf | {"layer_norm_eps": "small"}), "config.json is damaged: layer_norm_eps is 'small', not a number above 0"),
             (named, dict(preprocessor_config={"image_mean": [0.5]}), "preprocessor_config.json is damaged: image_mean")]:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(UserError, match=words):
             load(weights, **files)
 
 
 def test_timms_weights_come_as_safetensors_or_not_at_all(monkeypatch, tmp_path):
     import huggingface_hub
-    with pytest.raises(ValueError, match="Invalid pretrained tag"):
-        pretrained.read_timm("vit_tiny_patch16_224.nope")
-    with pytest.raises(ValueError, match="vit_base_patch16_clip_quickgelu_224 is not the plain ViT"):
-        pretrained.read_timm("vit_base_patch16_clip_quickgelu_224")
+    with pytest.raises(UserError, match="Invalid pretrained tag"):
+        sources.read_timm("vit_tiny_patch16_224.nope")
+    with pytest.raises(UserError, match="vit_base_patch16_clip_quickgelu_224 is not the plain ViT"):
+        sources.read_timm("vit_base_patch16_clip_quickgelu_224")
     get = timm.models.get_pretrained_cfg
     with monkeypatch.context() as patch:
         patch.setattr(timm.models, "get_pretrained_cfg", lambda name: dataclasses.replace(get(name), hf_hub_id=None))
-        with pytest.raises(ValueError, match="timm has no weights for vit_tiny_patch16_224"):
-            pretrained.read_timm("vit_tiny_patch16_224")
+        with pytest.raises(UserError, match="timm has no weights for vit_tiny_patch16_224"):
+            sources.read_timm("vit_tiny_patch16_224")
     asked = []
 
     def download(repo, name):
         asked.append((repo, name))
         raise ConnectionError("[Errno -2] Name or service\nnot known")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(OSError, match="can't get vit_tiny_patch16_224 from the Hugging Face hub: .* Name or service not known"):
-        pretrained.read_timm("vit_tiny_patch16_224")
+    with pytest.raises(UserError, match="can't get vit_tiny_patch16_224 from the Hugging Face hub: .* Name or service not known"):
+        sources.read_timm("vit_tiny_patch16_224")
     assert asked == [("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")]
 
 

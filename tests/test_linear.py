@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import linear
 from model.linear import Linear
-from model.vit import VARIANTS, VisionTransformer
+from model.variants import VARIANTS
+from model.vit import VisionTransformer
 
 ROOT = Path(__file__).parent.parent
 

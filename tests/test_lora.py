@@ -13,7 +13,8 @@ from lora import layers
 from lora.inject import add_lora, freeze_base, init_adapters, is_adapter, match_families, merge_lora
 from lora.layers import LoRALinear
 from model.linear import Linear
-from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
+from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
+from model.vit import VisionTransformer
 
 ALL = tuple(LORA_FAMILIES)
 # of the small ViT's two blocks

@@ -12,7 +12,8 @@ from torch import nn
 from lora.inject import add_lora, freeze_base, init_adapters, match_families
 from model import checkpoint
 from model.optim import build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
-from model.vit import LORA_FAMILIES, VARIANTS, VisionTransformer
+from model.variants import LORA_FAMILIES, VARIANTS
+from model.vit import VisionTransformer
 from monitor.logger import phase_table
 from monitor.perf import count_flops
 

@@ -14,7 +14,7 @@ import torch
 import train
 from model import checkpoint, distributed
 from model.parallel import to_plain
-from model.vit import LORA_FAMILIES, VARIANTS
+from model.variants import LORA_FAMILIES, VARIANTS
 
 # 4 steps an epoch, 36 in all: full 1-3, warmup 4-6, lora 7-9. Nothing random that differs between ranks; each sees 4 images a step.
 PLAIN = ("--loader folder --num_workers 0 --train_samples 64 --epochs 9 --batch_size 16 --lr 1e-3 --lr_warmup_steps 4 --dtype float32 "

@@ -32,7 +32,7 @@ import train
 from model import checkpoint, distributed
 from model.optim import get_optimizer_state
 from model.parallel import reshard, to_plain
-from model.vit import VARIANTS
+from model.variants import VARIANTS
 from monitor import logger
 from test_parallel import PLAIN, watching
 from test_train import REPO, assert_same, events, weights, without_times

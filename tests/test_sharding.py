@@ -17,7 +17,7 @@ from lora.inject import init_adapters
 from model import distributed, parallel
 from model.optim import build_optimizer
 from model.parallel import build_mesh
-from model.vit import VARIANTS
+from model.variants import VARIANTS
 from train import Config, build_model
 
 CASES = list(bench.CASES)
@@ -33,7 +33,7 @@ def make_config(model, case, **options):
 
 def build_real(cfg, case, ranks, shards):
     """On the ranks that are really there, with weights."""
-    model = build_model(cfg, bench.CASES[case][0], RANKS[ranks](cfg.model), "cpu", build_mesh(shards, "cpu"))
+    model = build_model(cfg, bench.CASES[case][0], RANKS[ranks](cfg.model), "cpu", build_mesh(shards, "cpu", distributed.TIMEOUT))
     model.init_weights(0)
     init_adapters(model, 0)
     return model
@@ -74,7 +74,7 @@ def fake_wire(model, world_size, asked, by_rows=False):
           mock.patch.object(parallel, "fully_shard", fully_shard_rows if by_rows else fully_shard)):
         for shards, case, ranks in asked:
             cfg = make_config(model, case)
-            built = bench.build_fake(mode, cfg, bench.CASES[case][0], RANKS[ranks](model), "cpu", build_mesh(shards, "cpu"))
+            built = bench.build_fake(mode, cfg, bench.CASES[case][0], RANKS[ranks](model), "cpu", build_mesh(shards, "cpu", distributed.TIMEOUT))
             with mode:
                 out.append((bench.count_wire(cfg, built).sent, wire_by_arithmetic(built, shards, world_size // shards)))
     assert not dist.is_initialized()
@@ -160,7 +160,7 @@ def fake_memory(model, world_size, images, asked, options={}, keep_gradients=Fal
     with bench.fake_ranks(world_size) as mode, keep:
         for shards, case in asked:
             cfg = make_config(model, case, **options)
-            built = bench.build_fake(mode, cfg, bench.CASES[case][0], bench.uniform_ranks(model), "cpu", build_mesh(shards, "cpu"))
+            built = bench.build_fake(mode, cfg, bench.CASES[case][0], bench.uniform_ranks(model), "cpu", build_mesh(shards, "cpu", distributed.TIMEOUT))
             with mode:
                 optimizer = build_optimizer(built, cfg.weight_decay)
                 bench.fill_moments(built, optimizer)
@@ -203,7 +203,7 @@ def fake_switch(model, shards, before, after):
     """A switch's peak; by arithmetic its lower limit, the old model with its moments beside the new one, and a block's largest weight."""
     cfg, ranks = make_config(model, after), bench.uniform_ranks(model)
     with bench.fake_ranks(8) as mode:
-        mesh = build_mesh(shards, "cpu")
+        mesh = build_mesh(shards, "cpu", distributed.TIMEOUT)
         old, new = [bench.build_fake(mode, cfg, bench.CASES[case][0], ranks, "cpu", mesh) for case in (before, after)]
         with mode:
             optimizer = build_optimizer(old, cfg.weight_decay)

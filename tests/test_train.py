@@ -23,7 +23,7 @@ import train
 from lora.inject import init_adapters, is_adapter, match_families
 from model import checkpoint
 from model.optim import build_optimizer, get_optimizer_state
-from model.vit import LORA_FAMILIES, VARIANTS
+from model.variants import LORA_FAMILIES, VARIANTS
 
 REPO = Path(__file__).parent.parent
 TIMES = ("seconds", "epoch_seconds", "images_per_second", "data_wait_fraction", "slowest_rank", "peak_memory_bytes", "mfu")

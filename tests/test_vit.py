@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora.inject import add_lora, match_families
-from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, DropPath, VisionTransformer, from_huggingface
+from model.huggingface import from_huggingface
+from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
+from model.vit import DropPath, VisionTransformer
 
 SMALL = dict(embed_dim=48, depth=3, num_heads=4, patch_size=4)
 
