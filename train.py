@@ -33,8 +33,11 @@ import tyro
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from data.augment import mixup, normalise
-from data.loader import DATASETS, build_loader, get_staged_dir, prefetch, stage
+from data.datasets import DATASETS
+from data.device import mixup, normalise
+from data.loader import build_loader, prefetch
+from data.staging import get_staged_dir, stage
+from errors import UserError
 from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families, rank_costs
 from lora.ranks import assign_ranks, budget_ranks, count_parameters, uniform_ranks
 from model import checkpoint, distributed
@@ -64,7 +67,7 @@ class Config:
     init_from: str | None = None  # weights to start from: timm:NAME, or FILE.safetensors with timm's or Hugging Face's names
     fresh_head: bool = False  # init_from: without the head of those weights, which is for other classes
     # data
-    dataset: str = "fashion_mnist"  # a row of data/loader.py's DATASETS
+    dataset: str = "fashion_mnist"  # a row of data/datasets.py's DATASETS
     data_dir: str = "datasets/fashion_mnist"  # holds train.beton and val.beton (ffcv) or the raw files (folder)
     loader: Literal["ffcv", "folder", "synthetic"] = "ffcv"  # folder: torchvision, where FFCV's libraries are missing; synthetic: no files
     num_workers: int | None = None  # loader threads or processes; None = one per core this process may use
@@ -723,14 +726,14 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
                     images, labels = next(batches)  # (B, 3, H, W) uint8 channels_last, (B,)
                     s.epoch_waited += time.perf_counter() - before
                     seed_torch(cfg.seed, micro_batch)
-                    images, other_labels, lam = mixup(normalise(images, data.mean, data.std), labels, cfg.mixup, cfg.seed, micro_batch)
+                    images, targets = mixup(normalise(images, data.mean, data.std), labels, cfg.mixup, cfg.seed, micro_batch)
                     if mesh is not None:  # gradients travel once a step
                         model.set_requires_gradient_sync(micro_step == cfg.grad_accum_steps - 1)
                     forward.start()
                     with autocast(cfg, device):
                         logits = model(images).float()  # (B, C)
                     forward.stop()
-                    loss = lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, other_labels)
+                    loss = sum(share * F.cross_entropy(logits, mixed) for mixed, share in targets)
                     (loss / cfg.grad_accum_steps).backward()
                     hits = (logits.argmax(dim=1) == labels).sum()  # under mixup: against the label of the image itself
                     step_totals += torch.stack([loss.detach() / (cfg.grad_accum_steps * world_size), hits])
@@ -857,7 +860,7 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
         except KeyboardInterrupt:
             log(f"interrupted: go on with --run_dir {cfg.run_dir} --resume True", console=distributed.get_rank() == 0)
             return 130
-        except OSError as e:
+        except (OSError, UserError) as e:
             log(f"error: {e}")
         except RuntimeError as e:
             if not distributed.is_lost_rank(e):

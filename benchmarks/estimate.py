@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.sharding import CASES, Model, build_fake, count_wire, fake_ranks
 from benchmarks.step import Ranks, choose
-from data.loader import DATASETS
+from data.datasets import DATASETS
 from model.parallel import build_mesh
 from monitor.perf import PEAK_FLOPS, count_flops
 from train import Config, build_model

@@ -30,7 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import train
-from data.loader import DATASETS
+from data.datasets import DATASETS
 from model.optim import build_optimizer
 from model.parallel import build_mesh, to_plain
 from model.vit import LORA_FAMILIES, VARIANTS
