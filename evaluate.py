@@ -23,8 +23,9 @@ from typing import Literal
 import torch
 
 import train
-from data.augment import normalise
-from data.loader import DATASETS, prefetch
+from data.datasets import DATASETS
+from data.device import normalise
+from data.loader import prefetch
 from lora.inject import merge_lora
 from lora.layers import separate_products
 from model import checkpoint, distributed
@@ -41,7 +42,7 @@ class Evaluation:
     num_workers: int | None = None
     batch_size: int = 256  # images of a rank's forward pass
     dtype: Literal["float32", "bfloat16"] | None = None  # of the compute; None = the run's, float32 with merged
-    dataset: str | None = None  # of weights that are no run's: a row of data/loader.py's DATASETS
+    dataset: str | None = None  # of weights that are no run's: a row of data/datasets.py's DATASETS
     num_classes: int | None = None  # of a tree of one's own, for weights that are no run's
 
 

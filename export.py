@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import train
-from data.augment import normalise
-from data.loader import DATASETS
+from data.datasets import DATASETS
+from data.device import normalise
 from evaluate import build_checkpoint, load_checkpoint
 from lora.inject import is_adapter, merge_lora
 from lora.layers import LoRALinear, separate_products

@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.sharding import CASES, Model, build_fake, count_wire, fake_ranks
 from benchmarks.step import Ranks, choose
-from data.loader import DATASETS
-from model import distributed
+from data.datasets import DATASETS
+from launch import distributed
 from model.parallel import build_mesh
 from monitor.perf import PEAK_FLOPS, count_flops
 from train import Config, build_model

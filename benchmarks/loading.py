@@ -14,10 +14,10 @@ from timm.data.auto_augment import rand_augment_transform as timm_rand_augment
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
-from data.augment import normalise
 from data.beton import read_samples, write_beton
 from data.decode import decode_jpeg
-from data.folder import ImageTree
+from data.device import normalise
+from data.images import ImageTree
 from data.loader import build_loader
 from data.order import default_workers
 

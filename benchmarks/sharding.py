@@ -30,8 +30,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import train
-from data.loader import DATASETS
-from model import distributed
+from data.datasets import DATASETS
+from launch import distributed
 from model.optim import build_optimizer
 from model.parallel import build_mesh, to_plain
 from model.variants import LORA_FAMILIES, VARIANTS

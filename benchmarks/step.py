@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.sharding import Model, mixed_ranks
-from data.loader import DATASETS
+from data.datasets import DATASETS
 from lora import layers
 from lora.inject import init_adapters
 from lora.layers import LoRALinear

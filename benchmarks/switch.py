@@ -17,7 +17,7 @@ from torch._dynamo.utils import calculate_time_spent, counters
 import train
 from benchmarks.sharding import Model
 from benchmarks.step import Contender, Ranks, choose, describe_device
-from data.loader import DATASETS
+from data.datasets import DATASETS
 from lora.inject import match_families
 from model.optim import build_optimizer
 from model.variants import LORA_FAMILIES

@@ -30,9 +30,9 @@ sys.path[0] = str(ROOT) if Path(sys.path[0]).resolve() == ROOT / "launch" else s
 import submitit
 from submitit.slurm.slurm import SlurmExecutor
 
-from data.beton import check_beton, read_classes
-from data.folder import open_dataset
-from data.loader import DATASETS, find_beton
+from data.beton import check_beton, find_beton, read_classes
+from data.datasets import DATASETS
+from data.images import open_dataset
 from data.order import check_classes, get_indices
 from launch.job import MAX_REQUEUES, Job, get_failures
 from model import checkpoint

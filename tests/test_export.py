@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import export
 import train
-from data.augment import normalise
-from data.folder import FILES, open_dataset, prepare_fashion_mnist
-from data.loader import DATASETS
+from data.datasets import DATASETS
+from data.device import normalise
+from data.images import FILES, open_dataset, prepare_fashion_mnist
 from lora.inject import is_adapter, merge_lora
 from errors import UserError
 from files import write_json
