@@ -37,7 +37,7 @@ from lora.layers import LoRALinear, separate_products
 from model import checkpoint
 from model.pretrained import TIMM, build_timm
 from model.vit import VARIANTS, to_huggingface
-from monitor.plot import load_run
+from monitor.log import load_run
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
 # timm's names for rows of VARIANTS; the others are vit_tiny_patch16_224 with other arguments

@@ -33,6 +33,7 @@ import tyro
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from errors import UserError
 from data.augment import mixup, normalise
 from data.loader import DATASETS, build_loader, get_staged_dir, prefetch, stage
 from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families, rank_costs
@@ -42,11 +43,11 @@ from model.optim import build_optimizer, get_lr, get_optimizer_state, set_optimi
 from model.parallel import build_mesh, parallelize, reshard, to_plain, unsharded
 from model.pretrained import TIMM, copy_weights, load_pretrained
 from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
-from monitor.convergence import ConvergenceMonitor, failure_signs, rank_signs, replay
-from monitor.logger import RunLogger, phase_table
+from monitor.convergence import failure_signs, find_switch, get_changes, rank_signs, switch_due
+from monitor.log import load_run, phase_table
+from monitor.logger import RunLogger
 from monitor.norms import adapter_norms, weight_norms
 from monitor.perf import Stopwatch, count_flops, peak_flops, peak_memory, reset_peak_memory
-from monitor.plot import load_run
 
 
 @dataclass
@@ -121,7 +122,7 @@ def check_config(cfg: Config) -> None:
     """Raise ValueError, in one sentence, for the first field that is out of range or contradicts another."""
     def check(ok: bool, text: str):
         if not ok:
-            raise ValueError(text)
+            raise UserError(text)
 
     for name, value in vars(cfg).items():
         check(not isinstance(value, float) or math.isfinite(value), f"{name} must be a finite number, not {value}")
@@ -181,11 +182,11 @@ def load_preset(path: str) -> Config:
     """Config's defaults with the preset's assignments over them. Raises ValueError for a missing or failing file, an unknown key, a
     wrong type."""
     if not Path(path).is_file():
-        raise ValueError(f"no such preset: {path}")
+        raise UserError(f"no such preset: {path}")
     try:
         values = runpy.run_path(path)
     except (Exception, SystemExit) as e:
-        raise ValueError(f"{path}: {type(e).__name__}: {e}") from None
+        raise UserError(f"{path}: {type(e).__name__}: {e}") from None
     names = {f.name for f in dataclasses.fields(Config)}
     return typed_config({key: value for key, value in values.items()
                          if key in names or not key.startswith("_") and not isinstance(value, type(sys))}, path)
@@ -196,7 +197,7 @@ def typed_config(values: dict, where: str) -> Config:
     hints = typing.get_type_hints(Config)
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"{where}: unknown key {key!r}{suggest(key, Config)}")
+            raise UserError(f"{where}: unknown key {key!r}{suggest(key, Config)}")
         kind, allowed = typing.get_origin(hints[key]), typing.get_args(hints[key]) or (hints[key],)
         if kind is tuple:
             values[key] = tuple(value) if isinstance(value, list) else value
@@ -207,7 +208,7 @@ def typed_config(values: dict, where: str) -> Config:
             values[key] = float(value) if float in allowed and type(value) is int else value
             ok = type(values[key]) in allowed
         if not ok:
-            raise ValueError(f"{where}: {key} = {value!r} should be {hints[key] if typing.get_args(hints[key]) else hints[key].__name__}")
+            raise UserError(f"{where}: {key} = {value!r} should be {hints[key] if typing.get_args(hints[key]) else hints[key].__name__}")
     return Config(**values)
 
 
@@ -224,7 +225,7 @@ def parse_flags(argv: list[str], default, prog: str = "train.py", description: s
     for flag in argv:
         name = flag.split("=")[0].replace("-", "_").replace("__", "--", 1)
         if flag.startswith("--") and flag != "--help" and name not in known:
-            raise ValueError(f"unknown flag {flag}{suggest(name, default)}")
+            raise UserError(f"unknown flag {flag}{suggest(name, default)}")
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -237,7 +238,7 @@ def parse_flags(argv: list[str], default, prog: str = "train.py", description: s
         lines = [line.strip("│|╭╮╰╯─ ") for line in errors.getvalue().splitlines()]
         text = "\n".join("" if set(line) == {"-"} else line for line in lines).strip().split("\n", 1)[1].strip()
         reason = text.split("\n\n")[0].split("\n")
-        raise ValueError(" ".join(reason)) from None
+        raise UserError(" ".join(reason)) from None
 
 
 def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
@@ -434,19 +435,14 @@ def read_state(meta: dict, path: Path) -> State:
         raise ValueError(f"{path}/meta.json is damaged: {e}") from None
 
 
-def decide_phase(cfg: Config, s: State, due: ConvergenceMonitor | None) -> None:
-    """At the end of an epoch: set s.next_phase if a switch comes next, and s.ranks from the monitor that says one is `due`."""
+def decide_phase(cfg: Config, s: State, epochs: list[dict] | None) -> None:
+    """At the end of an epoch: set s.next_phase if a switch comes next, and s.ranks from the full phase's `epochs`, given if one is due."""
     s.next_phase = None
-    if due:
-        s.ranks = choose_ranks(cfg, due.changes())
+    if epochs:
+        s.ranks = choose_ranks(cfg, get_changes(epochs, cfg))
         s.next_phase = "warmup" if cfg.lora_warmup_epochs else "lora"
     elif s.phase == "warmup" and s.phase_epochs >= cfg.lora_warmup_epochs:
         s.next_phase = "lora"
-
-
-def build_monitor(cfg: Config, steps_per_epoch: int) -> ConvergenceMonitor:
-    return ConvergenceMonitor(cfg.tau, cfg.zeta, cfg.num_windows, cfg.window_epochs, cfg.lr_warmup_steps / steps_per_epoch,
-                              cfg.switch_epoch)
 
 
 ADAPTER_FIELDS = ("target_modules", "rank_min", "rank_max", "rank_rule", "rank_budget", "lora_alpha", "lora_scaling")
@@ -484,7 +480,7 @@ def find_fork(cfg: Config) -> tuple[Path, dict, list[str]]:
         phases[epoch], steps_per_epoch = meta["state"]["phase"], meta["train_images"] // cfg.batch_size
     try:
         full = [e for e in epochs if e["phase"] == "full"]
-        due = replay(build_monitor(cfg, steps_per_epoch), full, cfg.target_modules) if cfg.mode == "prelora" and full else None
+        due = find_switch(full, cfg) if cfg.mode == "prelora" and full else None
     except FloatingPointError as e:
         raise ValueError(f"{run}: {e}") from None
     last = min(cfg.epochs - 1, (cfg.max_steps - 1) // steps_per_epoch if cfg.max_steps else cfg.epochs)  # that leaves something to train
@@ -511,10 +507,8 @@ def find_fork(cfg: Config) -> tuple[Path, dict, list[str]]:
     if [e["epoch"] for e in records] != list(range(1, at + 1)):
         raise ValueError(f"{run}/metrics.jsonl is damaged: it does not hold the epochs 1 to {at}")
     if s.phase == "full" and cfg.mode == "prelora":
-        monitor = build_monitor(cfg, steps_per_epoch)
-        passed = replay(monitor, records, cfg.target_modules)
-        s.ranks, s.base_norms, meta["monitor"] = None, only(s.base_norms), monitor.state_dict()
-        decide_phase(cfg, s, monitor if passed else None)
+        s.ranks, s.base_norms = None, only(s.base_norms)
+        decide_phase(cfg, s, records if switch_due(records, cfg) else None)
     elif s.phase == "full":
         s.ranks = s.next_phase = None
     elif s.phase == "warmup" and s.phase_epochs > cfg.lora_warmup_epochs:
@@ -560,7 +554,7 @@ def open_run(cfg: Config, last: Path | None, meta: dict | None, passed_over: lis
                      cfg.rand_augment, rank, world_size) for split, num_samples in (("train", cfg.train_samples), ("val", None))]
     images = train_loader.num_samples
     if last:
-        if not {"state", "monitor", "config", "train_images"} <= meta.keys():
+        if not {"state", "config", "train_images"} <= meta.keys():
             raise ValueError(f"{last}/meta.json is damaged: keys are missing")
         old, state = typed_config(meta["config"], f"{last}/meta.json"), read_state(meta, last)
         fixed = ["model", "dataset", "num_classes", "init_from", "fresh_head", "mode", "seed", "batch_size", "train_samples",
@@ -612,9 +606,6 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             print(f"{run_dir} is done: {s.step} steps" + (f", --max_steps None goes on to {total_steps}" if s.step < total_steps else ""))
             print(phase_table(load_run(run_dir)[1]) if s.epoch else "no epoch is finished yet")
         return True
-    monitor = build_monitor(cfg, steps_per_epoch)
-    if last:
-        monitor.load_state_dict(meta["monitor"])
     baseline = load_run(cfg.baseline)[1] if cfg.baseline else None  # its epoch records
 
     if rank == 0:
@@ -644,10 +635,10 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
                                                torch.empty(1, 3, data.image_size, data.image_size, device="meta"))}
 
     def save(pinned: bool) -> None:
-        s.metrics_bytes = logger.bytes
+        s.metrics_bytes = logger.metrics_bytes
         reshard(model)
         checkpoint.save(run_dir, model, optimizer, pinned=pinned, meta={
-            "step": s.step, "state": dataclasses.asdict(s), "monitor": monitor.state_dict(), "config": vars(cfg),
+            "step": s.step, "state": dataclasses.asdict(s), "config": vars(cfg),
             "loader": cfg.loader, "train_images": train_loader.num_samples,
             # Nothing here is drawn from a generator that lives on: these three numbers are the whole random state of every rank.
             "order": {"seed": cfg.seed, "epoch": s.epoch, "next_image": s.epoch_step * cfg.batch_size},
@@ -798,8 +789,8 @@ def train(cfg: Config, device: torch.device, mesh: DeviceMesh | None, stop: dist
             logger.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
             s.epoch_step, s.epoch_totals, s.step_losses, s.epoch_seconds, s.epoch_waited = 0, (0.0, 0.0), (), 0.0, 0.0
             signs = failure_signs(logger.epochs, cfg.window_epochs, cfg.zeta, baseline)
-            due = s.phase == "full" and monitor.update(s.base_norms, train_loss) and cfg.mode == "prelora"
-            decide_phase(cfg, s, monitor if due else None)
+            due = s.phase == "full" and switch_due(logger.epochs, cfg) and cfg.mode == "prelora"
+            decide_phase(cfg, s, logger.epochs if due else None)
             if due:
                 if rank == 0:
                     checkpoint.write_json(run_dir / "ranks.json", s.ranks)

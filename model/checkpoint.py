@@ -163,7 +163,7 @@ def kept(run_dir: Path) -> list[tuple[Path, dict]]:
         if re.fullmatch(r"step_\d{8}", path.name) and newest and path.name <= newest.name:
             with contextlib.suppress(ValueError, OSError):
                 meta = read_meta(path)
-                if {"state", "monitor", "config", "train_images"} <= meta.keys():
+                if {"state", "config", "train_images"} <= meta.keys():
                     found.append((path, meta))
     return found
 

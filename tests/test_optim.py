@@ -13,7 +13,7 @@ from lora.inject import add_lora, freeze_base, init_adapters, match_families
 from model import checkpoint
 from model.optim import build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
 from model.vit import LORA_FAMILIES, VARIANTS, VisionTransformer
-from monitor.logger import phase_table
+from monitor.log import phase_table
 from monitor.perf import count_flops
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is.*")

@@ -32,7 +32,7 @@ import replay
 import train
 from data.beton import import_ffcv
 from launch import submit
-from monitor.plot import load_run
+from monitor.log import load_run
 from test_train import assert_same, no_figures, weights  # noqa: F401 (a fixture)
 
 README = REPO / "README.md"
