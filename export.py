@@ -39,7 +39,7 @@ from model import checkpoint
 from model.sources import TIMM, build_timm
 from model.huggingface import to_huggingface
 from model.variants import VARIANTS
-from monitor.plot import load_run
+from monitor.log import load_run
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
 # timm's names for rows of VARIANTS; the others are vit_tiny_patch16_224 with other arguments

@@ -31,6 +31,7 @@ from model import checkpoint
 from model.optim import build_optimizer
 from model.variants import VARIANTS
 from monitor import plot
+from monitor.log import load_run
 
 ROOT, RUNS, DOC = Path(__file__).parent, Path("runs/study"), Path("docs/study.md")
 MARKS = ("<!-- written by study.py -->", "<!-- end -->")
@@ -108,7 +109,7 @@ def train_run(run_dir: Path, epochs: int, argv: list[str]) -> None:
 
 def is_done(run_dir: Path, epochs: int) -> bool:
     try:
-        return plot.load_run(run_dir)[1][-1]["epoch"] == epochs
+        return load_run(run_dir)[1][-1]["epoch"] == epochs
     except ValueError:
         return False
 
@@ -143,7 +144,7 @@ def train_all() -> None:
 # what came out
 
 def load_arm(arm: Arm) -> list[tuple[dict, list[dict], list[dict]]]:
-    return [plot.load_run(RUNS / f"{arm.name}-{seed}") for seed in range(arm.seeds)]
+    return [load_run(RUNS / f"{arm.name}-{seed}") for seed in range(arm.seeds)]
 
 
 def time_epochs(rounds: int = 31) -> dict[str, dict[str, float]]:
@@ -154,7 +155,7 @@ def time_epochs(rounds: int = 31) -> dict[str, dict[str, float]]:
     for arm in ARMS:
         if arm is EQUAL_TIME:
             continue
-        config, epochs, switches = plot.load_run(RUNS / f"{arm.name}-0")
+        config, epochs, switches = load_run(RUNS / f"{arm.name}-0")
         cfg = train.typed_config(dict(config), arm.name)
         for phase in dict.fromkeys(e["phase"] for e in epochs):
             if phase != "full" or arm is BASELINE:
@@ -251,7 +252,7 @@ def check_replay() -> str:
     agree, total = 0, 0
     for arm in FORKS:
         for seed, (config, _, switches) in enumerate(load_arm(arm)):
-            epochs = plot.load_run(RUNS / f"baseline-{seed}")[1]
+            epochs = load_run(RUNS / f"baseline-{seed}")[1]
             told = replay.replay_run(train.typed_config(dict(config), arm.name), epochs)
             did = next(((s["epoch"], s["ranks"]) for s in switches if s["from"] == "full"), (None, None))
             agree, total = agree + (told == did), total + 1

@@ -21,7 +21,7 @@ from data.datasets import DATASETS
 from lora.inject import match_families
 from model.optim import build_optimizer
 from model.variants import LORA_FAMILIES
-from monitor.convergence import ConvergenceMonitor
+from monitor.convergence import switch_due
 from monitor.norms import adapter_norms, weight_norms
 from monitor.perf import count_flops
 from train import Config, build_model, compile_graphs, switch_phase
@@ -34,12 +34,13 @@ WAYS = {"block": "by block, ranks dynamic (this repo)", "static": "by block, sta
 def time_monitor(net: torch.nn.Module, wanted: dict[str, list[int]]) -> float:
     """Seconds that norms and convergence test take at an epoch's end, with six windows behind them; the median of ten."""
     families, seconds = match_families(net, LORA_FAMILIES, tuple(wanted)), []
-    monitor = ConvergenceMonitor(Config.tau, Config.zeta, Config.num_windows, Config.window_epochs, 0, None)
+    cfg, epochs = Config(lr_warmup_steps=0, target_modules=tuple(wanted)), []
     for epoch in range(6 * Config.window_epochs + 10):
         start = time.perf_counter()
         norms = weight_norms(net, families)
         adapter_norms(net, families)
-        monitor.update(norms, 1 / (1 + epoch))
+        epochs.append({"epoch": epoch + 1, "step": epoch + 1, "train_loss": 1 / (1 + epoch), "weight_norms": norms})
+        switch_due(epochs, cfg)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[-10:])
 

@@ -37,8 +37,7 @@ from data.order import check_classes, get_indices
 from launch.job import MAX_REQUEUES, Job, get_failures
 from model import checkpoint
 from model.variants import VARIANTS
-from monitor.logger import phase_table
-from monitor.plot import load_run
+from monitor.log import load_run, phase_table
 import train
 
 PAPER = "config/vit_l16_in1k.py"

@@ -14,7 +14,7 @@ from model import checkpoint
 from model.optim import build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
 from model.variants import LORA_FAMILIES, VARIANTS
 from model.vit import VisionTransformer
-from monitor.logger import phase_table
+from monitor.log import phase_table
 from monitor.perf import count_flops
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is.*")

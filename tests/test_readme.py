@@ -33,7 +33,7 @@ import train
 from data.import_ffcv import import_ffcv
 from errors import UserError
 from launch import submit
-from monitor.plot import load_run
+from monitor.log import load_run
 from test_train import assert_same, no_figures, weights  # noqa: F401 (a fixture)
 
 README = REPO / "README.md"

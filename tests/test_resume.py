@@ -838,8 +838,7 @@ def test_meta_json_says_where_a_run_stands(runs, tmp_path):
     assert meta["config"].keys() == {f.name for f in dataclasses.fields(train.Config)} and meta["config"]["batch_size"] == 16
     assert meta["versions"]["torch"] == torch.__version__ and {"python", "cuda"} <= meta["versions"].keys()
     epochs = events(run_dir, "epoch")
-    windows = json.dumps(meta["monitor"])
-    assert len(epochs) == 3 and all(str(e["train_loss"]) in windows for e in epochs[-2:]), windows
+    assert len(epochs) == 3 and "monitor" not in meta  # the log is its state
     assert meta["state"]["metrics_bytes"] == (run_dir / "metrics.jsonl").stat().st_size
 
 

@@ -9,6 +9,7 @@ import pytest
 import study
 import train
 from monitor import plot
+from monitor.log import load_run
 
 
 def test_every_arm_is_a_run_that_train_accepts(tmp_path, monkeypatch):
@@ -98,7 +99,7 @@ def test_report(fabricated, monkeypatch, capsys):
     assert len(drawn[0]) == sum(arm.seeds for arm in study.ARMS if arm.name in study.DRAWN) + 2
     assert drawn[0][-2:] == ["--out", str(fabricated / "study")]
     assert sorted(p.name for p in (fabricated / "study").iterdir()) == ["figure1.png", "figure3.png", "ranks.png"]
-    _, epochs, switches = plot.load_run(fabricated / f"runs/timed/{study.FORKS[0].name}-0")  # what is drawn: the same, but for the times
+    _, epochs, switches = load_run(fabricated / f"runs/timed/{study.FORKS[0].name}-0")  # what is drawn: the same, but for the times
     assert [e["epoch_seconds"] for e in epochs] == [10.0] * 14 + [11.0] * 2 + [8.0] * 8 and len(switches) == 2
     assert epochs[-1]["images_per_second"] == 100.0 and epochs[0]["images_per_second"] == 100.0  # 1000 images in 10 s; 800 in 8 s
     assert f"1 of {sum(arm.seeds for arm in study.FORKS)} forked runs" in text
