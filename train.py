@@ -48,7 +48,7 @@ from model.pretrained import copy_weights
 from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
 from model.vit import VisionTransformer
 from monitor.clock import EpochClock
-from monitor.convergence import get_changes, get_signs, switch_due
+from monitor.convergence import get_changes, get_signs, rank_signs, switch_due
 from monitor.log import get_freeze_step, load_run
 from monitor.logger import RunLogger
 from monitor.norms import get_norms
@@ -249,6 +249,7 @@ def enter_phase(cfg: Config, s: State, model: nn.Module, optimizer, device: torc
     skip = torch.ones((), dtype=torch.bool, device=device)  # no update
     batch = itertools.repeat((images, labels))
     compiled = parallel.compile_graphs(
+        cfg.compile,
         model,
         lambda: train_step(cfg, model.train(), optimizer, batch, 0, 0.0, skip),
         lambda: evaluate(cfg, model, itertools.islice(batch, 1), device),
@@ -354,14 +355,15 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             gc.collect()  # compiled blocks stand in reference cycles, and hold the old model
             peak = distributed.max_over_processes(peak_memory(device), device)
             costs = enter_phase(cfg, s, model, optimizer, device)
-            log.switch(get_switch_record(s, previous, peak, costs, time.perf_counter() - began))
+            record = get_switch_record(s, previous, peak, costs, time.perf_counter() - began)
+            log.switch(record, rank_signs(cfg, ranks) if previous == "full" else [])
 
         # -- an epoch of training, or what is left of it
         steps = min(steps_per_epoch - s.epoch_step, last_step - s.step)
         batches = prefetch(train_loader.epoch(s.epoch, s.epoch_step * cfg.grad_accum_steps), device)
         trace = log.get_trace_path(s.phase) if cfg.profile and steps >= 3 else None
         clock = EpochClock(s, model, batches, device, trace)
-        frozen_at = get_freeze_step(log.epochs)
+        frozen_at = get_freeze_step(log.epochs) if s.phase == "lora" else None
         failed = torch.zeros((), dtype=torch.bool, device=device)
         pending = []  # (learning rate, result) of the steps that the host has not looked at
         model.train()

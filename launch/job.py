@@ -26,11 +26,21 @@ LOCAL_REQUEUE = 144  # the exit status on which submitit's local executor starts
 # its processes with srun, and srun may set PMI's.
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "Open MPI": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     "PALS": ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "submitit": ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS"),
+    "submitit": (
+        "SUBMITIT_LOCAL_GLOBALID",
+        "SUBMITIT_LOCAL_NTASKS",
+        "SUBMITIT_LOCAL_LOCALID",
+        "SUBMITIT_LOCAL_NTASKS",
+    ),
 }
 
 
@@ -45,28 +55,41 @@ def get_environment(env: Mapping[str, str]) -> dict[str, str]:
     rank, size, local_rank, local_size = (env[name] for name in LAUNCHERS[launcher])
     if launcher == "srun":  # "2(x16)"
         if not re.fullmatch(r"\d+(\(x\d+\))?", local_size):
-            raise ValueError(f"the nodes have different numbers of tasks, {local_size}: use --ntasks-per-node")
+            raise ValueError(
+                f"the nodes have different numbers of tasks, {local_size}: use --ntasks-per-node"
+            )
         local_size = local_size.split("(")[0]
     job = env.get("SLURM_JOB_ID") or env.get("PBS_JOBID") or env.get("SUBMITIT_LOCAL_JOB_ID") or "9500"
     number = int(re.search(r"\d+", job)[0]) + 1009 * int(env.get("SLURM_RESTART_COUNT", 0))
-    return {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size,
-            "MASTER_ADDR": env.get("MASTER_ADDR") or get_first_host(env, launcher, one_node=size == local_size),
-            # Below the ports that systems hand out by themselves (from 32768); another for the next job, which may be on the same node, and
-            # for the next start, because the last one's store may still be there.
-            "MASTER_PORT": env.get("MASTER_PORT") or str(20_000 + number % 12_000),
-            "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS") or env.get("SLURM_CPUS_PER_TASK")
-            or str(max(1, len(os.sched_getaffinity(0)) // int(local_size)))}
+    return {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": local_size,
+        "MASTER_ADDR": env.get("MASTER_ADDR") or get_first_host(env, launcher, one_node=size == local_size),
+        # Below the ports that systems hand out by themselves (from 32768); another for the next job, which may be on the same node, and
+        # for the next start, because the last one's store may still be there.
+        "MASTER_PORT": env.get("MASTER_PORT") or str(20_000 + number % 12_000),
+        "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS")
+        or env.get("SLURM_CPUS_PER_TASK")
+        or str(max(1, len(os.sched_getaffinity(0)) // int(local_size))),
+    }
 
 
 def get_first_host(env: Mapping[str, str], launcher: str, one_node: bool) -> str:
     if launcher == "srun":  # "nid[001-004,007],login1" -> nid001; a step may have fewer nodes than its job
-        first = re.match(r"([^,\[]+)(\[([^,\-\]]+)[^\]]*\])?([^,\[]*)", env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+        first = re.match(
+            r"([^,\[]+)(\[([^,\-\]]+)[^\]]*\])?([^,\[]*)",
+            env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"],
+        )
         return first[1] + (first[3] or "") + first[4]
     if one_node:
         return "127.0.0.1"
     if "PBS_NODEFILE" in env and Path(env["PBS_NODEFILE"]).exists():
         return Path(env["PBS_NODEFILE"]).read_text().split()[0]
-    raise ValueError(f"{launcher} says nothing about the first node: export MASTER_ADDR=$(head -n 1 $PBS_NODEFILE) before mpiexec")
+    raise ValueError(
+        f"{launcher} says nothing about the first node: export MASTER_ADDR=$(head -n 1 $PBS_NODEFILE) before mpiexec"
+    )
 
 
 def run(argv: list[str]) -> int:
@@ -75,7 +98,9 @@ def run(argv: list[str]) -> int:
     signals = []  # what comes before train.py can heed it, and what comes then
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: signals.append(number))
-    signal.signal(signal.SIGCONT, signal.SIG_IGN)  # comes with every SIGTERM of Slurm's; submitit's handler logs, which is not reentrant
+    signal.signal(
+        signal.SIGCONT, signal.SIG_IGN
+    )  # comes with every SIGTERM of Slurm's; submitit's handler logs, which is not reentrant
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     scheduled = "SLURM_JOB_ID" in os.environ or "SUBMITIT_LOCAL_JOB_ID" in os.environ
     try:
@@ -85,9 +110,13 @@ def run(argv: list[str]) -> int:
         return 2
     os.environ.setdefault("NCCL_DEBUG", "WARN")
     rank = int(os.environ.get("RANK", 0))
-    print(f"rank {rank} of {os.environ.get('WORLD_SIZE', 1)} on {host}: start {os.environ.get('SLURM_RESTART_COUNT', 0)}", flush=True)
+    print(
+        f"rank {rank} of {os.environ.get('WORLD_SIZE', 1)} on {host}: start {os.environ.get('SLURM_RESTART_COUNT', 0)}",
+        flush=True,
+    )
     try:
         import train
+
         status = train.main([*argv, "--resume", "True"], signals)
         if status == os.EX_TEMPFAIL and scheduled:
             status = requeue(signals) if rank == 0 else 0
@@ -97,8 +126,13 @@ def run(argv: list[str]) -> int:
         traceback.print_exc()
         print(f"error: {type(e).__name__}: {e}", file=sys.stderr)
         return 1
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the run is over: a warning says nothing any more, but the interpreter's end takes
-        signal.signal(number, signal.SIG_IGN)        # handlers away, and one that came then would kill this process: a failed job
+    for number in (
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    ):  # the run is over: a warning says nothing any more, but the interpreter's end takes
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # handlers away, and one that came then would kill this process: a failed job
     return status
 
 
@@ -156,6 +190,7 @@ def leave(status: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # what went wrong
 
+
 def get_failures(folder: Path, job: str) -> list[str]:
     """One line for each rank of the job that failed, with its node, from the ranks' logs since the last start: those that say why;
     srun's word on the first to die, if that was a signal or nobody said anything; those that only lost another rank."""
@@ -164,8 +199,10 @@ def get_failures(folder: Path, job: str) -> list[str]:
         text = path.read_text(errors="replace").replace("\r", "\n")
         starts = list(re.finditer(r"^rank (\d+) of \d+ on (.+): start \d+$", text, re.MULTILINE))
         rank, host = starts[-1].groups() if starts else (path.name.split("_")[-2], "a node that is not known")
-        text = text[starts[-1].end():] if starts else text
-        killed += re.findall(r"srun: error: \S+: tasks? \d.*$", text, re.MULTILINE)[:1]  # the rest was killed by srun then
+        text = text[starts[-1].end() :] if starts else text
+        killed += re.findall(r"srun: error: \S+: tasks? \d.*$", text, re.MULTILINE)[
+            :1
+        ]  # the rest was killed by srun then
         for error in re.findall(r"^(?:rank \d+: )?error: (.*)$", text, re.MULTILINE):
             (lost if "did not join" in error else errors).append(f"rank {rank} on {host}: {error}")
     return [*errors, *(line for line in killed if "Exited with exit code" not in line or not errors), *lost]

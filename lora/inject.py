@@ -12,10 +12,14 @@ from torch import nn
 
 from lora.layers import LoRALinear
 
-Families = dict[str, list[tuple[str, int, int]]]  # family -> [(name of the Linear, row part, number of row parts) per layer]
+Families = dict[
+    str, list[tuple[str, int, int]]
+]  # family -> [(name of the Linear, row part, number of row parts) per layer]
 
 
-def match_families(model: nn.Module, table: dict[str, tuple[str, int, int]], wanted: tuple[str, ...]) -> Families:
+def match_families(
+    model: nn.Module, table: dict[str, tuple[str, int, int]], wanted: tuple[str, ...]
+) -> Families:
     """Resolve `table` (family -> name pattern, row part, row parts) into the Linears of `model`, in the model's order.
 
     Raises ValueError naming the family that the table doesn't have or that matches no Linear: a family that silently matched
@@ -33,8 +37,13 @@ def match_families(model: nn.Module, table: dict[str, tuple[str, int, int]], wan
     return families
 
 
-def add_lora(model: nn.Module, families: Families, ranks: dict[str, list[int]], alpha: float | None = None,
-             rslora: bool = False) -> nn.Module:
+def add_lora(
+    model: nn.Module,
+    families: Families,
+    ranks: dict[str, list[int]],
+    alpha: float | None = None,
+    rslora: bool = False,
+) -> nn.Module:
     """Give every layer of every family in `ranks` an adapter of its rank, in place; call `init_adapters` once it has memory.
 
     `ranks[family]` has one rank a layer, in the order of `families[family]`. The base's parameters stay the same objects under
@@ -61,7 +70,9 @@ def add_lora(model: nn.Module, families: Families, ranks: dict[str, list[int]], 
                 raise ValueError(f"family {family!r}: rank {rank} for {name} is below 1")
             row_ranks = plan.setdefault(name, [0] * parts)
             if len(row_ranks) != parts or row_ranks[part]:
-                raise ValueError(f"family {family!r}: row part {part} of {parts} of {name} is already taken or cut otherwise")
+                raise ValueError(
+                    f"family {family!r}: row part {part} of {parts} of {name} is already taken or cut otherwise"
+                )
             row_ranks[part] = rank
     new = {}
     for name, row_ranks in plan.items():
@@ -77,7 +88,10 @@ def add_lora(model: nn.Module, families: Families, ranks: dict[str, list[int]], 
 def rank_costs(model: nn.Module, families: Families) -> dict[str, list[int]]:
     """Parameters that one more rank adds to each layer's adapter, in + out / parts."""
     sizes = lambda linear, parts: linear.in_features + linear.out_features // parts
-    return {family: [sizes(model.get_submodule(name), parts) for name, _, parts in layers] for family, layers in families.items()}
+    return {
+        family: [sizes(model.get_submodule(name), parts) for name, _, parts in layers]
+        for family, layers in families.items()
+    }
 
 
 def init_adapters(model: nn.Module, seed: int) -> None:
@@ -130,6 +144,10 @@ def mark_ranks_dynamic(model: nn.Module) -> None:
     torch._dynamo.config.force_parameter_static_shapes = False
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            for tensor, dim in [(module.lora_A, 0), (module.scaling, 0), *((B, 1) for B in module.lora_B.values())]:
+            for tensor, dim in [
+                (module.lora_A, 0),
+                (module.scaling, 0),
+                *((B, 1) for B in module.lora_B.values()),
+            ]:
                 if tensor is not None and tensor.shape[dim] > 1:
                     torch._dynamo.mark_dynamic(tensor, dim)

@@ -61,8 +61,11 @@ def merges(x: Tensor, weight: Tensor) -> bool:
     copy of the weights, whole ones where FSDP shards them, from forward to backward. And nothing may be lost in the sum: not in bfloat16
     nor TF32, where an adapter's small B A would vanish beside W.
     """
-    exact = x.dtype == torch.float64 or x.dtype == torch.float32 and (
-        x.device.type in ("cpu", "meta") or multiplies_exactly())
+    exact = (
+        x.dtype == torch.float64
+        or x.dtype == torch.float32
+        and (x.device.type in ("cpu", "meta") or multiplies_exactly())
+    )
     return exact and x.shape[0] >= 2 * min(weight.shape) and not _separate
 
 
@@ -83,8 +86,13 @@ def rows_of(tensor: Tensor, part: int, parts: int, dim: int) -> Tensor:
 def onednn(tensor: Tensor) -> bool:
     """Whether oneDNN takes this tensor's products: MKL, behind torch's in float32 on a CPU, takes two to three times as long on AMD's
     processors. `torch.backends.mkldnn.flags(enabled=False)` says no."""
-    return (tensor.device.type == "cpu" and tensor.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-            and torch._C._get_mkldnn_enabled() and tensor.numel() > 0)
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and tensor.numel() > 0
+    )
 
 
 def whole(matrix: Tensor) -> Tensor:
@@ -102,7 +110,9 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def get_dW(dy: Tensor, x: Tensor) -> Tensor:
     """dW (out, in) = dy' x."""
     if onednn(x):  # of weight the shape is all that is read
-        return torch.ops.aten.mkldnn_linear_backward_weights(dy.to_mkldnn(), x.to_mkldnn(), x.new_empty(dy.shape[1], x.shape[1]), False)[0]
+        return torch.ops.aten.mkldnn_linear_backward_weights(
+            dy.to_mkldnn(), x.to_mkldnn(), x.new_empty(dy.shape[1], x.shape[1]), False
+        )[0]
     return torch.mm(dy.t(), x)
 
 
@@ -116,7 +126,9 @@ def add_product(weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], p
     if onednn(weight):  # which adds in the product's own pass
         rows = list(weight.chunk(parts))
         for B, part, (start, end) in zip(Bs, where, spans(Bs)):
-            rows[part] = torch.ops.mkldnn._linear_pointwise.binary(whole(B), whole(rows[part]), whole(A[start:end]).t(), None, "add")
+            rows[part] = torch.ops.mkldnn._linear_pointwise.binary(
+                whole(B), whole(rows[part]), whole(A[start:end]).t(), None, "add"
+            )
         return rows[0] if parts == 1 else torch.cat(rows)
     new = weight.clone(memory_format=torch.contiguous_format)
     for B, part, (start, end) in zip(Bs, where, spans(Bs)):
@@ -137,7 +149,11 @@ def prepare(x: Tensor, weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[
 
 @prepare.register_fake
 def _(x, weight, A, Bs, where, parts):
-    return torch.empty_like(weight, memory_format=torch.contiguous_format) if merges(x, weight) else x.new_empty(x.shape[0], A.shape[0])
+    return (
+        torch.empty_like(weight, memory_format=torch.contiguous_format)
+        if merges(x, weight)
+        else x.new_empty(x.shape[0], A.shape[0])
+    )
 
 
 @register_flop_formula(torch.ops.prelora.prepare)
@@ -147,8 +163,16 @@ def prepare_flops(x, weight, A, *args, **kwargs) -> int:
 
 
 @torch.library.custom_op("prelora::lora_linear", mutates_args=())
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bs: list[Tensor], prepared: Tensor, where: list[int],
-                parts: int) -> Tensor:
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    Bs: list[Tensor],
+    prepared: Tensor,
+    where: list[int],
+    parts: int,
+) -> Tensor:
     """y (N, out), with its gradients. prepared: by `prepare`."""
     if merges(x, weight):
         return mm(x, prepared.t(), bias)
@@ -164,9 +188,20 @@ def _(x, weight, bias, A, Bs, prepared, where, parts):
 
 
 @torch.library.custom_op("prelora::lora_linear_backward", mutates_args=())
-def lora_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, prepared: Tensor, Bs: list[Tensor], where: list[int], parts: int,
-                         need_x: bool, need_weight: bool, need_bias: bool,
-                         need_adapters: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    prepared: Tensor,
+    Bs: list[Tensor],
+    where: list[int],
+    parts: int,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_adapters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of (x, weight, bias, A, Bs); empty what is not needed."""
     merged, adapters = merges(x, weight), list(zip(Bs, where, spans(Bs)))
     dx, dweight, dbias, dA, *dBs = [x.new_empty(0) for _ in range(4 + len(Bs))]
@@ -197,8 +232,13 @@ def lora_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, prepa
 @lora_linear_backward.register_fake
 def _(dy, x, weight, A, prepared, Bs, where, parts, need_x, need_weight, need_bias, need_adapters):
     new = lambda like, needed: x.new_empty(like.shape if needed else (0,))
-    return (new(x, need_x), new(weight, need_weight), x.new_empty(weight.shape[0] if need_bias else 0), new(A, need_adapters),
-            [new(B, need_adapters) for B in Bs])
+    return (
+        new(x, need_x),
+        new(weight, need_weight),
+        x.new_empty(weight.shape[0] if need_bias else 0),
+        new(A, need_adapters),
+        [new(B, need_adapters) for B in Bs],
+    )
 
 
 def setup_context(ctx, inputs, output):
@@ -213,10 +253,30 @@ def backward(ctx, dy):
     x, weight, A, prepared, *Bs = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_Bs = ctx.needs_input_grad[:5]
     need_adapters = need_A or any(need_Bs)
-    dx, dweight, dbias, dA, dBs = lora_linear_backward(dy, x, weight, A, prepared, Bs, ctx.where, ctx.parts, need_x, need_weight,
-                                                       need_bias and ctx.has_bias, need_adapters)
-    return (dx if need_x else None, dweight if need_weight else None, dbias if need_bias and ctx.has_bias else None,
-            dA if need_A else None, [dB if need else None for dB, need in zip(dBs, need_Bs)], None, None, None)
+    dx, dweight, dbias, dA, dBs = lora_linear_backward(
+        dy,
+        x,
+        weight,
+        A,
+        prepared,
+        Bs,
+        ctx.where,
+        ctx.parts,
+        need_x,
+        need_weight,
+        need_bias and ctx.has_bias,
+        need_adapters,
+    )
+    return (
+        dx if need_x else None,
+        dweight if need_weight else None,
+        dbias if need_bias and ctx.has_bias else None,
+        dA if need_A else None,
+        [dB if need else None for dB, need in zip(dBs, need_Bs)],
+        None,
+        None,
+        None,
+    )
 
 
 lora_linear.register_autograd(backward, setup_context=setup_context)
@@ -229,11 +289,20 @@ def lora_linear_flops(x, weight, bias, A, Bs, *args, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.prelora.lora_linear_backward)
-def lora_linear_backward_flops(dy, x, weight, A, prepared, Bs, where, parts, need_x, need_weight, need_bias, need_adapters, **kwargs) -> int:
+def lora_linear_backward_flops(
+    dy, x, weight, A, prepared, Bs, where, parts, need_x, need_weight, need_bias, need_adapters, **kwargs
+) -> int:
     low = sum(rows * rank for rows, rank in Bs)
-    return 2 * x[0] * ((need_x + need_weight) * weight[0] * weight[1]  # dx, dW
-                       + (need_x or need_adapters) * low + need_x * A[0] * A[1]  # dy B, and that times A
-                       + need_adapters * (A[0] * A[1] + low))  # dA, dB
+    return (
+        2
+        * x[0]
+        * (
+            (need_x + need_weight) * weight[0] * weight[1]  # dx, dW
+            + (need_x or need_adapters) * low
+            + need_x * A[0] * A[1]  # dy B, and that times A
+            + need_adapters * (A[0] * A[1] + low)
+        )
+    )  # dA, dB
 
 
 class LoRALinear(nn.Linear):
@@ -244,29 +313,63 @@ class LoRALinear(nn.Linear):
     Raises ValueError for rows that the parts don't divide, a negative rank, or one above min(in, out / parts).
     """
 
-    def __init__(self, in_features: int, out_features: int, ranks: list[int], alpha: float | None = None, rslora: bool = False,
-                 bias: bool = True, device=None, dtype=None):
-        super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)  # from_linear puts the real ones in
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        ranks: list[int],
+        alpha: float | None = None,
+        rslora: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(
+            in_features, out_features, bias, device="meta", dtype=dtype
+        )  # from_linear puts the real ones in
         if out_features % len(ranks):
             raise ValueError(f"{len(ranks)} row parts do not divide {out_features} output features")
         rows = out_features // len(ranks)
         for rank in ranks:
             if not 0 <= rank <= min(in_features, rows):
                 raise ValueError(f"rank {rank} is not between 0 and min(in, out) = {min(in_features, rows)}")
-        self.ranks, self.alpha, self.rslora, self.plain = list(ranks), alpha, rslora, nn.Linear  # plain: what `merged` is
+        self.ranks, self.alpha, self.rslora, self.plain = (
+            list(ranks),
+            alpha,
+            rslora,
+            nn.Linear,
+        )  # plain: what `merged` is
         self.lora_A = nn.Parameter(torch.empty(sum(ranks), in_features, device=device, dtype=dtype))
-        self.lora_B = nn.ParameterDict({str(i): nn.Parameter(torch.empty(rows, rank, device=device, dtype=dtype))
-                                        for i, rank in enumerate(ranks) if rank})
+        self.lora_B = nn.ParameterDict(
+            {
+                str(i): nn.Parameter(torch.empty(rows, rank, device=device, dtype=dtype))
+                for i, rank in enumerate(ranks)
+                if rank
+            }
+        )
         # In a buffer, not in floats: these differ between layers, and a float would be baked into the compiled block.
-        self.register_buffer("scaling", None if alpha is None else torch.empty(sum(ranks), 1, device=device, dtype=dtype),
-                             persistent=False)
+        self.register_buffer(
+            "scaling",
+            None if alpha is None else torch.empty(sum(ranks), 1, device=device, dtype=dtype),
+            persistent=False,
+        )
         self.init_buffers()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, ranks: list[int], alpha: float | None, rslora: bool = False) -> "LoRALinear":
+    def from_linear(
+        cls, linear: nn.Linear, ranks: list[int], alpha: float | None, rslora: bool = False
+    ) -> "LoRALinear":
         """The same Linear, its weight and bias shared and not copied, with adapters on its device in its dtype."""
-        new = cls(linear.in_features, linear.out_features, ranks, alpha, rslora, linear.bias is not None,
-                  device=linear.weight.device, dtype=linear.weight.dtype)
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            ranks,
+            alpha,
+            rslora,
+            linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
         new.weight, new.bias, new.plain = linear.weight, linear.bias, type(linear)
         return new.train(linear.training)
 
@@ -281,11 +384,15 @@ class LoRALinear(nn.Linear):
     def init_adapters(self, seed: int, name: str) -> None:
         """A Kaiming-uniform(√5) from a generator of (seed, name), B zero."""
         rng = torch.Generator(self.lora_A.device).manual_seed(zlib.crc32(f"{seed}/{name}.lora_A".encode()))
-        A = torch.empty(self.lora_A.shape, device=self.lora_A.device)  # whole: a shard gets its part of the same numbers
+        A = torch.empty(
+            self.lora_A.shape, device=self.lora_A.device
+        )  # whole: a shard gets its part of the same numbers
         if A.numel():
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=rng)
         if isinstance(self.lora_A, DTensor):
-            A = distribute_tensor(A, self.lora_A.device_mesh, self.lora_A.placements, src_data_rank=None)  # no traffic
+            A = distribute_tensor(
+                A, self.lora_A.device_mesh, self.lora_A.placements, src_data_rank=None
+            )  # no traffic
         self.lora_A.copy_(A)
         for B in self.lora_B.values():
             B.zero_()
@@ -298,7 +405,9 @@ class LoRALinear(nn.Linear):
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # which knows nothing of the operator
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = [None if t is None else t.to(dtype) for t in tensors]
-        x2d, weight, bias, A, *Bs = tensors  # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
+        x2d, weight, bias, A, *Bs = (
+            tensors  # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
+        )
         where, parts = [int(part) for part in self.lora_B], len(self.ranks)
         with torch.no_grad():
             prepared = prepare(x2d, weight, A, Bs, where, parts)
@@ -311,16 +420,28 @@ class LoRALinear(nn.Linear):
         Whole, where they are sharded: a collective, for every rank to call.
         """
         start = sum(self.ranks[:part])
-        A = to_plain(self.lora_A)[start:start + self.ranks[part]]
-        B = to_plain(self.lora_B[str(part)]) if self.ranks[part] else A.new_empty(self.out_features // len(self.ranks), 0)
-        return (B if self.alpha is None or not self.ranks[part] else B * self.get_scaling(self.ranks[part])), A
+        A = to_plain(self.lora_A)[start : start + self.ranks[part]]
+        B = (
+            to_plain(self.lora_B[str(part)])
+            if self.ranks[part]
+            else A.new_empty(self.out_features // len(self.ranks), 0)
+        )
+        return (
+            B if self.alpha is None or not self.ranks[part] else B * self.get_scaling(self.ranks[part])
+        ), A
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain Linear with W + s·B·A, the sum taken in float32 (its rounding is all that is lost)."""
-        linear = self.plain(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype)
-        delta = torch.cat([B.float() @ A.float() for B, A in map(self.adapter, range(len(self.ranks)))])  # (out, in)
-        linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype), self.weight.requires_grad)
+        linear = self.plain(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
+        )
+        delta = torch.cat(
+            [B.float() @ A.float() for B, A in map(self.adapter, range(len(self.ranks)))]
+        )  # (out, in)
+        linear.weight = nn.Parameter(
+            (self.weight.float() + delta).to(self.weight.dtype), self.weight.requires_grad
+        )
         linear.bias = self.bias
         return linear.train(self.training)
 

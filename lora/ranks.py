@@ -24,7 +24,9 @@ def assign_ranks(changes: dict[str, Sequence[float]], rank_min: int, rank_max: i
     ranks = {}
     for family, signed in changes.items():
         if not signed or not all(map(math.isfinite, signed)):
-            raise ValueError(f"the weight norm changes of family {family} are empty or not finite: {list(signed)}")
+            raise ValueError(
+                f"the weight norm changes of family {family} are empty or not finite: {list(signed)}"
+            )
         magnitude = [abs(c) for c in signed]
         low, high = min(magnitude), max(magnitude)
         if high - low <= 1e-12 * high:  # all layers equal, up to rounding
@@ -41,18 +43,30 @@ def count_parameters(ranks: dict[str, Sequence[int]], costs: dict[str, Sequence[
     return sum(rank * cost for family in ranks for rank, cost in zip(ranks[family], costs[family]))
 
 
-def uniform_ranks(changes: dict[str, Sequence[float]], costs: dict[str, Sequence[int]], budget: int, rank_min: int,
-                  rank_max: int) -> dict[str, list[int]]:
+def uniform_ranks(
+    changes: dict[str, Sequence[float]],
+    costs: dict[str, Sequence[int]],
+    budget: int,
+    rank_min: int,
+    rank_max: int,
+) -> dict[str, list[int]]:
     """One rank for every layer, any whole number between rank_min and rank_max: the largest that `budget` pays for. `changes` only says
     which layers there are. Raises ValueError if the budget does not pay for rank_min."""
     rank = min(budget // sum(sum(layers) for layers in costs.values()), rank_max)
     if rank < rank_min:
-        raise ValueError(f"a budget of {budget:,} parameters is not enough for rank_min {rank_min} in every layer")
+        raise ValueError(
+            f"a budget of {budget:,} parameters is not enough for rank_min {rank_min} in every layer"
+        )
     return {family: [rank] * len(layers) for family, layers in changes.items()}
 
 
-def budget_ranks(changes: dict[str, Sequence[float]], costs: dict[str, Sequence[int]], budget: int, rank_min: int,
-                 rank_max: int) -> dict[str, list[int]]:
+def budget_ranks(
+    changes: dict[str, Sequence[float]],
+    costs: dict[str, Sequence[int]],
+    budget: int,
+    rank_min: int,
+    rank_max: int,
+) -> dict[str, list[int]]:
     """Ranks in proportion to |change| over all families and layers, as large as `budget` pays for.
 
     rank = rank_min · clip(⌊λ·|change|⌋, 1, rank_max / rank_min) with the largest λ whose adapters fit: multiples of rank_min, so that
@@ -62,10 +76,16 @@ def budget_ranks(changes: dict[str, Sequence[float]], costs: dict[str, Sequence[
     ranks = {family: [rank_min] * len(layers) for family, layers in changes.items()}
     left = budget - count_parameters(ranks, costs)
     if left < 0:
-        raise ValueError(f"a budget of {budget:,} parameters is not enough for rank_min {rank_min} in every layer")
+        raise ValueError(
+            f"a budget of {budget:,} parameters is not enough for rank_min {rank_min} in every layer"
+        )
     # As λ grows from 0, layer by layer reaches its next multiple n, at λ = n / |change|; equal changes one multiple at a time.
-    steps = sorted((n / abs(change) if change else math.inf, n, family, layer) for family, layers in changes.items()
-                   for layer, change in enumerate(layers) for n in range(2, rank_max // rank_min + 1))
+    steps = sorted(
+        (n / abs(change) if change else math.inf, n, family, layer)
+        for family, layers in changes.items()
+        for layer, change in enumerate(layers)
+        for n in range(2, rank_max // rank_min + 1)
+    )
     for _, _, family, layer in steps:
         left -= rank_min * costs[family][layer]
         if left < 0:

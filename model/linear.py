@@ -20,8 +20,13 @@ torch.compiler.config.cache_key_tag += f"/{zlib.crc32(Path(__file__).read_bytes(
 
 def onednn(tensor: Tensor) -> bool:
     """Whether oneDNN takes this tensor's products; `torch.backends.mkldnn.flags(enabled=False)` says no."""
-    return (tensor.device.type == "cpu" and tensor.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-            and torch._C._get_mkldnn_enabled() and tensor.numel() > 0)
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and tensor.numel() > 0
+    )
 
 
 def whole(matrix: Tensor) -> Tensor:
@@ -93,7 +98,11 @@ def setup_context(ctx, inputs, output):
 def backward(ctx, dy):
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    return mm(dy, weight) if need_x else None, weight_gradient(dy, x) if need_weight else None, dy.sum(0) if need_bias else None
+    return (
+        mm(dy, weight) if need_x else None,
+        weight_gradient(dy, x) if need_weight else None,
+        dy.sum(0) if need_bias else None,
+    )
 
 
 linear.register_autograd(backward, setup_context=setup_context)
@@ -105,7 +114,13 @@ class Linear(nn.Linear):
     is_plain_linear = True  # for those who would put a Linear of their own in its place
 
     def forward(self, x: Tensor) -> Tensor:
-        if (x.device.type != "cpu" or x.dtype != torch.float32 or self.weight.dtype != torch.float32
-                or torch.is_autocast_enabled("cpu")):
+        if (
+            x.device.type != "cpu"
+            or x.dtype != torch.float32
+            or self.weight.dtype != torch.float32
+            or torch.is_autocast_enabled("cpu")
+        ):
             return super().forward(x)
-        return linear(x.reshape(-1, self.in_features), self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+        return linear(x.reshape(-1, self.in_features), self.weight, self.bias).view(
+            *x.shape[:-1], self.out_features
+        )

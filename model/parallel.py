@@ -3,7 +3,8 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from errors import UserError
 
+NARROW = 192  # width of a model below which one thread is as fast as two, see set_threads
 RUNNING_STATS = {
     "running_mean",
     "running_var",
@@ -163,6 +165,46 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 
 # ---- sharded and whole
+
+
+def compile_graphs(
+    compiled: bool, model: nn.Module, train_once: Callable[[], object], evaluate_once: Callable[[], object]
+) -> dict[str, float]:
+    """Let two steps that are taken for their graphs' sake compile them, if the model is `compiled` at all.
+
+    Returns how long that took and how many graphs were compiled, on this process. Buffers are afterwards what
+    they were before (a BatchNorm's statistics, say); that no weight changes is the steps' own affair.
+    """
+    stats = torch._dynamo.utils.counters["stats"]
+    began, before = time.perf_counter(), stats["unique_graphs"]
+    training = before
+    if compiled:
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        train_once()
+        training = stats["unique_graphs"]
+        evaluate_once()
+        for buffer, value in zip(model.buffers(), buffers):
+            buffer.copy_(value)
+    return {
+        "seconds": time.perf_counter() - began,
+        "graphs_compiled": training - before,
+        "eval_graphs_compiled": stats["unique_graphs"] - training,
+    }
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Matrix products in bfloat16 inside, where that is the compute type."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def set_threads(device: torch.device, width: int) -> None:
+    """On a CPU, one OpenMP thread for a model so narrow that several would mostly wait for each other.
+
+    A parallel region of such a model takes microseconds. As soon as another process wants a core, one thread
+    of the region is late, and all others spin for it. An explicit OMP_NUM_THREADS decides otherwise.
+    """
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and width < NARROW:
+        torch.set_num_threads(1)
 
 
 @contextlib.contextmanager

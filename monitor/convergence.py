@@ -202,6 +202,23 @@ def check_record(record: dict, families: Sequence[str]) -> None:
         raise FloatingPointError(f"epoch {record['epoch']}: the training loss are not finite")
 
 
+def get_signs(cfg, s, epochs: list[dict], baseline: list[dict] | None, next_phase: str) -> list[str]:
+    """What a person should be warned of at an epoch's end, as sentences.
+
+    `s`: the run's State. `next_phase`: that of the epoch to come. See `failure_signs`.
+    """
+    signs = failure_signs(epochs, cfg.window_epochs, cfg.zeta, baseline)
+    if cfg.mode == "prelora" and s.phase == "full" and s.epoch == cfg.epochs:
+        if next_phase == "full":
+            signs.append(
+                f"the convergence test did not pass in time: tau {cfg.tau}, zeta {cfg.zeta}, "
+                f"windows of {cfg.window_epochs}"
+            )
+        else:
+            signs.append("the convergence test passed after the last epoch: none is left to train adapters")
+    return signs
+
+
 def failure_signs(
     epochs: list[dict], window_epochs: int, zeta: float, baseline: list[dict] | None = None
 ) -> list[str]:
@@ -252,21 +269,21 @@ def find_plateau(lora: list[dict], window_epochs: int, zeta: float, baseline: li
     ]
 
 
-def rank_signs(ranks: dict[str, list[int]], rank_min: int, rank_max: int, minmax: bool = True) -> list[str]:
-    """Warnings about assigned ranks, as sentences.
+def rank_signs(cfg, ranks: dict[str, list[int]]) -> list[str]:
+    """Warnings about ranks that were just assigned, as sentences.
 
-    Nearly every layer at rank_max saves nothing; with Algorithm 2 (`minmax`), a family of equal layers got
-    rank_min.
+    Nearly every layer at rank_max saves nothing; with Algorithm 2 (`rank_rule=minmax`), a family of equal
+    layers got rank_min.
     """
-    if rank_min == rank_max:  # asked for
+    if cfg.rank_min == cfg.rank_max:  # asked for
         return []
     everything = [rank for layers in ranks.values() for rank in layers]
-    at_max = sum(rank == rank_max for rank in everything) / len(everything)
+    at_max = sum(rank == cfg.rank_max for rank in everything) / len(everything)
     signs = []
     if at_max >= 0.9:
-        signs.append(f"{at_max:.0%} of the layers are at rank_max {rank_max}: the adapters save little")
-    if minmax:
+        signs.append(f"{at_max:.0%} of the layers are at rank_max {cfg.rank_max}: the adapters save little")
+    if cfg.rank_rule == "minmax":
         for family, layers in ranks.items():
-            if len(layers) > 1 and set(layers) == {rank_min}:  # otherwise the largest change gets rank_max
-                signs.append(f"every layer of {family} changed alike: all at rank {rank_min}")
+            if len(layers) > 1 and set(layers) == {cfg.rank_min}:  # else the largest change gets rank_max
+                signs.append(f"every layer of {family} changed alike: all at rank {cfg.rank_min}")
     return signs

@@ -124,6 +124,12 @@ def check_logs(run_dir: str | Path, metrics_bytes: int, steps_bytes: int, checkp
             raise UserError(f"{path} is missing or shorter than it was when {checkpoint} was saved")
 
 
+def get_freeze_step(epochs: list[dict]) -> int | None:
+    """The optimiser step after which the lora phase began: the last of the epochs before it, None without any."""
+    steps = [record["step"] for record in epochs if record["phase"] != "lora"]
+    return steps[-1] if steps else None
+
+
 def phase_table(epochs: list[dict]) -> str:
     """The run's phases side by side, as plain text.
 

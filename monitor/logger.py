@@ -17,8 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import UserError
+from files import write_json
 from monitor.figures import change_heatmap, rank_heatmap
-from monitor.log import pick_events, read_events_until
+from monitor.log import phase_table, pick_events, read_events_until
 
 EPOCH_SCALARS = {  # TensorBoard's tag: the epoch record's field
     "train/loss": "train_loss",
@@ -58,7 +59,8 @@ class RunLogger:
         steps_bytes: int = 0,
         enabled: bool = True,
     ):
-        self.enabled = enabled
+        self.enabled, self.run_dir = enabled, run_dir
+        self.traced: set[str] = set()  # phases
         self.metrics_path, self.steps_path = run_dir / "metrics.jsonl", run_dir / "steps.jsonl"
         self.tensorboard_path = run_dir / "tb"
         self.epochs = pick_events(read_events_until(self.metrics_path, metrics_bytes), "epoch")
@@ -184,8 +186,19 @@ class RunLogger:
             for i, value in enumerate(layers):
                 self.tensorboard.add_scalar(f"{prefix}_by_layer/{family}/{i:02d}", value, step)
 
-    def switch(self, record: dict) -> None:
-        """A switch event, the ranks as a figure in TensorBoard."""
+    def decided(self, s, signs: list[str], ranks: dict[str, list[int]] | None) -> None:
+        """What an epoch's end has told: `signs` as warnings, and the ranks of the epoch to come. `s`: the State."""
+        for sign in signs:
+            self.warning(s.epoch, s.step, sign)
+        if self.enabled and ranks != s.ranks:
+            write_json(self.run_dir / "ranks.json", ranks)
+
+    def switch(self, record: dict, signs: list[str]) -> None:
+        """A switch event, with `signs` about its ranks as warnings; the ranks as a figure in TensorBoard."""
+        for sign in signs:
+            self.warning(record["epoch"], record["step"], sign)
+        if self.enabled:
+            write_json(self.run_dir / "ranks.json", record["ranks"])
         self.write(record)
         if self.enabled and record["ranks"]:
             with writing(self.tensorboard_path):
@@ -195,6 +208,22 @@ class RunLogger:
             f"{record['trainable_params']:,} trainable parameters, {record['seconds']:.1f} s, "
             f"{record['graphs_compiled']} graphs compiled"
         )
+
+    def get_trace_path(self, phase: str) -> Path | None:
+        """Where this process is to write a trace of the phase; None if it has one or writes none."""
+        if not self.enabled or phase in self.traced:
+            return None
+        self.traced.add(phase)
+        return self.run_dir / "profile" / f"{phase}.json"
+
+    def end(self, step: int, stopped_by: str | None) -> None:
+        """The run's last words: its phases side by side, and what has `stopped_by` told it to stop, if anything has."""
+        if stopped_by:
+            self.message(f"{stopped_by}: saved at step {step}, go on with --resume True")
+        self.bar.close()
+        if self.enabled:
+            unfinished = f"stopped at step {step}, before the first epoch's end"
+            print(phase_table(self.epochs) if self.epochs else unfinished)
 
     def close(self) -> None:
         """Close the files and the progress bar."""

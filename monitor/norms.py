@@ -11,6 +11,15 @@ from torch.distributed.tensor import DTensor
 Families = dict[str, list[tuple[str, int, int]]]
 
 
+def get_norms(model: nn.Module, families: Families, frozen: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """Both norms as an epoch record has them. `frozen`: the last record, if the base is frozen since then.
+
+    A frozen base's norms stay what they were; a bfloat16 copy would only blur them.
+    """
+    base = frozen[-1]["weight_norms"] if frozen else weight_norms(model, families)
+    return {"weight_norms": base, "adapter_norms": adapter_norms(model, families)}
+
+
 @torch.no_grad()
 def weight_norms(model: nn.Module, families: Families) -> dict[str, list[float]]:
     """‖W‖_F of every layer of every family: the base weight, float32, over its row part.

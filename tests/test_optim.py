@@ -60,14 +60,21 @@ def equal(a, b):
 
 # ---- learning rate
 
-@pytest.mark.parametrize("step, expected", [
-    (0, 0.2),  # 2 · 1/10
-    (4, 1.0), (9, 2.0),  # the warmup's middle and its last step
-    (10, 2.0),  # the cosine starts at the peak
-    (35, 2 * 0.5 * (1 + math.sqrt(0.5))),  # a quarter of the cosine's 100 steps: cos 45°
-    (60, 1.0), (110, 0.0), (500, 0.0),  # midpoint, end, beyond it
-    (109, 2 * 0.5 * (1 + math.cos(math.pi * 99 / 100))),  # last step taken: 4.9e-4, not yet 0
-])
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (0, 0.2),  # 2 · 1/10
+        (4, 1.0),
+        (9, 2.0),  # the warmup's middle and its last step
+        (10, 2.0),  # the cosine starts at the peak
+        (35, 2 * 0.5 * (1 + math.sqrt(0.5))),  # a quarter of the cosine's 100 steps: cos 45°
+        (60, 1.0),
+        (110, 0.0),
+        (500, 0.0),  # midpoint, end, beyond it
+        (109, 2 * 0.5 * (1 + math.cos(math.pi * 99 / 100))),  # last step taken: 4.9e-4, not yet 0
+    ],
+)
 def test_get_lr(step, expected):
     assert get_lr(step, peak=2.0, warmup_steps=10, total_steps=110) == pytest.approx(expected, abs=1e-12)
 
@@ -87,6 +94,7 @@ def test_get_lr_without_warmup_and_all_warmup():
 
 # ---- weight decay and optimiser state
 
+
 def decay_groups(model):
     names = {p: name for name, p in model.named_parameters()}
     groups = build_optimizer(model, 0.1).param_groups
@@ -98,8 +106,17 @@ def decay_groups(model):
 LINEARS = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 LINEARS += ["head", "patch_embed.proj"]
 NORMS = [f"blocks.{i}.norm{j}" for i in range(2) for j in (1, 2)] + ["norm"]
-ADAPTERS = {f"blocks.{i}.{name}" for i in range(2) for name in (
-    "attn.qkv.lora_A", "attn.qkv.lora_B.0", "attn.qkv.lora_B.2", "mlp.fc1.lora_A", "mlp.fc1.lora_B.0")}
+ADAPTERS = {
+    f"blocks.{i}.{name}"
+    for i in range(2)
+    for name in (
+        "attn.qkv.lora_A",
+        "attn.qkv.lora_B.0",
+        "attn.qkv.lora_B.2",
+        "mlp.fc1.lora_A",
+        "mlp.fc1.lora_B.0",
+    )
+}
 UNDECAYED = {f"{name}.bias" for name in LINEARS + NORMS} | {f"{name}.weight" for name in NORMS}
 UNDECAYED |= {"pos_embed", "cls_token"}
 
@@ -128,7 +145,9 @@ def test_optimizer_state_moves_by_name():
     optimizer = build_optimizer(full, 0.1)
     step(full, optimizer)
     state = get_optimizer_state(full, optimizer)
-    assert set(state) == {name for name, _ in full.named_parameters()} and all(set(s) == KEYS for s in state.values())
+    assert set(state) == {name for name, _ in full.named_parameters()} and all(
+        set(s) == KEYS for s in state.values()
+    )
 
     warm_optimizer = build_optimizer(warm, 0.1)
     set_optimizer_state(warm, warm_optimizer, state)
@@ -138,7 +157,8 @@ def test_optimizer_state_moves_by_name():
     step(warm, warm_optimizer)
     moved = get_optimizer_state(warm, warm_optimizer)
     assert {name: s["step"].item() for name, s in moved.items()} == {
-        name: 1 if name in ADAPTERS else 2 for name, _ in warm.named_parameters()}
+        name: 1 if name in ADAPTERS else 2 for name, _ in warm.named_parameters()
+    }
 
     lora_optimizer = build_optimizer(lora, 0.1)
     set_optimizer_state(lora, lora_optimizer, moved)
@@ -182,6 +202,7 @@ def test_found_inf_keeps_non_finite_gradients_out():
 
 
 # ---- checkpoints
+
 
 def trained(**kwargs):
     model = build(**kwargs)
@@ -233,7 +254,12 @@ def test_latest_moves_and_old_ones_are_pruned(tmp_path):
     for number in (1, 2, 3, 10, 11):
         checkpoint.save(tmp_path, model, optimizer, {"step": number}, pinned=number in (2, 10))
         assert checkpoint.latest(tmp_path).name == f"step_{number:08d}"
-    assert names(tmp_path) == ["latest", "step_00000002", "step_00000010", "step_00000011"]  # 1 and 3 went, 2 is pinned
+    assert names(tmp_path) == [
+        "latest",
+        "step_00000002",
+        "step_00000010",
+        "step_00000011",
+    ]  # 1 and 3 went, 2 is pinned
     checkpoint.save(tmp_path, model, optimizer, {"step": 12}, pinned=False)
     checkpoint.save(tmp_path, model, optimizer, {"step": 13}, pinned=False)
     assert names(tmp_path) == ["latest", "step_00000002", "step_00000010", "step_00000012", "step_00000013"]
@@ -256,8 +282,11 @@ def test_what_a_killed_save_left_is_ignored_and_removed(tmp_path):
     assert names(tmp_path) == ["latest", "step_00000002", "step_00000003"]
 
 
-@pytest.mark.parametrize("other", [nn.Linear(2, 3), nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2))],
-                         ids=["rows", "columns", "name"])
+@pytest.mark.parametrize(
+    "other",
+    [nn.Linear(2, 3), nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2))],
+    ids=["rows", "columns", "name"],
+)
 def test_missing_or_misshapen_weight_raises(tmp_path, other):
     model = nn.Linear(2, 2)
     path = checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": 1}, pinned=False)
@@ -320,15 +349,25 @@ def test_a_half_deleted_checkpoint_does_not_stop_the_next_saves(tmp_path):
     mine.mkdir()
     for number in (2, 3, 4):
         checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": number}, pinned=False)
-    assert names(tmp_path) == ["latest", "step_00000001", "step_00000001_mine", "step_00000003", "step_00000004"]
+    assert names(tmp_path) == [
+        "latest",
+        "step_00000001",
+        "step_00000001_mine",
+        "step_00000003",
+        "step_00000004",
+    ]
 
 
 # ---- monitor's arithmetic
 
+
 def test_count_flops_of_linears():
     with torch.device("meta"):
         model, x = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 3)), torch.empty(5, 7)
-    first, second = 2 * 5 * 7 * 11, 2 * 5 * 11 * 3  # a multiplication and an addition for each of N · in · out
+    first, second = (
+        2 * 5 * 7 * 11,
+        2 * 5 * 11 * 3,
+    )  # a multiplication and an addition for each of N · in · out
     # the first layer: forward and weight gradient (the images need none); the second: also its input's gradient
     assert count_flops(model, x) == 2 * first + 3 * second
     model[1].weight.requires_grad = False
@@ -353,11 +392,26 @@ def build_meta(lora, freeze):
 
 def test_phase_table():
     def record(phase, seconds, trainable, gib, top1):
-        return {"phase": phase, "epoch_seconds": seconds, "images_per_second": 12000 / seconds,
-                "trainable_params": trainable, "peak_memory_bytes": int(gib * 2**30), "val_top1": top1}
-    text = phase_table([record("full", 10, 1_234_567, 1.5, 70), record("full", 8, 1_234_567, 1.25, 75.126),
-                        record("full", 30, 1_234_567, 1, 80), record("lora", 6, 99, 0.5, 81)])
+        return {
+            "phase": phase,
+            "epoch_seconds": seconds,
+            "images_per_second": 12000 / seconds,
+            "trainable_params": trainable,
+            "peak_memory_bytes": int(gib * 2**30),
+            "val_top1": top1,
+        }
+
+    text = phase_table(
+        [
+            record("full", 10, 1_234_567, 1.5, 70),
+            record("full", 8, 1_234_567, 1.25, 75.126),
+            record("full", 30, 1_234_567, 1, 80),
+            record("lora", 6, 99, 0.5, 81),
+        ]
+    )
     # medians of 8, 10, 30 seconds and 1500, 1200, 400 images/s; the peak of the phase; the last top-1
-    assert text.splitlines() == ["phase  epochs  s/epoch  images/s  trainable  peak memory    top-1",
-                                 " full       3     10.0     1,200  1,234,567     1.50 GiB  80.00 %",
-                                 " lora       1      6.0     2,000         99     0.50 GiB  81.00 %"]
+    assert text.splitlines() == [
+        "phase  epochs  s/epoch  images/s  trainable  peak memory    top-1",
+        " full       3     10.0     1,200  1,234,567     1.50 GiB  80.00 %",
+        " lora       1      6.0     2,000         99     0.50 GiB  81.00 %",
+    ]

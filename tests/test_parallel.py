@@ -17,8 +17,10 @@ from model.parallel import to_plain
 from model.variants import LORA_FAMILIES, VARIANTS
 
 # 4 steps an epoch, 36 in all: full 1-3, warmup 4-6, lora 7-9. Nothing random that differs between ranks; each sees 4 images a step.
-PLAIN = ("--loader folder --num_workers 0 --train_samples 64 --epochs 9 --batch_size 16 --lr 1e-3 --lr_warmup_steps 4 --dtype float32 "
-         "--compile False --tau 90 --zeta 90 --num_windows 2 --window_epochs 1 --lora_warmup_epochs 3 --rank_min 4 --rank_max 32").split()
+PLAIN = (
+    "--loader folder --num_workers 0 --train_samples 64 --epochs 9 --batch_size 16 --lr 1e-3 --lr_warmup_steps 4 --dtype float32 "
+    "--compile False --tau 90 --zeta 90 --num_windows 2 --window_epochs 1 --lora_warmup_epochs 3 --rank_min 4 --rank_max 32"
+).split()
 
 
 @contextmanager
@@ -35,10 +37,15 @@ def watching():
 
     def saving(run_dir, model, optimizer, meta, pinned):
         if pinned or meta["state"]["epoch"] == 9:
-            seen["weights"][meta["state"]["phase"]] = {name: to_plain(t).cpu().clone() for name, t in model.state_dict().items()}
+            seen["weights"][meta["state"]["phase"]] = {
+                name: to_plain(t).cpu().clone() for name, t in model.state_dict().items()
+            }
         return save(run_dir, model, optimizer, meta=meta, pinned=pinned)
 
-    with mock.patch.object(distributed, "sum_over_ranks", summing), mock.patch.object(checkpoint, "save", saving):
+    with (
+        mock.patch.object(distributed, "sum_over_ranks", summing),
+        mock.patch.object(checkpoint, "save", saving),
+    ):
         yield seen
 
 
@@ -57,9 +64,17 @@ def run_main(argv, parallelize=None):
 @pytest.fixture(scope="module")
 def go(on_ranks, small, tmp_path_factory):
     """go(ranks, "--flag value …") -> what each rank saw of a run of all three phases; the last run's directory is go.run_dir."""
+
     def go(ranks, flags="", parallelize=None, **environment):
         go.run_dir = tmp_path_factory.mktemp("parallel") / "run"
-        return on_ranks(ranks, run_main, [*PLAIN, "--data_dir", small, "--run_dir", go.run_dir, *flags.split()], parallelize, **environment)
+        return on_ranks(
+            ranks,
+            run_main,
+            [*PLAIN, "--data_dir", small, "--run_dir", go.run_dir, *flags.split()],
+            parallelize,
+            **environment,
+        )
+
     return go
 
 
@@ -75,27 +90,43 @@ def assert_same_numbers(seen, reference, rel=1e-5):
         for phase, weights in reference["weights"].items():
             mine = rank["weights"][phase]
             assert mine.keys() == weights.keys()
-            assert [n for n in weights if not torch.equal(mine[n], seen[0]["weights"][phase][n])] == []  # to the bit on all ranks
+            assert [
+                n for n in weights if not torch.equal(mine[n], seen[0]["weights"][phase][n])
+            ] == []  # to the bit on all ranks
             assert [n for n in weights if not torch.allclose(mine[n], weights[n], atol=1e-4)] == []
     for mine, theirs in zip(seen[0]["epochs"], reference["epochs"], strict=True):
-        assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=rel) and mine["trainable_params"] == theirs["trainable_params"]
+        assert (
+            mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=rel)
+            and mine["trainable_params"] == theirs["trainable_params"]
+        )
         for norms in ("weight_norms", "adapter_norms"):
-            assert mine[norms] == {family: pytest.approx(layers, rel=1e-3) for family, layers in theirs[norms].items()}
+            assert mine[norms] == {
+                family: pytest.approx(layers, rel=1e-3) for family, layers in theirs[norms].items()
+            }
 
 
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("ranks, flags, per_node", [
-    (2, "", 2), (4, "", 2), (2, "--frozen_base shard --reshard_after_forward False", 2),
-    (2, "--grad_accum_steps 2 --activation_checkpointing block --lora_trainable adapters+rest", 2),
-    pytest.param(4, "", 4, marks=slow), pytest.param(4, "--dp_shard 1", 4, marks=slow)])
+@pytest.mark.parametrize(
+    "ranks, flags, per_node",
+    [
+        (2, "", 2),
+        (4, "", 2),
+        (2, "--frozen_base shard --reshard_after_forward False", 2),
+        (2, "--grad_accum_steps 2 --activation_checkpointing block --lora_trainable adapters+rest", 2),
+        pytest.param(4, "", 4, marks=slow),
+        pytest.param(4, "--dp_shard 1", 4, marks=slow),
+    ],
+)
 def test_same_numbers_on_any_number_of_ranks(go, one_rank, ranks, flags, per_node):
     reference = go(1, "--lora_trainable adapters+rest")[0] if "adapters+rest" in flags else one_rank
     assert_same_numbers(go(ranks, flags, LOCAL_WORLD_SIZE=per_node), reference)
     mesh = json.loads((checkpoint.latest(go.run_dir) / "meta.json").read_text())["mesh"]
     shards = 1 if "dp_shard" in flags else per_node  # by default a node
-    assert mesh == ({"dp_shard": ranks} if shards == ranks else {"dp_replicate": ranks // shards, "dp_shard": shards})
+    assert mesh == (
+        {"dp_shard": ranks} if shards == ranks else {"dp_replicate": ranks // shards, "dp_shard": shards}
+    )
 
 
 def unreduced(model, *args, parallelize=train.parallelize):
@@ -115,7 +146,9 @@ def test_control_gradients_that_are_not_averaged_are_caught(go, one_rank):
         assert_same_numbers(seen, one_rank)
     for phase in ("full", "warmup"):
         assert all(torch.equal(a, b) for a, b in zip(*(rank["weights"][phase].values() for rank in seen)))
-    different = {n for n, t in seen[0]["weights"]["lora"].items() if not torch.equal(t, seen[1]["weights"]["lora"][n])}
+    different = {
+        n for n, t in seen[0]["weights"]["lora"].items() if not torch.equal(t, seen[1]["weights"]["lora"][n])
+    }
     assert different == {n for n in seen[0]["weights"]["lora"] if ".lora_" in n}
 
 
@@ -123,41 +156,83 @@ def test_bfloat16(go):
     """On one rank by autocast, on several with blocks gathered in bfloat16: the same up to the rounding of the norms' weights."""
     flags = "--train_samples 32 --lr_warmup_steps 2"  # bfloat16 is slow on a CPU
     one, two = go(1, f"{flags} --dtype bfloat16")[0], go(2, f"{flags} --dtype bfloat16")
-    assert len(one["losses"]) == 18 and two[0]["losses"] == two[1]["losses"] == pytest.approx(one["losses"], rel=3e-3)
+    assert len(one["losses"]) == 18 and two[0]["losses"] == two[1]["losses"] == pytest.approx(
+        one["losses"], rel=3e-3
+    )
     exact = go(1, flags)[0]["losses"]
     assert one["losses"] != exact == pytest.approx(one["losses"], rel=3e-3)
     lora = two[0]["weights"]["lora"]
     assert {t.dtype for n, t in lora.items() if "lora_" in n} == {torch.float32}
-    assert {lora[f"blocks.0.{n}.weight"].dtype for n in ("attn.qkv", "mlp.fc1", "mlp.fc2")} == {torch.bfloat16}
+    assert {lora[f"blocks.0.{n}.weight"].dtype for n in ("attn.qkv", "mlp.fc1", "mlp.fc2")} == {
+        torch.bfloat16
+    }
     assert lora["blocks.0.norm1.weight"].dtype == torch.float32
 
 
 # ---- graphs
 
+
 def run_compiled(argv, depth, backend, dynamic):
     """The graphs of each phase, and those of the whole run, with random ranks."""
     compile_block, rng = torch.nn.Module.compile, torch.Generator().manual_seed(0)
-    draw = lambda changes, low, high: {f: [4 << int(torch.randint(4, (), generator=rng)) for _ in layers] for f, layers in changes.items()}
-    with (mock.patch.dict(VARIANTS, {"tiny-debug": dict(VARIANTS["tiny-debug"], depth=depth)}), mock.patch.object(train, "assign_ranks", draw),
-          mock.patch.object(torch.nn.Module, "compile", lambda self, **kw: compile_block(self, **kw, backend=backend)),
-          mock.patch.object(train, "mark_ranks_dynamic", train.mark_ranks_dynamic if dynamic else lambda block: None)):
+    draw = lambda changes, low, high: {
+        f: [4 << int(torch.randint(4, (), generator=rng)) for _ in layers] for f, layers in changes.items()
+    }
+    with (
+        mock.patch.dict(VARIANTS, {"tiny-debug": dict(VARIANTS["tiny-debug"], depth=depth)}),
+        mock.patch.object(train, "assign_ranks", draw),
+        mock.patch.object(
+            torch.nn.Module, "compile", lambda self, **kw: compile_block(self, **kw, backend=backend)
+        ),
+        mock.patch.object(
+            train, "mark_ranks_dynamic", train.mark_ranks_dynamic if dynamic else lambda block: None
+        ),
+    ):
         assert train.main([str(a) for a in argv]) == 0
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def count_graphs(on_ranks, small, run_dir, depth, backend, dynamic=True, flags=""):
-    argv = [*PLAIN, "--data_dir", small, "--run_dir", run_dir, "--compile", True, "--dropout", 0.1, "--drop_path", 0.1,
-            "--train_samples", 16, "--lr_warmup_steps", 1, *flags.split()]
+    argv = [
+        *PLAIN,
+        "--data_dir",
+        small,
+        "--run_dir",
+        run_dir,
+        "--compile",
+        True,
+        "--dropout",
+        0.1,
+        "--drop_path",
+        0.1,
+        "--train_samples",
+        16,
+        "--lr_warmup_steps",
+        1,
+        *flags.split(),
+    ]
     totals = on_ranks(2, run_compiled, argv, depth, backend, dynamic)
-    phases = [e for e in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if e["event"] in ("start", "switch")]
+    phases = [
+        e
+        for e in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        if e["event"] in ("start", "switch")
+    ]
     return [p["graphs_compiled"] for p in phases], [p["eval_graphs_compiled"] for p in phases], totals
 
 
-@pytest.mark.parametrize("depth, backend, flags", [
-    (4, "eager", ""), pytest.param(4, "inductor", "", marks=slow), pytest.param(12, "eager", "", marks=slow),
-    pytest.param(4, "eager", "--activation_checkpointing block", marks=slow)])
+@pytest.mark.parametrize(
+    "depth, backend, flags",
+    [
+        (4, "eager", ""),
+        pytest.param(4, "inductor", "", marks=slow),
+        pytest.param(12, "eager", "", marks=slow),
+        pytest.param(4, "eager", "--activation_checkpointing block", marks=slow),
+    ],
+)
 def test_four_training_graphs_in_all(on_ranks, small, tmp_path, depth, backend, flags):
-    training, evaluation, totals = count_graphs(on_ranks, small, tmp_path / "run", depth, backend, flags=flags)
+    training, evaluation, totals = count_graphs(
+        on_ranks, small, tmp_path / "run", depth, backend, flags=flags
+    )
     assert training == [1, 1, 2] and evaluation == [1, 1, 1]
     assert totals == [7, 7]  # none later, in the epochs, and none outside the blocks
 
@@ -169,10 +244,13 @@ def test_control_static_ranks_need_more_graphs(on_ranks, small, tmp_path):
 
 # ---- activation checkpointing
 
+
 def saved_bytes_and_gradients(activation_checkpointing, compile, phase):
     torch.manual_seed(0)
     dropout = 0.0 if compile else 0.1  # a compiled block's masks depend on its graph
-    cfg = train.Config(dtype="float32", dropout=dropout, compile=compile, activation_checkpointing=activation_checkpointing)
+    cfg = train.Config(
+        dtype="float32", dropout=dropout, compile=compile, activation_checkpointing=activation_checkpointing
+    )
     torch._dynamo.reset()
     model = train.build_model(cfg, phase, {family: [8, 16, 4, 8] for family in LORA_FAMILIES}, "cpu")
     model.init_weights(0)
@@ -185,6 +263,7 @@ def saved_bytes_and_gradients(activation_checkpointing, compile, phase):
         if t.untyped_storage().data_ptr() not in parameters:
             saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
+
     train.seed_torch(0, 0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = model.train()(images).square().mean()
@@ -216,19 +295,30 @@ def run_with_a_slow_rank(argv, slow):
     def casting(*args):
         time.sleep(0.2 * (mine and slow[1] == "forward"))
         return autocast(*args)
+
     with mock.patch.object(train, "prefetch", fetching), mock.patch.object(train, "autocast", casting):
         return run_main(argv)["epochs"]
 
 
 @pytest.mark.parametrize("slow", [(1, "data"), (0, "forward")])
 def test_the_slow_rank_is_named(on_ranks, small, tmp_path, slow):
-    epochs = on_ranks(2, run_with_a_slow_rank, [*PLAIN, "--data_dir", small, "--run_dir", tmp_path / "run", "--epochs", 2, "--dp_shard", 1], slow)
+    epochs = on_ranks(
+        2,
+        run_with_a_slow_rank,
+        [*PLAIN, "--data_dir", small, "--run_dir", tmp_path / "run", "--epochs", 2, "--dp_shard", 1],
+        slow,
+    )
     for slowest in (e["slowest_rank"] for e in epochs[0]):
-        assert slowest["rank"] == slow[0] and slowest["host"] == distributed.get_host() and slowest["step_seconds"] > 0.2
+        assert (
+            slowest["rank"] == slow[0]
+            and slowest["host"] == distributed.get_host()
+            and slowest["step_seconds"] > 0.2
+        )
         assert (slowest["data_wait_seconds"] > 0.2) == (slow[1] == "data")
 
 
 # ---- GPUs
+
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -236,8 +326,14 @@ def test_nccl(go):
     """The path of a real run: NCCL, bfloat16, compiled, both switches; beside one GPU."""
     flags = "--dtype bfloat16 --compile True --activation_checkpointing selective"
     one, two = go(1, flags)[0], go(2, flags)
-    phases = [e for e in map(json.loads, (go.run_dir / "metrics.jsonl").read_text().splitlines()) if e["event"] in ("start", "switch")]
-    assert [p["graphs_compiled"] for p in phases] == [1, 1, 2] and [p["eval_graphs_compiled"] for p in phases] == [1, 1, 1]
+    phases = [
+        e
+        for e in map(json.loads, (go.run_dir / "metrics.jsonl").read_text().splitlines())
+        if e["event"] in ("start", "switch")
+    ]
+    assert [p["graphs_compiled"] for p in phases] == [1, 1, 2] and [
+        p["eval_graphs_compiled"] for p in phases
+    ] == [1, 1, 1]
     assert two[0]["losses"] == two[1]["losses"] == pytest.approx(one["losses"], rel=1e-2)
     for phase, weights in two[0]["weights"].items():
         assert [n for n in weights if not torch.equal(two[1]["weights"][phase][n], weights[n])] == []

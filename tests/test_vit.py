@@ -40,7 +40,10 @@ def build(variant="small", image_size=16, num_classes=7, seed=0, **kwargs):
 
 # ---- parity
 
-@pytest.mark.parametrize("variant, name", [("Ti/16", "vit_tiny_patch16_224"), ("S/16", "vit_small_patch16_224")])
+
+@pytest.mark.parametrize(
+    "variant, name", [("Ti/16", "vit_tiny_patch16_224"), ("S/16", "vit_small_patch16_224")]
+)
 def test_logits_equal_timms(variant, name):
     timms = randomise(timm.create_model(name, num_classes=11), std=0.05).eval()
     ours = VisionTransformer(variant, 224, 11).eval()
@@ -54,24 +57,41 @@ def test_logits_equal_timms(variant, name):
         assert (ours(x) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("variant, name, millions", [  # the literature's counts, 1000 classes at 224
-    ("Ti/16", "vit_tiny_patch16_224", 5.717), ("S/16", "vit_small_patch16_224", 22.051),
-    ("B/16", "vit_base_patch16_224", 86.568), ("L/16", "vit_large_patch16_224", 304.327)])
+@pytest.mark.parametrize(
+    "variant, name, millions",
+    [  # the literature's counts, 1000 classes at 224
+        ("Ti/16", "vit_tiny_patch16_224", 5.717),
+        ("S/16", "vit_small_patch16_224", 22.051),
+        ("B/16", "vit_base_patch16_224", 86.568),
+        ("L/16", "vit_large_patch16_224", 304.327),
+    ],
+)
 def test_names_shapes_and_counts(variant, name, millions):
     with torch.device("meta"):
         timms, ours = timm.create_model(name), VisionTransformer(variant, 224, 1000)
     shapes = lambda model: {key: tuple(t.shape) for key, t in model.state_dict().items()}
     assert shapes(ours) == shapes(timms)
     assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 3) == millions
-    assert ours.blocks[0].attn.num_heads == timms.blocks[0].attn.num_heads and len(ours.blocks) == len(timms.blocks)
+    assert ours.blocks[0].attn.num_heads == timms.blocks[0].attn.num_heads and len(ours.blocks) == len(
+        timms.blocks
+    )
 
 
 @pytest.fixture
 def huggingface():
     """A small random ViT whose first LayerNorms see variances near 1e-6, where their epsilon matters."""
     from transformers import ViTConfig, ViTForImageClassification
-    config = ViTConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, image_size=16,
-                       patch_size=4, num_labels=7, layer_norm_eps=1e-12)
+
+    config = ViTConfig(
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        image_size=16,
+        patch_size=4,
+        num_labels=7,
+        layer_norm_eps=1e-12,
+    )
     model = randomise(ViTForImageClassification(config)).eval()
     with torch.no_grad():
         for p in model.vit.embeddings.parameters():
@@ -104,7 +124,9 @@ def test_logits_equal_huggingfaces(huggingface, published, tmp_path):
     assert difference(huggingface, renamed | {"blocks.1.attn.qkv.bias": torch.cat([k, q, v])}) > 1e-3
 
 
-@pytest.mark.parametrize("key", ["vit.pooler.dense.weight", "vit.layers.0.attention.q_proj.weight.x", "norm.weight"])
+@pytest.mark.parametrize(
+    "key", ["vit.pooler.dense.weight", "vit.layers.0.attention.q_proj.weight.x", "norm.weight"]
+)
 def test_unknown_huggingface_name(huggingface, key):
     with pytest.raises(KeyError, match=key):
         from_huggingface(huggingface.state_dict() | {key: torch.zeros(1)})
@@ -120,14 +142,18 @@ def test_wrong_arguments():
 def test_rest_patterns_and_families_cover_the_model():
     """The target modules and LORA_REST between them name every parameter, none twice (biases belong to the Linears)."""
     from fnmatch import fnmatchcase
+
     model = build()
     families = match_families(model, LORA_FAMILIES, tuple(LORA_FAMILIES))
     linears = {name for layers in families.values() for name, _, _ in layers}
     for name, _ in model.named_parameters():
-        assert (name.rpartition(".")[0] in linears) != any(fnmatchcase(name, pattern) for pattern in LORA_REST), name
+        assert (name.rpartition(".")[0] in linears) != any(
+            fnmatchcase(name, pattern) for pattern in LORA_REST
+        ), name
 
 
 # ---- stochastic depth and dropout
+
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     x = torch.ones(20_000, 2, 3)
@@ -172,6 +198,7 @@ def test_dropout_after_positions_attention_and_both_mlp_layers():
 
 # ---- initialisation
 
+
 def test_init_is_a_pure_function_of_the_seed():
     torch.manual_seed(1)
     first = build(seed=3)
@@ -204,7 +231,9 @@ def test_init_distributions():
             assert (p == 1).all(), name
         elif name == "pos_embed":
             assert abs(p.std() - 0.02) < 1e-3
-        elif name == "patch_embed.proj.weight":  # LeCun: variance 1 / fan in, after the cut at two of its own σ
+        elif (
+            name == "patch_embed.proj.weight"
+        ):  # LeCun: variance 1 / fan in, after the cut at two of its own σ
             std = math.sqrt(1 / (3 * 7 * 7))
             assert abs(p.std() / std - 1) < 0.03 and p.abs().max() <= 2 * std / 0.8796 + 1e-6
         else:
@@ -219,6 +248,7 @@ def test_init_distributions():
 
 
 # ---- meta device
+
 
 def materialise(**kwargs):
     with torch.device("meta"):
@@ -247,5 +277,7 @@ def test_meta_build_equals_direct_build():
         outputs.append(model.train()(x))
     assert torch.equal(*outputs)
     again = build(drop_path=0.3, dropout=0.1)
-    for a, b in zip([*fresh.parameters(), *fresh.buffers()], [*again.parameters(), *again.buffers()], strict=True):
+    for a, b in zip(
+        [*fresh.parameters(), *fresh.buffers()], [*again.parameters(), *again.buffers()], strict=True
+    ):
         assert torch.equal(a, b)
