@@ -26,7 +26,7 @@ import train
 from data.augment import normalise
 from data.loader import DATASETS, prefetch
 from lora.inject import merge_lora
-from lora.layers import separate_products
+from lora.kernels import separate_products
 from model import checkpoint, distributed
 from model.pretrained import TIMM, copy_weights, find_variant, load_pretrained, read_pretrained
 

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from data.augment import mixup, normalise
 from data.loader import DATASETS, build_loader, get_staged_dir, prefetch, stage
 from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families, rank_costs
+from lora.onednn import use_onednn
 from lora.ranks import assign_ranks, budget_ranks, count_parameters, uniform_ranks
 from model import checkpoint, distributed
 from model.optim import build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
@@ -291,6 +292,8 @@ def build_model(cfg: Config, phase: str, ranks: dict[str, list[int]] | None, dev
         rest = cfg.mode == "lora" or cfg.lora_trainable == "adapters+rest"
         sharded = mesh is not None and cfg.frozen_base == "shard"  # then gathered in the compute type, from float32 shards
         freeze_base(model, keep=LORA_REST if rest else (), dtype=None if sharded else getattr(torch, cfg.dtype))
+    for block in model.blocks:
+        use_onednn(block)
     parallelize(model, mesh, cfg.compile, getattr(torch, cfg.dtype), cfg.activation_checkpointing, cfg.reshard_after_forward,
                 cfg.frozen_base == "replicate")
     model.to_empty(device=device)
