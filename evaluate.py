@@ -27,7 +27,7 @@ from data.datasets import DATASETS
 from data.device import normalise
 from data.loader import prefetch
 from lora.inject import merge_lora
-from lora.layers import separate_products
+from lora.kernels import separate_products
 from model import checkpoint, distributed
 from model.pretrained import copy_weights, find_variant, load_pretrained
 from model.sources import TIMM, read_pretrained

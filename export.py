@@ -32,8 +32,9 @@ import train
 from data.datasets import DATASETS
 from data.device import normalise
 from evaluate import build_checkpoint, load_checkpoint
-from lora.inject import is_adapter, merge_lora
-from lora.layers import LoRALinear, separate_products
+from lora.inject import get_adapter_names, merge_lora
+from lora.kernels import separate_products
+from lora.layers import LoRALinear
 from files import write_json
 from model import checkpoint
 from model.sources import TIMM, build_timm
@@ -255,7 +256,8 @@ def write_card(
     phases, metrics = describe_metrics(cfg, s, path.resolve().parent.parent)
     data = f"an image folder of {cfg.num_classes:,} classes" if cfg.num_classes else cfg.dataset
     dtypes = checkpoint.get_stored_dtypes(path)
-    sizes = {name: p.numel() for name, p in model.named_parameters() if not is_adapter(name)}
+    adapters = get_adapter_names(model)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name not in adapters}
     rounded = sum(size for name, size in sizes.items() if dtypes[name] == torch.bfloat16)
     base = (
         "float32 throughout"
@@ -413,7 +415,8 @@ def export(target: str, asked: Export) -> str:
     try:
         partial.mkdir(parents=True)
         if asked.adapters_only:
-            base = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
+            adapters = get_adapter_names(model)
+            base = {name: tensor for name, tensor in model.state_dict().items() if name not in adapters}
             write_huggingface(cfg, base, classes, partial / "base")
             write_adapter(cfg, model, partial)
         else:

@@ -6,7 +6,7 @@ FSDP2 really issues and what torch really allocates: on 2 real ranks both come o
 of a qkv output alive too long (0.07 of its 11 GiB). Blocks run eagerly; FSDP treats compiled ones the same, and they keep fewer
 activations where the compiler recomputes pointwise work in backward. Dropout and drop path are off, and LoRA's backward is one op: its inner
 temporaries (dy B of one Linear; in float32 A x, too, and oneDNN's copies of a weight gradient's factors) are not seen. The tensors are a CPU's: in
-float32 each W + B A counts as kept from forward to backward (lora.layers.merges), which on a GPU, in TF32, is not made.
+float32 each W + B A counts as kept from forward to backward (lora.kernels.merges), which on a GPU, in TF32, is not made.
 """
 
 import contextlib

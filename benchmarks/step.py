@@ -19,10 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.sharding import Model, mixed_ranks
 from data.datasets import DATASETS
-from lora import layers
+from lora import kernels, onednn
 from lora.inject import init_adapters
 from lora.layers import LoRALinear
-from model import linear
 from model.optim import build_optimizer
 from model.variants import LORA_FAMILIES, VARIANTS
 from monitor.perf import Stopwatch, count_flops, peak_flops
@@ -218,7 +217,7 @@ def addmm_shapes(out, a, b, **kwargs) -> int:  # torch's counter knows addmm, no
 
 
 def count_spared(model: nn.Module, rows: int) -> int:
-    """FLOPs that `model`'s LoRALinears, on `rows` rows each, spare of those torch counts for them: see lora.layers.merges.
+    """FLOPs that `model`'s LoRALinears, on `rows` rows each, spare of those torch counts for them: see lora.kernels.merges.
 
     Both sides are counted: torch's by the formulas of the operators, what is done by going through them product by product.
     """
@@ -245,14 +244,12 @@ def count_spared(model: nn.Module, rows: int) -> int:
             True,
         ]  # below the first adapter nothing trains
         weight, counts = meta(module.weight).to(A.dtype), []
-        operators = layers.prepare, layers.lora_linear, layers.lora_linear_backward
+        operators = kernels.prepare, kernels.lora_linear, kernels.lora_linear_backward
         for prepare, forward, back in operators, [op._init_fn for op in operators]:
-            with FlopCounterMode(
-                display=False, custom_mapping={torch.ops.aten.addmm_: addmm_shapes}
-            ) as counter:
-                prepared = prepare(x, weight, A, Bs, where, parts)
-                forward(x, weight, None, A, Bs, prepared, where, parts)
-                back(dy, x, weight, A, prepared, Bs, where, parts, *need)
+            with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_shapes}) as counter:
+                prepared = prepare(x, weight, A, Bs, where, parts, False)
+                forward(x, weight, None, A, Bs, prepared, where, parts, False)
+                back(dy, x, weight, A, prepared, Bs, where, parts, *need, False)
             counts.append(counter.get_total_flops())
         total, first = total + counts[0] - counts[1], False
     return total
@@ -276,10 +273,7 @@ def count_phase(
 def without_onednn():
     """Inside, this repo's float32 products are torch's own, MKL's, as the peers' are always. torch.backends.mkldnn.flags would take
     oneDNN from everybody's convolutions, too."""
-    with (
-        mock.patch.object(layers, "onednn", lambda tensor: False),
-        mock.patch.object(linear, "onednn", lambda tensor: False),
-    ):
+    with mock.patch.object(onednn, "takes", lambda tensor: False):
         yield
 
 
@@ -330,7 +324,7 @@ def step(
     block, theirs whole (`model.compile()`); the same models, run eagerly, are the eager ones. keep_memory: on a CPU let glibc keep freed
     memory. onednn: without it this repo's float32 products are torch's own, too, and what then is left of a lead is not the library's.
     The limit of a phase is the full phase's time by the ratio of FLOPs, counted by torch with attention and without elementwise work and
-    optimiser; as done: without the products that lora.layers.merges spares. best: the fastest round, where neighbours are loud; the ratios are
+    optimiser; as done: without the products that lora.kernels.merges spares. best: the fastest round, where neighbours are loud; the ratios are
     of medians. Prints all of it, and as its last line one JSON object, ratios > 1 where this repo is faster.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
