@@ -51,12 +51,12 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """What is trainable, in the model's order: (what weight decay is for, the rest).
 
     Weight decay is for Linear and Conv weights and for adapters' matrices: not for biases, norms, positions
-    and class token. What of a module is an adapter it says itself, by a method `adapter_parameters()`.
+    and class token. What is an adapter a module says itself, by `adapter_parameters()`: {name: parameter}.
     """
     adapters = {p for name, p in model.named_parameters() if ".lora_" in name}  # until LoRALinear says it
     for module in model.modules():
         if hasattr(module, "adapter_parameters"):
-            adapters.update(module.adapter_parameters())
+            adapters.update(module.adapter_parameters().values())
     decayed, rest = [], []
     for module in model.modules():
         is_matrix_product = isinstance(module, (nn.Linear, nn.Conv2d))

@@ -123,9 +123,9 @@ def compile_blocks(model: nn.Module, half_the_activations: bool) -> None:
 def materialise(model: nn.Module, device: torch.device | str) -> nn.Module:
     """Give a model that was built on the meta device its memory, and every buffer its value.
 
-    The weights are garbage still. `to_empty` leaves buffers as garbage, and a state dict brings back the persistent ones only. Here a
-    module's own method `init_buffers()` sets them; torch's norms (BatchNorm and its kin) start their
-    statistics anew. Raises TypeError for a module that has buffers and neither.
+    The weights are garbage still. `to_empty` leaves buffers as garbage, too, and a state dict brings back the
+    persistent ones only. Here a module's own method `init_buffers()` sets them; torch's norms (BatchNorm and
+    its kin) start their statistics anew. Raises TypeError for a module that has buffers and neither.
     """
     model.to_empty(device=device)
     for name, module in model.named_modules():

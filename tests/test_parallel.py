@@ -1,31 +1,37 @@
-"""Several ranks, with gloo on the CPU: the same numbers as one, the same weights on all, the graphs, the mesh, the switch."""
+"""Several processes, with gloo on the CPU: one's numbers, the same weights on all, graphs, mesh, switch."""
 
 import contextlib
 import json
 import os
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 import train
+from errors import UserError
 from model import checkpoint, distributed
-from model.parallel import to_plain
+from model.parallel import build_mesh, clip_gradients, materialise, parallelize, sync_gradients, to_plain
 from model.variants import LORA_FAMILIES, VARIANTS
+from model.vit import VisionTransformer
 
-# 4 steps an epoch, 36 in all: full 1-3, warmup 4-6, lora 7-9. Nothing random that differs between ranks; each sees 4 images a step.
+# 4 steps an epoch, 36 in all: full 1-3, warmup 4-6, lora 7-9. Nothing random that differs between processes.
 PLAIN = (
-    "--loader folder --num_workers 0 --train_samples 64 --epochs 9 --batch_size 16 --lr 1e-3 --lr_warmup_steps 4 --dtype float32 "
-    "--compile False --tau 90 --zeta 90 --num_windows 2 --window_epochs 1 --lora_warmup_epochs 3 --rank_min 4 --rank_max 32"
+    "--loader folder --num_workers 0 --train_samples 64 --epochs 9 --batch_size 16 --lr 1e-3 "
+    "--lr_warmup_steps 4 --dtype float32 --compile False --tau 90 --zeta 90 --num_windows 2 --window_epochs 1 "
+    "--lora_warmup_epochs 3 --rank_min 4 --rank_max 32"
 ).split()
 
 
 @contextmanager
 def watching():
-    """Record, while train.main runs: every step's loss, and this rank's view of the whole weights at every phase's end."""
+    """Record, while train.main runs: every step's loss, and the whole weights at every phase's end."""
     seen = {"losses": [], "weights": {}}
     sum_over_ranks, save = distributed.sum_over_ranks, checkpoint.save
 
@@ -63,7 +69,7 @@ def run_main(argv, parallelize=None):
 
 @pytest.fixture(scope="module")
 def go(on_ranks, small, tmp_path_factory):
-    """go(ranks, "--flag value …") -> what each rank saw of a run of all three phases; the last run's directory is go.run_dir."""
+    """go(ranks, "--flag value …") -> what each rank saw of a run of all phases, in go.run_dir."""
 
     def go(ranks, flags="", parallelize=None, **environment):
         go.run_dir = tmp_path_factory.mktemp("parallel") / "run"
@@ -130,7 +136,7 @@ def test_same_numbers_on_any_number_of_ranks(go, one_rank, ranks, flags, per_nod
 
 
 def unreduced(model, *args, parallelize=train.parallelize):
-    """In the LoRA phase the adapters, too, are left out of FSDP, as if they were frozen: nobody averages their gradients."""
+    """In the LoRA phase the adapters, too, are left out of FSDP, as if frozen: nobody averages them."""
     adapters = [p for p in model.parameters() if p.requires_grad and not model.head.weight.requires_grad]
     for p in adapters:
         p.requires_grad = False
@@ -153,7 +159,7 @@ def test_control_gradients_that_are_not_averaged_are_caught(go, one_rank):
 
 
 def test_bfloat16(go):
-    """On one rank by autocast, on several with blocks gathered in bfloat16: the same up to the rounding of the norms' weights."""
+    """On one rank by autocast, on several with blocks gathered in bfloat16: the same, to rounding."""
     flags = "--train_samples 32 --lr_warmup_steps 2"  # bfloat16 is slow on a CPU
     one, two = go(1, f"{flags} --dtype bfloat16")[0], go(2, f"{flags} --dtype bfloat16")
     assert len(one["losses"]) == 18 and two[0]["losses"] == two[1]["losses"] == pytest.approx(
@@ -240,6 +246,171 @@ def test_four_training_graphs_in_all(on_ranks, small, tmp_path, depth, backend, 
 def test_control_static_ranks_need_more_graphs(on_ranks, small, tmp_path):
     training, _, _ = count_graphs(on_ranks, small, tmp_path / "run", 4, "eager", dynamic=False)
     assert sum(training) > 4
+
+
+# ---- from the meta device
+
+
+@contextmanager
+def full_of_garbage():
+    """What to_empty leaves, made to show."""
+    to_empty = nn.Module.to_empty
+
+    def filling(model, *, device, recurse=True):
+        to_empty(model, device=device, recurse=recurse)
+        with torch.no_grad():
+            for t in [*model.parameters(), *model.buffers()]:
+                t.fill_(float("nan") if t.is_floating_point() else 99)
+        return model
+
+    with mock.patch.object(nn.Module, "to_empty", filling):
+        yield
+
+
+class Table(nn.Module):
+    """A buffer that no state dict has, with a child that has one as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.empty(3), persistent=False)
+        self.register_buffer("nothing", None)
+        self.inner = nn.BatchNorm1d(3)
+        self.init_buffers()
+
+    def init_buffers(self):
+        self.table.copy_(torch.arange(3))
+
+    def forward(self, x):
+        return self.inner(x) + self.table
+
+
+class ScaledNorm(nn.BatchNorm2d):
+    """A norm with a buffer besides its statistics."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.register_buffer("scale", torch.ones(()))
+
+
+class SetScaledNorm(ScaledNorm):
+    def init_buffers(self):
+        self.scale.fill_(1)
+
+
+def build_conv_net(norm):
+    """(B, 3, 8, 8) -> (B, 3)."""
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.BatchNorm2d(4, track_running_stats=False))
+    body = nn.Sequential(nn.Conv2d(4, 3, 3), nn.InstanceNorm2d(3, track_running_stats=True), nn.Flatten(1))
+    return nn.Sequential(stem, body, nn.Linear(48, 3), Table())
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm, SetScaledNorm])
+def test_every_buffer_has_its_value_on_leaving_the_meta_device(norm):
+    direct = build_conv_net(norm)
+    with torch.device("meta"):
+        on_meta = build_conv_net(norm)
+    with full_of_garbage():
+        model = materialise(on_meta, "cpu")
+    expected = dict(direct.named_buffers())
+    assert {
+        "0.1.running_var",
+        "1.1.running_mean",
+        "3.table",
+        "3.inner.num_batches_tracked",
+    } <= expected.keys()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, expected.pop(name)), name
+    assert not expected
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.1)
+    if norm is not nn.SyncBatchNorm:  # whose forward is for GPUs
+        assert model.eval()(torch.zeros(2, 3, 8, 8)).isfinite().all()
+
+
+def test_control_to_empty_leaves_garbage_in_buffers():
+    with full_of_garbage():
+        model = nn.Sequential(nn.BatchNorm2d(2), Table()).to("meta").to_empty(device="cpu")
+    assert (
+        model[0].running_mean.isnan().all()
+        and model[0].num_batches_tracked == 99
+        and model[1].table.isnan().all()
+    )
+
+
+def test_a_module_that_says_nothing_of_its_buffers_is_named():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("sines", torch.zeros(3), persistent=False)
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(Positions()))
+    with pytest.raises(
+        TypeError, match=r"^1\.0, a Positions, has buffers .*: sines\. Give Positions a method"
+    ):
+        materialise(model, "cpu")
+    with pytest.raises(TypeError, match="^the model, a Positions, has buffers"):
+        materialise(model[1][0], "cpu")
+    with pytest.raises(TypeError, match="^1, a ScaledNorm, has buffers .*: scale"):
+        materialise(nn.Sequential(nn.Linear(2, 2), ScaledNorm(2)).to("meta"), "cpu")
+
+
+# ---- one step
+
+
+def clip_and_sync(shards):
+    """(norm, clipped gradients, whether there are any after each backward, gradients), by us and by torch."""
+    dist.init_process_group("gloo")
+    mesh = build_mesh(shards, "cpu", timedelta(minutes=1))
+    seen = []
+    for clip in (
+        clip_gradients,
+        lambda model, most: to_plain(nn.utils.clip_grad_norm_(list(model.parameters()), most)),
+    ):
+        with torch.device("meta"):
+            model = VisionTransformer("tiny-debug", 28, 10)
+        materialise(parallelize(model, mesh), "cpu").init_weights(0)
+        images = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(dist.get_rank()))
+        waiting = []
+        for last in (False, True):
+            sync_gradients(model, last)
+            (model(images)[:, 0]).sum().backward()
+            waiting.append([p.grad is not None for p in model.parameters()])
+        gradients = [to_plain(p.grad).clone() for p in model.parameters()]
+        norm = clip(model, 0.5)
+        seen.append((norm, [to_plain(p.grad) for p in model.parameters()], waiting, gradients))
+    dist.barrier()
+    dist.destroy_process_group()
+    return seen
+
+
+def test_gradients_are_synchronised_when_told_and_clipped_as_torch_does(on_ranks):
+    for ours, torchs in on_ranks(2, clip_and_sync, 2):
+        norm, clipped, (unsynchronised, synchronised), gradients = ours
+        assert type(norm) is torch.Tensor and norm.shape == () and norm > 0.5 and torch.equal(norm, torchs[0])
+        assert all(torch.equal(a, b) for a, b in zip(clipped, torchs[1], strict=True))
+        assert not any(unsynchronised) and all(synchronised)
+        whole = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        assert torch.allclose(norm, whole) and torch.allclose(
+            clipped[-1], gradients[-1] * 0.5 / norm, rtol=1e-4
+        )
+
+
+def test_clip_gradients_of_a_plain_model():
+    model = nn.Linear(3, 3)
+    sync_gradients(model, False)  # nothing to tell
+    model.bias.requires_grad = False  # without a gradient
+    for max_norm, scale in ((0, 1), (10, 1), (0.3, 0.1)):
+        model.weight.grad = torch.ones(3, 3)
+        norm = clip_gradients(model, max_norm)
+        assert norm == 3 and torch.allclose(model.weight.grad, torch.full((3, 3), float(scale)))
+
+
+def test_build_mesh_of_one_process():
+    assert build_mesh(None, "cpu", timedelta(1)) is None and build_mesh(1, "cpu", timedelta(1)) is None
+    with pytest.raises(UserError, match="dp_shard 2 does not divide the 1 ranks of this run"):
+        build_mesh(2, "cpu", timedelta(1))
 
 
 # ---- activation checkpointing

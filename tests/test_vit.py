@@ -6,10 +6,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from test_parallel import full_of_garbage
 from torch import nn
 
 from lora.inject import add_lora, match_families
 from model.huggingface import from_huggingface
+from model.parallel import materialise
 from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
 from model.vit import DropPath, VisionTransformer
 
@@ -140,7 +142,7 @@ def test_wrong_arguments():
 
 
 def test_rest_patterns_and_families_cover_the_model():
-    """The target modules and LORA_REST between them name every parameter, none twice (biases belong to the Linears)."""
+    """The target modules and LORA_REST between them name every parameter, none twice."""
     from fnmatch import fnmatchcase
 
     model = build()
@@ -250,27 +252,23 @@ def test_init_distributions():
 # ---- meta device
 
 
-def materialise(**kwargs):
+def build_on_meta(**kwargs):
     with torch.device("meta"):
         model = VisionTransformer("small", 16, 7, **kwargs)
     assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for t in [*model.parameters(), *model.buffers()]:
-            t.fill_(float("nan"))  # what to_empty leaves is garbage: make it show
     return model
 
 
 def test_meta_build_equals_direct_build():
-    direct, x = randomise(build(drop_path=0.3, dropout=0.1)), torch.randn(2, 3, 16, 16)
-    fresh, loaded = materialise(drop_path=0.3, dropout=0.1), materialise(drop_path=0.3, dropout=0.1)
+    options = {"drop_path": 0.3, "dropout": 0.1}
+    direct, x = randomise(build(**options)), torch.randn(2, 3, 16, 16)
+    with full_of_garbage():
+        trap = build_on_meta(**options).to_empty(device="cpu")
+        fresh, loaded = (materialise(build_on_meta(**options), "cpu") for _ in range(2))
     fresh.init_weights(0)
     loaded.load_state_dict(direct.state_dict())
-    assert loaded.blocks[1].drop_path.keep_prob.isnan()  # the trap: no state dict brings the buffers back
-    for model in (fresh, loaded):
-        for module in model.modules():
-            if hasattr(module, "init_buffers"):
-                module.init_buffers()
+    trap.load_state_dict(direct.state_dict())
+    assert trap.blocks[1].drop_path.keep_prob.isnan()  # the trap: no state dict brings the buffers back
     outputs = []
     for model in (direct, loaded):
         torch.manual_seed(5)
