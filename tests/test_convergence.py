@@ -391,7 +391,7 @@ PHASES = ["full", "warmup"] + ["lora"] * 4
 
 
 @pytest.mark.parametrize("run, baseline, warns", [
-    ([3, 2, 2.0, 2.0, 2.0, 1.98], [3, 2, 1.9, 1.9, 1.8, 1.8], True),  # last window 1.99, −0.5 %; 10.6 % above 1.8
+    ([3, 2, 2.0, 2.0, 2.0, 1.98], [3, 2, 1.9, 1.9, 1.8, 1.8], True),  # last window 1.99: −0.5 %, 10.6 % above
     ([3, 2, 2.0, 2.0, 2.0, 1.98], [3, 2, 1.9, 1.9, 1.9, 1.9], False),  # 4.7 % above: near enough
     ([3, 2, 2.3, 2.2, 2.0, 1.98], [3, 2, 1.9, 1.9, 1.8, 1.8], False),  # −11.6 %: still falling, no plateau
     ([3, 2, 2.0, 2.0, 2.0, 1.98], [3, 2, 1.9, 1.9, 1.8], False),  # the baseline ends before

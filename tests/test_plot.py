@@ -1,4 +1,4 @@
-"""monitor/plot.py on synthetic runs: the figures hold the records' numbers, and the files are real pictures."""
+"""The figures of synthetic runs: they hold the records' numbers, and the files are real pictures."""
 
 import json
 import subprocess
@@ -9,7 +9,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from errors import UserError
 from monitor import plot
+from monitor.arms import find_window_arms, group_runs
+from monitor.compare import arms_figure, compare, window_norms_figure, windows_figure
+from monitor.costs import costs_figure
+from monitor.figures import build_figure, change_heatmap, family_figure, norms_figure, rank_heatmap
+from monitor.log import load_run, pick_events
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ["q", "k", "v", "proj", "fc1", "fc2"]
@@ -77,8 +83,10 @@ SECONDS, RATES, BYTES = [
 def make_run(
     name, mode="prelora", count=8, switch=3, w=2, loss=0.0, seconds=1.0, device="cuda", every=1, **config
 ):
-    """(directory, config, events) of a short run: an epoch takes 10, 12 or 5 s (× seconds) in the phases full, warmup and lora,
-    its loss is 1/epoch + loss, the norm of layer i of q epoch + i and of its adapter half of that."""
+    """(directory, config, events) of a short run: an epoch takes 10, 12 or 5 s (× seconds) in the phases
+    full, warmup and lora, its loss is 1/epoch + loss, the norm of layer i of q epoch + i and of its adapter
+    half of that.
+    """
     config = {**CONFIG, "mode": mode, "lora_warmup_epochs": w, "run_dir": name, **config}
     events = [
         {
@@ -128,7 +136,7 @@ def make_run(
 
 
 def is_unclipped(figure):
-    """Whether everything drawn, labels and legends too, lies inside the picture (0.02 inch for antialiasing)."""
+    """Whether everything drawn, labels and legends too, lies in the picture (0.02 inch for antialiasing)."""
     figure.draw_without_rendering()
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     return min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.02
@@ -177,7 +185,7 @@ def test_files_are_pictures_and_named_on_stdout(tmp_path, capsys):
 
 def test_figure1_holds_the_layer_means_and_the_switches():
     epochs, switches = make_records()
-    figure = plot.norms_figure(epochs, switches)
+    figure = norms_figure(epochs, switches)
     left, right = figure.axes
     assert [line.get_label() for line in get_curves(left)] == FAMILIES
     for line in get_curves(left):
@@ -202,7 +210,7 @@ def test_figure1_holds_the_layer_means_and_the_switches():
 
 def test_figure3_has_a_line_per_layer():
     epochs, switches = make_records(layers=5)
-    axes = plot.family_figure(epochs, switches, "fc1").axes[0]
+    axes = family_figure(epochs, switches, "fc1").axes[0]
     np.testing.assert_array_equal(
         [line.get_ydata() for line in get_curves(axes)],
         np.array([record["weight_norms"]["fc1"] for record in epochs]).T,
@@ -211,8 +219,8 @@ def test_figure3_has_a_line_per_layer():
         7,
         10,
     ]
-    with pytest.raises(ValueError, match="no family 'dense' in this run, which has q k v proj fc1 fc2"):
-        plot.family_figure(epochs, switches, "dense")
+    with pytest.raises(UserError, match="no family 'dense' in this run, which has q k v proj fc1 fc2"):
+        family_figure(epochs, switches, "dense")
 
 
 def test_heatmap_is_the_change_in_percent_by_hand():
@@ -221,7 +229,7 @@ def test_heatmap_is_the_change_in_percent_by_hand():
         {"epoch": i + 1, "phase": "full", "weight_norms": {"q": norms["q"][i], "fc1": norms["fc1"][i]}}
         for i in range(3)
     ]
-    q, fc1, bar = plot.change_heatmap(epochs).axes
+    q, fc1, bar = change_heatmap(epochs).axes
     np.testing.assert_allclose(q.images[0].get_array(), [[10, 0], [-5, 100]])
     np.testing.assert_allclose(np.ma.filled(fc1.images[0].get_array(), np.nan), [[25, -20], [np.nan, 0]])
     assert q.images[0].get_extent() == [1.5, 3.5, -0.5, 1.5]  # epoch 1 has no change
@@ -229,11 +237,11 @@ def test_heatmap_is_the_change_in_percent_by_hand():
 
 
 def test_rank_heatmap_writes_each_rank_in_its_cell():
-    [axes] = plot.rank_heatmap({"q": [8, 16, 64], "fc2": [32, 8]}).axes  # fc2 has a layer fewer
+    [axes] = rank_heatmap({"q": [8, 16, 64], "fc2": [32, 8]}).axes  # fc2 has a layer fewer
     cells = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in axes.texts}
     assert cells == {(0, 0): "8", (0, 1): "16", (0, 2): "64", (1, 0): "32", (1, 1): "8"}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["q", "fc2"]
-    assert is_unclipped(plot.rank_heatmap({"q": [8]}))  # r_min = r_max
+    assert is_unclipped(rank_heatmap({"q": [8]}))  # r_min = r_max
 
 
 @pytest.mark.parametrize(
@@ -251,11 +259,11 @@ def test_rank_heatmap_writes_each_rank_in_its_cell():
 )
 def test_nothing_is_clipped_or_overlaps(records):
     epochs, switches = make_records(**records)
-    first = plot.norms_figure(epochs, switches)
+    first = norms_figure(epochs, switches)
     figures = [
         first,
-        plot.family_figure(epochs, switches, next(iter(epochs[0]["weight_norms"]))),
-        plot.change_heatmap(epochs),
+        family_figure(epochs, switches, next(iter(epochs[0]["weight_norms"]))),
+        change_heatmap(epochs),
     ]
     assert [is_unclipped(figure) for figure in figures] == [True] * 3
     styles = {(line.get_color(), line.get_linestyle()) for line in get_curves(first.axes[0])}
@@ -274,7 +282,7 @@ def test_main_draws_the_family_asked_for_and_ranks_where_there_are_some(tmp_path
     drawn = {}
     for name in ("norms_figure", "family_figure", "change_heatmap", "rank_heatmap"):
         monkeypatch.setattr(
-            plot, name, lambda *args, name=name: drawn.update({name: args[-1]}) or plot._figure(1, 1)
+            plot, name, lambda *args, name=name: drawn.update({name: args[-1]}) or build_figure(1, 1)
         )
     run = write_run(tmp_path / "run", *make_records(count=2, layers=1, phase="lora", families=["v", "q"]))
     plot.main([str(run)])
@@ -297,22 +305,22 @@ def test_main_draws_the_family_asked_for_and_ranks_where_there_are_some(tmp_path
 @pytest.mark.parametrize("tail", ['{"event": "epoch", "epo', "17", '{"event": "epoch", "epoch": 17}\n{"ev'])
 def test_a_torn_last_line_is_skipped_with_a_note(tmp_path, capsys, tail):
     epochs, switches = make_records(layers=1)
-    config, read, read_switches = plot.load_run(write_run(tmp_path / "run", epochs, switches, tail))
+    config, read, read_switches = load_run(write_run(tmp_path / "run", epochs, switches, tail))
     assert config == {"model": "tiny-debug"} and read[:16] == epochs and read_switches == switches
     assert len(read) == 16 + tail.count("\n")
     assert "torn last line" in capsys.readouterr().out
-    plot.load_run(write_run(tmp_path / "whole", epochs, switches))
+    load_run(write_run(tmp_path / "whole", epochs, switches))
     assert capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match="line 20 is not a JSON object"):  # not the last line: that is damage
-        plot.load_run(write_run(tmp_path / "damaged", epochs, switches, "{torn\n" + json.dumps(epochs[0])))
+    with pytest.raises(UserError, match="line 20 is not a JSON object"):  # not the last line: that is damage
+        load_run(write_run(tmp_path / "damaged", epochs, switches, "{torn\n" + json.dumps(epochs[0])))
 
 
 def test_a_run_that_cannot_be_read_is_one_line_and_nothing_is_written(tmp_path):
     good = write_run(tmp_path / "good", *make_records(layers=1))
     empty = write_run(tmp_path / "empty", *make_records(layers=1))
     (empty / "metrics.jsonl").write_text('{"event": "warning"}\n')
-    with pytest.raises(ValueError, match="empty has no finished epoch"):
-        plot.load_run(empty)
+    with pytest.raises(UserError, match="empty has no finished epoch"):
+        load_run(empty)
     (empty / "metrics.jsonl").unlink()
     with pytest.raises(SystemExit, match="empty has no finished epoch"):
         plot.main([str(empty)])
@@ -332,13 +340,16 @@ def test_a_run_that_cannot_be_read_is_one_line_and_nothing_is_written(tmp_path):
 
 
 def test_no_pyplot_state_is_made():
-    code = (
-        "import sys; sys.path.append('tests'); import test_plot as t; e, s = t.make_records(layers=1); p = t.plot\n"
-        "figures = [p.norms_figure(e, s), p.family_figure(e, s, 'q'), p.change_heatmap(e), p.rank_heatmap(s[0]['ranks'])]\n"
-        "arms = p.group_runs([t.make_run('a', 'full'), t.make_run('b'), t.make_run('c', w=1)])\n"
-        "figures += p.compare(*arms).values()\n"
-        "assert len(figures) == 8 and 'matplotlib.pyplot' not in sys.modules"
-    )
+    code = """
+import sys
+sys.path.append("tests")
+from test_plot import *
+epochs, switches = make_records(layers=1, count=3, switch=1, freeze=2, families=["q"])
+figures = [norms_figure(epochs, switches), family_figure(epochs, switches, "q"), change_heatmap(epochs)]
+figures.append(rank_heatmap(switches[0]["ranks"]))
+figures += compare(*group_runs([make_run("a", "full"), make_run("b"), make_run("c", w=1)])).values()
+assert len(figures) == 8 and "matplotlib.pyplot" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -351,7 +362,7 @@ def test_runs_that_differ_in_nothing_but_the_seed_are_one_arm():
         make_run("runs/exp2/seed1", tau=1.0, seed=1, rank_budget=None),
     ]
     del runs[3][1]["eval_every"]  # older than the field
-    baseline, arms = plot.group_runs(runs)
+    baseline, arms = group_runs(runs)
     assert [(arm.label, len(arm.runs)) for arm in [baseline, *arms]] == [
         ("full-0", 1),
         ("exp1", 2),
@@ -366,7 +377,7 @@ def test_runs_that_differ_in_nothing_but_the_seed_are_one_arm():
         ("rank_budget", 8),
     ]:
         runs[2][1].update({field: value})  # the control: each of these is another experiment
-        assert [arm.label for arm in plot.group_runs(runs)[1]] == ["exp1-s10", "exp1-s11", "exp2"]
+        assert [arm.label for arm in group_runs(runs)[1]] == ["exp1-s10", "exp1-s11", "exp2"]
         runs[2][1].update({field: runs[1][1].get(field)})
 
 
@@ -378,12 +389,12 @@ def test_labels_are_unique_and_the_longest_full_run_is_the_baseline():
         make_run(names[2], "full"),
         make_run(names[3], "full", 5, epochs=5),
     ]
-    baseline, arms = plot.group_runs(runs)
+    baseline, arms = group_runs(runs)
     assert (baseline.label, [arm.label for arm in arms]) == ("c/run", ["a/run", "b/run", "control"])
-    assert plot.group_runs(runs[:2])[0] is None
-    [arm] = plot.group_runs([make_run("one/10", seed=1), make_run("one/11", seed=2)])[1]
+    assert group_runs(runs[:2])[0] is None
+    [arm] = group_runs([make_run("one/10", seed=1), make_run("one/11", seed=2)])[1]
     assert arm.label == "one"
-    [arm] = plot.group_runs([make_run("x/alice", seed=1), make_run("x/bob", seed=2)])[1]
+    [arm] = group_runs([make_run("x/alice", seed=1), make_run("x/bob", seed=2)])[1]
     assert arm.label == "alice"
 
 
@@ -395,7 +406,7 @@ def test_figure4_by_hand():
         make_run("exp-1", every=3, seed=1, loss=0.4, switch=5),
         make_run("control", "full", 6, epochs=6),
     ]
-    loss, time, train, val = plot.arms_figure(*plot.group_runs(runs)).axes
+    loss, time, train, val = arms_figure(*group_runs(runs)).axes
     mean = {epoch: 1 / epoch + 0.2 for epoch in range(1, 9)}  # of 1/epoch and 1/epoch + 0.4: s = 0.4/√2
     assert get_curve(loss, "exp") == pytest.approx(mean)
     assert list(get_curve(val, "exp")) == [6]  # evaluated at 2 4 6 8 and at 3 6
@@ -416,18 +427,18 @@ def test_comparisons_begin_shortly_before_the_first_switch_and_need_no_evaluatio
         make_run("exp", count=100, switch=60, every=1000),
         make_run("control", "full", 70, epochs=70),
     ]
-    baseline, arms = plot.group_runs(runs)
-    figure = plot.arms_figure(baseline, arms)
+    baseline, arms = group_runs(runs)
+    figure = arms_figure(baseline, arms)
     assert {min(line.get_xdata()) for axes in figure.axes for line in get_curves(axes)} == {
         55
     }  # 100 epochs: 5 before
-    figure = plot.arms_figure(baseline, arms[:1])
+    figure = arms_figure(baseline, arms[:1])
     assert [axes.get_title()[:3] for axes in figure.axes] == [
         "(a)",
         "(b)",
         "(c)",
     ]  # nothing evaluated: no empty panel
-    assert min(get_curve(plot.arms_figure(baseline, arms[1:]).axes[0], "full")) == 1  # nothing switches
+    assert min(get_curve(arms_figure(baseline, arms[1:]).axes[0], "full")) == 1  # nothing switches
 
 
 def test_figure5_and_6_by_hand():
@@ -439,10 +450,10 @@ def test_figure5_and_6_by_hand():
         make_run("other", w=3, tau=1.0),
     ]
     runs += [make_run(f"static{w}", "lora", w=w) for w in (7, 8, 9)]
-    baseline, arms = plot.group_runs(runs)
-    windows = plot.find_window_arms(arms)  # tau is another, or another mode: no part of the set
+    baseline, arms = group_runs(runs)
+    windows = find_window_arms(arms)  # tau is another, or another mode: no part of the set
     assert [arm.label for arm in windows] == ["w = 1", "w = 4"]
-    loss, speed = plot.windows_figure(baseline, windows).axes
+    loss, speed = windows_figure(baseline, windows).axes
     assert get_curve(speed, "w = 4") == pytest.approx(
         {e: 20 / s for e, s in enumerate([10, 10, 10, 12, 12, 12, 12, 5], 1)}
     )
@@ -451,16 +462,14 @@ def test_figure5_and_6_by_hand():
     assert get_band(loss)[8] == pytest.approx(
         (1 / 8 + 0.5 - 0.5**0.5, 1 / 8 + 0.5 + 0.5**0.5)
     )  # s of 0 and 1 is √½
-    base, adapters = plot.window_norms_figure(windows, "q").axes
+    base, adapters = window_norms_figure(windows, "q").axes
     assert get_curve(base, "w = 4") == {
         e: e + 3 + 0.5 for e in range(-1, 6)
     }  # from the switch after 3 to the last freeze, after 7
     assert get_curve(adapters, "w = 1") == {e: (e + 3) / 2 + 0.5 for e in range(1, 6)}
     lines = {line.get_xdata()[0]: line.get_color() for line in base.lines if line.get_label() == "_switch"}
     assert lines == {0: "0.4", 1: windows[0].style["color"], 4: windows[1].style["color"]}
-    assert not plot.find_window_arms(
-        [arm for arm in arms if arm.label != "long"]
-    )  # the control: one w is no set
+    assert not find_window_arms([arm for arm in arms if arm.label != "long"])  # the control: one w is no set
 
 
 def test_windows_of_seeds_that_switch_at_different_epochs_lie_on_each_other():
@@ -471,7 +480,7 @@ def test_windows_of_seeds_that_switch_at_different_epochs_lie_on_each_other():
         make_run("c", w=0),
     ]
     runs += [make_run("b-1", w=1, switch=9, seed=1)]  # not there yet
-    base, adapters = plot.window_norms_figure(plot.find_window_arms(plot.group_runs(runs)[1]), "q").axes
+    base, adapters = window_norms_figure(find_window_arms(group_runs(runs)[1]), "q").axes
     assert get_curve(base, "w = 3") == {e: e + (2 + 6) / 2 + 0.5 for e in range(-1, 5)}
     assert list(get_curve(base, "w = 1")) == list(range(-1, 5))
     assert get_curve(adapters, "w = 3") == {e: (e + 4) / 2 + 0.5 for e in range(1, 5)}
@@ -486,7 +495,7 @@ def test_figure7_by_hand():
         "epoch_seconds": 50,
         "images_per_second": 120,
     }  # one slow epoch: in the average, not in the median
-    time, rate, memory = plot.costs_figure(*plot.group_runs(runs)).axes
+    time, rate, memory = costs_figure(*group_runs(runs)).axes
     rows = dict(
         zip(
             [label.get_text() for label in time.get_yticklabels()],
@@ -503,7 +512,7 @@ def test_figure7_by_hand():
     }
     assert "GPU" in memory.get_title()
     runs = [make_run("full", "full", device="cpu"), make_run("exp", device="cpu")]
-    memory = plot.costs_figure(*plot.group_runs(runs)).axes[2]
+    memory = costs_figure(*group_runs(runs)).axes[2]
     assert "nothing about phases" in memory.get_xlabel() and not any(
         "×" in text.get_text() for text in memory.texts
     )
@@ -544,10 +553,10 @@ def test_figure7_by_hand():
     ids=["one epoch", "three seeds of 300 epochs", "long names and many arms"],
 )
 def test_nothing_is_clipped_or_overlaps_in_comparisons(runs):
-    baseline, arms = plot.group_runs(runs)
+    baseline, arms = group_runs(runs)
     styles = {(arm.style["color"], arm.style["linestyle"]) for arm in [baseline, *arms]}
     assert len(styles) == len(arms) + 1
-    for name, figure in plot.compare(baseline, arms).items():
+    for name, figure in compare(baseline, arms).items():
         if isinstance(figure, str):
             continue
         assert is_unclipped(figure)
@@ -573,9 +582,7 @@ def test_skipped_figures_say_why():
 
     def skipped(*runs):
         return {
-            name: reason
-            for name, reason in plot.compare(*plot.group_runs(runs)).items()
-            if isinstance(reason, str)
+            name: reason for name, reason in compare(*group_runs(runs)).items() if isinstance(reason, str)
         }
 
     assert skipped(full, exp, w3) == {}
@@ -593,14 +600,14 @@ def test_skipped_figures_say_why():
 
 def test_several_runs_are_compared_in_a_folder_beside_them(tmp_path, capsys, monkeypatch):
     for name in ("norms_figure", "family_figure", "change_heatmap", "rank_heatmap"):  # another test's
-        monkeypatch.setattr(plot, name, lambda *args: plot._figure(1, 1))
+        monkeypatch.setattr(plot, name, lambda *args: build_figure(1, 1))
     dirs = []
     for run, config, events in [
         make_run("full", "full"),
         make_run("exp/seed0"),
         make_run("exp/seed1", seed=1, count=7),
     ]:
-        dirs.append(str(write_run(tmp_path / "study" / run, plot._pick(events, "epoch"), [], config=config)))
+        dirs.append(str(write_run(tmp_path / "study" / run, pick_events(events, "epoch"), [], config=config)))
     plot.main([*dirs, dirs[0]])  # a run named twice is one
     out = capsys.readouterr().out
     folder = tmp_path / "study" / "figures"
