@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoints")  # any of them makes a folder a run's
 
 
-def parse_config(Config: type, argv: list[str]) -> tuple[typing.Any, list[str]]:
+def parse_config(Config: type, argv: list[str], description: str = "") -> tuple[typing.Any, list[str]]:
     """`[preset.py] [--field value …]` -> the Config, checked, and the lines that say what a resumed run
     changes.
 
@@ -32,7 +32,8 @@ def parse_config(Config: type, argv: list[str]) -> tuple[typing.Any, list[str]]:
     wrong."""
     preset = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if preset else argv
-    cfg = parse_flags(flags, load_preset(Config, preset) if preset else Config())
+    default = load_preset(Config, preset) if preset else Config()
+    cfg = parse_flags(flags, default, description=description)
     if cfg.fork and not preset and not is_resumed(cfg):
         cfg = parse_flags(flags, load_source(Config, cfg.fork))
     notes = []
