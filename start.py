@@ -17,7 +17,8 @@ from data.staging import get_staged_dir, stage
 from errors import UserError
 from files import write_json
 from launch.distributed import get_world_rank, get_world_size, once_per_node, together
-from lora.inject import match_families
+from lora.inject import match_families, rank_costs
+from lora.ranks import choose_ranks
 from model import checkpoint
 from model.checkpoint import on_process_0
 from model.pretrained import load_pretrained
@@ -107,6 +108,8 @@ def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
             start.state.phase = "lora"
             start.state.ranks = {family: [cfg.rank_max] * len(layers) for family, layers in families.items()}
         check_data(cfg, images, start.train_loader.classes, start.val_loader.classes)
+        if cfg.mode == "prelora":
+            check_budget(cfg, net)
         if cfg.init_from and not start.checkpoint and get_world_rank() == 0:
             start.weights, remarks = load_init(cfg, net)
             start.notes += remarks
@@ -178,6 +181,14 @@ def build_loaders(cfg) -> tuple[Loader, Loader]:
         )
         loaders.append(loader)
     return loaders[0], loaders[1]
+
+
+def check_budget(cfg, net: nn.Module) -> None:
+    """Raise UserError, long before the switch, for a rank_budget that does not pay for rank_min in every
+    layer."""
+    families = match_families(net, LORA_FAMILIES, cfg.target_modules)
+    unchanged = {family: [0.0] * len(layers) for family, layers in families.items()}
+    choose_ranks(cfg, unchanged, sum(p.numel() for p in net.parameters()), rank_costs(net, families))
 
 
 def load_init(cfg, net: nn.Module) -> tuple[dict[str, Tensor], list[str]]:

@@ -438,7 +438,7 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
         device = distributed.start()
         with distributed.together():
             cfg, notes = parse_config(Config, argv, __doc__)
-        parallel.set_threads(device, VARIANTS[cfg.model]["embed_dim"])
+        parallel.set_up_device(device, VARIANTS[cfg.model]["embed_dim"])
         mesh = parallel.build_mesh(cfg.dp_shard, device.type, distributed.TIMEOUT)
         start = begin(cfg, build_net(cfg), notes)
     except (UserError, RuntimeError) as error:

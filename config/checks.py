@@ -1,12 +1,11 @@
 """What the ranges in Config's types can't say: fields that contradict each other, names that are in no
 table."""
 
+from config.ranges import check_ranges
 from data.datasets import DATASETS
+from errors import UserError
 from model.variants import LORA_FAMILIES, VARIANTS
 from monitor.log import load_run
-
-from config.ranges import check_ranges
-from errors import UserError
 
 
 def check_config(cfg) -> None:

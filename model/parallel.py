@@ -197,13 +197,19 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def set_threads(device: torch.device, width: int) -> None:
-    """On a CPU, one OpenMP thread for a model so narrow that several would mostly wait for each other.
+def set_up_device(device: torch.device, width: int) -> None:
+    """How this process computes, in one place: TF32 on a GPU; on a CPU the number of threads for a model's
+    width.
+
+    Narrow models get one OpenMP thread, because several would mostly wait for each other.
 
     A parallel region of such a model takes microseconds. As soon as another process wants a core, one thread
     of the region is late, and all others spin for it. An explicit OMP_NUM_THREADS decides otherwise.
     """
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and width < NARROW:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    elif "OMP_NUM_THREADS" not in os.environ and width < NARROW:
         torch.set_num_threads(1)
 
 
