@@ -168,23 +168,31 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def compile_graphs(
-    compiled: bool, model: nn.Module, train_once: Callable[[], object], evaluate_once: Callable[[], object]
+    compiled: bool,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_once: Callable[[], object],
+    evaluate_once: Callable[[], object],
 ) -> dict[str, float]:
     """Let two steps that are taken for their graphs' sake compile them, if the model is `compiled` at all.
 
-    Returns how long that took and how many graphs were compiled, on this process. Buffers are afterwards what
-    they were before (a BatchNorm's statistics, say); that no weight changes is the steps' own affair.
+    Returns how long that took and how many graphs were compiled, on this process. That no weight changes is
+    the steps' own affair. Buffers are afterwards what they were before (a BatchNorm's statistics, say), and
+    states that the optimiser made for a first step, which was none, are gone.
     """
     stats = torch._dynamo.utils.counters["stats"]
     began, before = time.perf_counter(), stats["unique_graphs"]
     training = before
     if compiled:
         buffers = [buffer.clone() for buffer in model.buffers()]
+        stepped = set(optimizer.state)
         train_once()
         training = stats["unique_graphs"]
         evaluate_once()
         for buffer, value in zip(model.buffers(), buffers):
             buffer.copy_(value)
+        for p in set(optimizer.state) - stepped:
+            del optimizer.state[p]
     return {
         "seconds": time.perf_counter() - began,
         "graphs_compiled": training - before,
