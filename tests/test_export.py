@@ -32,7 +32,7 @@ from model.variants import VARIANTS
 from model.vit import VisionTransformer
 from test_parallel import PLAIN
 from test_resume import captured
-from test_train import REPO, events, no_figures, weights  # noqa: F401 (a fixture)
+from small_runs import REPO, events, no_figures, weights  # noqa: F401 (a fixture)
 
 # 4 steps an epoch: full 1-3 (the test decides), warmup 4-5, lora 6-7. A high learning rate, so that adapters and head matter
 RUN = [

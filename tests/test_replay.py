@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import replay
-from test_train import events, no_figures, run  # noqa: F401 (a fixture)
+from small_runs import events, no_figures, run  # noqa: F401 (a fixture)
 
 DATA = ["--mode", "full", "--keep_every", "1", "--eval_every", "9"]
 

@@ -35,7 +35,7 @@ from model.parallel import reshard, to_plain
 from model.variants import VARIANTS
 from monitor import logger
 from test_parallel import PLAIN, watching
-from test_train import REPO, assert_same, events, weights, without_times
+from small_runs import REPO, assert_same, events, weights, without_times
 
 # 4 steps an epoch, 20 in all: full 1-3 (the test decides), warmup 4, lora 5.
 RUN = [*PLAIN, "--epochs", "5", "--lora_warmup_epochs", "1"]
