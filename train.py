@@ -432,9 +432,10 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
     except (UserError, RuntimeError) as error:
         return failures.refuse(error)
     run_dir = Path(cfg.run_dir)
-    with distributed.process_log(run_dir) as say, distributed.StopRequest(signals) as stop, closing(start):
+    with distributed.process_log(run_dir) as say, distributed.StopRequest(signals) as stop:
         try:
-            ended = train(cfg, start, device, mesh, stop)
+            with closing(start):  # before an error is printed: below the progress bar, not in it
+                ended = train(cfg, start, device, mesh, stop)
             distributed.finish()
         except (UserError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
             return failures.explain(error, run_dir, say)

@@ -16,6 +16,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from small_runs import REPO, events, no_figures, weights  # noqa: F401 (a fixture)
+from test_parallel import PLAIN
+from test_resume import captured
 
 import evaluate
 import export
@@ -23,16 +26,13 @@ import train
 from data.datasets import DATASETS
 from data.device import normalise
 from data.images import FILES, open_dataset, prepare_fashion_mnist
-from lora.inject import is_adapter, merge_lora
 from errors import UserError
 from files import write_json
+from lora.inject import is_adapter, merge_lora
 from model import checkpoint, pretrained, sources
 from model.huggingface import from_huggingface, to_huggingface
 from model.variants import VARIANTS
 from model.vit import VisionTransformer
-from test_parallel import PLAIN
-from test_resume import captured
-from small_runs import REPO, events, no_figures, weights  # noqa: F401 (a fixture)
 
 # 4 steps an epoch: full 1-3 (the test decides), warmup 4-5, lora 6-7. A high learning rate, so that adapters and head matter
 RUN = [

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+from slurm_cluster import SlurmCluster, is_installed, wait
+from small_runs import REPO, assert_same, events, weights, without_times
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 import train
 from launch import job, submit
-from slurm_cluster import SlurmCluster, is_installed, wait
-from small_runs import REPO, assert_same, events, weights, without_times
 
 slow = pytest.mark.slow
 # 4 steps an epoch, 48 in all: full 1-3 (the test decides), warmup 4-6, lora 7-12. Everything random is on.

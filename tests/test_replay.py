@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from small_runs import events, no_figures, run  # noqa: F401 (a fixture)
 
 import replay
-from small_runs import events, no_figures, run  # noqa: F401 (a fixture)
 
 DATA = ["--mode", "full", "--keep_every", "1", "--eval_every", "9"]
 

@@ -27,6 +27,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from small_runs import REPO, assert_same, events, weights, without_times
+from test_parallel import PLAIN, watching
 
 import train
 from model import checkpoint, distributed
@@ -34,8 +36,6 @@ from model.optim import get_optimizer_state
 from model.parallel import reshard, to_plain
 from model.variants import VARIANTS
 from monitor import logger
-from test_parallel import PLAIN, watching
-from small_runs import REPO, assert_same, events, weights, without_times
 
 # 4 steps an epoch, 20 in all: full 1-3 (the test decides), warmup 4, lora 5.
 RUN = [*PLAIN, "--epochs", "5", "--lora_warmup_epochs", "1"]

@@ -12,16 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-import lora.inject
-import train
-from lora.inject import get_adapter_names, init_adapters, match_families
-from lora.layers import LoRALinear
-from lora.ranks import count_parameters
-from model import parallel
-from model.optim import build_optimizer, get_optimizer_state
-from model.variants import LORA_FAMILIES, VARIANTS
 from small_runs import (
     EPOCHS,
     FREEZE,
@@ -39,6 +29,16 @@ from small_runs import (
     weights,
     without_times,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lora.inject
+import train
+from lora.inject import get_adapter_names, init_adapters, match_families
+from lora.layers import LoRALinear
+from lora.ranks import count_parameters
+from model import parallel
+from model.optim import build_optimizer, get_optimizer_state
+from model.variants import LORA_FAMILIES, VARIANTS
 
 slow = pytest.mark.slow
 
