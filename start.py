@@ -220,7 +220,10 @@ def get_config(cfg, path: Path, meta: dict):
 
 
 def read_state(meta: dict, path: Path) -> State:
-    """The State in the meta of the checkpoint at `path`. Raises UserError if it is damaged."""
+    """The State in the meta of the checkpoint at `path`. Raises UserError if the meta is damaged."""
+    missing = [key for key in ("state", "config", "train_images") if key not in meta]
+    if missing:
+        raise UserError(f"{path}/meta.json is damaged: it has no {', '.join(missing)}")
     try:
         return State(**meta["state"])
     except TypeError as error:
@@ -240,19 +243,22 @@ def check_checkpoint(cfg, start: Start, images: int) -> None:
     """Raise UserError for a checkpoint of other data or another run than `cfg` describes, or whose run has
     lost its logs."""
     path, meta, s = start.checkpoint, start.meta, start.state
+    if not start.forked:  # of a fork it was looked at when its source was found
+        fixed = FIXED
+        if (
+            s.ranks
+        ):  # and what the lora phase trains, with a base in which precision, which the freeze decides
+            fixed = FIXED + ADAPTERS + ["lora_trainable", "dtype"]
+        check_same(cfg, get_config(cfg, path, meta), fixed, path)
     if meta["train_images"] != images:
         raise UserError(f"{path} was trained on {meta['train_images']} images, {cfg.data_dir} gives {images}")
     total_steps = images // cfg.batch_size * cfg.epochs
     if s.step > total_steps:
         raise UserError(f"{path} is past the end of {cfg.epochs} epochs, {total_steps} steps")
-    if start.forked:  # what it shares was looked at when it was found, and its own logs are yet to be written
+    if start.forked:  # its own logs are yet to be written
         s.metrics_bytes = s.steps_bytes = 0
-        return
-    fixed = FIXED
-    if s.ranks:  # and what the lora phase trains, with a base in which precision, which the freeze decides
-        fixed = FIXED + ADAPTERS + ["lora_trainable", "dtype"]
-    check_same(cfg, get_config(cfg, path, meta), fixed, path)
-    check_logs(cfg.run_dir, s.metrics_bytes, s.steps_bytes, path)
+    else:
+        check_logs(cfg.run_dir, s.metrics_bytes, s.steps_bytes, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
