@@ -37,9 +37,8 @@ def plot_runs(runs: list[str], family: str | None, out: str | None) -> None:
     """Read all runs, then draw each and, if there are several, compare them. Raises UserError, before
     anything is written, for a run that can't be read, has no such family, or whose folder can't be made.
     """
-    paths = list(
-        {os.path.realpath(run): Path(run) for run in runs}.values()
-    )  # one that is named twice is no second seed
+    # A run that is named twice is no second seed.
+    paths = list({os.path.realpath(run): Path(run) for run in runs}.values())
     loaded = [(path, *read_run(path)) for path in paths]
     drawings = [get_drawing(path, events, family) for path, _, events in loaded]
     shared = Path(out) if out else get_common_parent(paths) / "figures"
