@@ -68,16 +68,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m monitor.plot",
         description="Write the paper's figures to RUN/figures/, of several runs compared to DIR.",
     )
-    add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="run directory; seeds of one experiment are found by their config.json",
-    )
-    add("--family", help="family of figure3.png and figure6.png (default: q, or else the run's first)")
-    where = "where figure4.png … figure7.png go (default: figures/ in the runs' common parent)"
-    add("--out", metavar="DIR", help=where)
+    seeds = "run directory; seeds of one experiment are found by their config.json"
+    family = "family of figure3.png and figure6.png (default: q, or else the run's first)"
+    out = "where figure4.png … figure7.png go (default: figures/ in the runs' common parent)"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=seeds)
+    parser.add_argument("--family", help=family)
+    parser.add_argument("--out", metavar="DIR", help=out)
     return parser.parse_args(argv)
 
 
