@@ -20,6 +20,7 @@ from test_data import epochs_of_ranks, equal, needs_ffcv, within
 from torchvision.datasets import imagenet
 
 import train
+from config.cli import typed_config
 from data import folder
 from data.beton import check_beton, main, read_classes, read_samples
 from data.datasets import DATASETS
@@ -713,13 +714,13 @@ def test_top1_is_the_same_through_both_loaders(tmp_path, monkeypatch):
     assert train_on(tmp_path, tmp_path / "run", *flags) == 0
     last = epochs(tmp_path / "run")[-1]
     assert last["val_top1"] > 60
-    cfg = train.typed_config(json.loads((tmp_path / "run/config.json").read_text()), "stored")
+    cfg = typed_config(train.Config, json.loads((tmp_path / "run/config.json").read_text()), "stored")
     model = train.build_model(cfg, "full", None, "cpu")
     checkpoint.load(checkpoint.latest(tmp_path / "run"), model, train.build_optimizer(model, 0.1))
     tops = [
-        train.evaluate(cfg, model, build(backend, root, "val", 100, num_classes=10), torch.device("cpu"))[
-            "val_top1"
-        ]
+        train.evaluate(
+            cfg, model, build(backend, root, "val", 100, num_classes=10).epoch(0), torch.device("cpu")
+        )["val_top1"]
         for backend, root in (("ffcv", tmp_path), ("folder", tmp_path / "tree"))
     ]
     print(f"top-1: {tops[0]:.2f} from .beton JPEGs, {tops[1]:.2f} from the originals")

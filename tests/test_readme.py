@@ -26,6 +26,8 @@ import evaluate
 import export
 import replay
 import train
+from config.checks import check_config
+from config.cli import load_preset, parse_flags
 from data.beton import import_ffcv
 from launch import submit
 from monitor.plot import load_run
@@ -237,13 +239,13 @@ def check_train(words: list[str]) -> None:
     """A command line of train.py's, as far as no run has to be there. Raises ValueError."""
     defaults, flags = train.Config(), words
     if words and not words[0].startswith("-"):
-        defaults, flags = train.load_preset(REPO / words[0]), words[1:]
-    train.check_config(train.parse_flags(flags, defaults))
+        defaults, flags = load_preset(train.Config, REPO / words[0]), words[1:]
+    check_config(parse_flags(flags, defaults))
 
 
 def check_submit(words: list[str]) -> None:
     launch, presets, flags = submit.split_argv(words)
-    train.parse_flags(launch, submit.Launch())
+    parse_flags(launch, submit.Launch())
     for preset in presets or [submit.PAPER]:
         check_train([preset, *flags])
 
@@ -253,7 +255,7 @@ def check_with(default) -> Callable[[list[str]], None]:
 
     def check(words: list[str]) -> None:
         flags = words[1:] if words and not words[0].startswith("-") else words
-        train.parse_flags(flags, default)
+        parse_flags(flags, default)
 
     return check
 

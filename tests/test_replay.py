@@ -150,7 +150,7 @@ def test_ttest_by_hand(baseline, tmp_path, capsys):
 
 
 def test_a_log_with_a_nan_is_the_users_error_and_a_bug_is_not(baseline, monkeypatch):
-    cfg = replay.train.typed_config(replay.load_run(baseline).config, "config.json")
+    cfg = replay.typed_config(replay.train.Config, replay.load_run(baseline).config, "config.json")
     cfg = dataclasses.replace(cfg, mode="prelora")
     epochs = replay.load_run(baseline).epochs
     assert replay.replay_run(cfg, epochs)[0] == 3  # the control
