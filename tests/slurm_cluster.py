@@ -1,4 +1,6 @@
-"""A real Slurm cluster on this machine: slurmctld, munged and one slurmd per node, all this user's own; no root, no cgroups."""
+"""A real Slurm cluster on this machine: slurmctld, munged and one slurmd per node, all this user's own; no
+root, no cgroups.
+"""
 
 import ctypes
 import getpass
@@ -49,8 +51,10 @@ KillWait=15
 MinJobAge=3600
 SlurmdTimeout=10
 FirstJobId={first_job}
-NodeName=127.0.0.[11-{last}] NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=8 RealMemory=4000 Gres=gpu:4 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+NodeName=127.0.0.[11-{last}] NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] \\
+  CPUs=8 RealMemory=4000 Gres=gpu:4 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 \\
+  PreemptMode=REQUEUE GraceTime=20
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -62,10 +66,14 @@ def is_installed() -> bool:
 
 
 class SlurmCluster:
-    """Nodes 127.0.0.11 … with 8 CPUs and 4 pretended GPUs each; partitions main and high, which preempts it. Sets SLURM_CONF."""
+    """Nodes 127.0.0.11 … with 8 CPUs and 4 pretended GPUs each; partitions main and high, which preempts it.
+    Sets SLURM_CONF.
+    """
 
     def __init__(self, nodes: int):
-        self.dir = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # munge's socket needs a short path that all can traverse
+        self.dir = Path(
+            tempfile.mkdtemp(prefix="slurm", dir="/tmp")
+        )  # munge's socket needs a short path that all can traverse
         self.dir.chmod(0o755)
         self.nodes = [f"127.0.0.{11 + i}" for i in range(nodes)]
         for name in ("state", "log", *(f"spool/{node}" for node in self.nodes)):
@@ -76,13 +84,29 @@ class SlurmCluster:
         (self.dir / "munge.key").write_bytes(os.urandom(1024))
         (self.dir / "gres.conf").write_text(f"Name=gpu File={self.dir}/gpu[0-3]\n")
         port = find_ports(nodes + 1)
-        (self.dir / "slurm.conf").write_text(SETTINGS.format(
-            dir=self.dir, user=getpass.getuser(), port=port, first_port=port + 1, last_port=port + nodes, last=10 + nodes,
-            first_job=random.randrange(1000, 60_000_000)))  # the port of rank 0 follows from it: two clusters may run at once
+        (self.dir / "slurm.conf").write_text(
+            SETTINGS.format(
+                dir=self.dir,
+                user=getpass.getuser(),
+                port=port,
+                first_port=port + 1,
+                last_port=port + nodes,
+                last=10 + nodes,
+                first_job=random.randrange(1000, 60_000_000),
+            )
+        )  # the port of rank 0 follows from it: two clusters may run at once
         os.environ["SLURM_CONF"] = str(self.dir / "slurm.conf")
         d, self.daemons = self.dir, {}
-        self.start("munged", "munged", "-F", f"--socket={d}/munge.sock", f"--key-file={d}/munge.key", f"--pid-file={d}/munged.pid",
-                   f"--log-file={d}/log/munged.log", f"--seed-file={d}/munge.seed")
+        self.start(
+            "munged",
+            "munged",
+            "-F",
+            f"--socket={d}/munge.sock",
+            f"--key-file={d}/munge.key",
+            f"--pid-file={d}/munged.pid",
+            f"--log-file={d}/log/munged.log",
+            f"--seed-file={d}/munge.seed",
+        )
         wait(lambda: (d / "munge.sock").exists(), 10)
         self.start("slurmctld", "slurmctld", "-D")
         for node in self.nodes:
@@ -91,7 +115,9 @@ class SlurmCluster:
 
     def start(self, name, *command):
         log = open(self.dir / "log" / f"{name}.out", "ab")
-        self.daemons[name] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent)
+        self.daemons[name] = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent
+        )
 
     def start_node(self, node):
         self.start(node, "slurmd", "-D", "-N", node)
@@ -120,7 +146,10 @@ class SlurmCluster:
                     daemon.kill()
         for process in Path("/proc").glob("[0-9]*"):  # what a killed slurmd left behind
             try:
-                mine = f"SLURM_CONF={self.dir}".encode() in (process / "environ").read_bytes() and int(process.name) != os.getpid()
+                mine = (
+                    f"SLURM_CONF={self.dir}".encode() in (process / "environ").read_bytes()
+                    and int(process.name) != os.getpid()
+                )
             except OSError:
                 continue
             if mine and b"slurmstepd" in (process / "cmdline").read_bytes():
@@ -130,7 +159,9 @@ class SlurmCluster:
 
 
 def die_with_parent():
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: nothing is left where the tests are interrupted
+    ctypes.CDLL(None).prctl(
+        1, signal.SIGTERM
+    )  # PR_SET_PDEATHSIG: nothing is left where the tests are interrupted
 
 
 def find_ports(count: int) -> int:
