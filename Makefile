@@ -1,5 +1,6 @@
 # make train   set up, prepare Fashion-MNIST, run config/debug.py through its three phases, draw the figures
 # make test    set up, run the tests; make test-slow: those that take minutes
+# make lint    the layout of the code and what a linter finds: ruff
 # make study   the paper's experiments and their controls on Fashion-MNIST, in under two hours on 2 cores (with FFCV): docs/study.md
 # make slurm   install Slurm (Debian's), on which the tests then start a cluster of their own
 # LOADER=folder does without FFCV, its system libraries and root; PYTHON=python3.12 picks the interpreter
@@ -14,7 +15,7 @@ TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 LIBRARIES := python3-venv python3-dev g++ pkg-config libopencv-dev libturbojpeg0-dev
 
-.PHONY: setup data train study slurm test test-slow
+.PHONY: setup data train study slurm lint test test-slow
 .DELETE_ON_ERROR:
 
 setup: .venv/.requirements $(if $(filter ffcv,$(LOADER)),.venv/.ffcv)
@@ -58,6 +59,10 @@ train: setup data
 
 study: setup data
 	$(PY) study.py
+
+lint: .venv/.dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
 
 test: setup data .venv/.dev
 	$(TEST) -m "not slow"

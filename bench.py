@@ -17,7 +17,9 @@ GPUs, without having them.
 import os
 import sys
 
-if sys.argv[1:2] == ["data"]:  # the loader's threads and torch's would spin against each other on few cores; a step's products are slower with it
+if (
+    sys.argv[1:2] == ["data"]
+):  # the loader's threads and torch's would spin against each other on few cores; a step's products are slower with it
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its word on every start and stop of the profiler
 
@@ -30,15 +32,29 @@ from benchmarks.sharding import memory, wire
 from benchmarks.step import MODES, PEERS, step
 from benchmarks.switch import switch
 
-COMMANDS = {"step": step, "switch": switch, "data": data, "wire": wire, "memory": memory, "estimate": estimate, "all": write_report}
+COMMANDS = {
+    "step": step,
+    "switch": switch,
+    "data": data,
+    "wire": wire,
+    "memory": memory,
+    "estimate": estimate,
+    "all": write_report,
+}
 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0, or 2 for a user's mistake."""
     lists = {*PEERS, *MODES}  # hf,peft as well as hf peft
-    argv = [word for argument in argv for word in (argument.split(",") if lists.issuperset(argument.split(",")) else [argument])]
+    argv = [
+        word
+        for argument in argv
+        for word in (argument.split(",") if lists.issuperset(argument.split(",")) else [argument])
+    ]
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="bench.py", args=argv, description=__doc__, use_underscores=True)
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="bench.py", args=argv, description=__doc__, use_underscores=True
+        )
     except (ValueError, OSError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -26,10 +26,12 @@ from scipy import stats
 import replay
 import train
 from lora.inject import init_adapters
+from files import read_json, write_json
 from model import checkpoint
 from model.optim import build_optimizer
-from model.vit import VARIANTS
+from model.variants import VARIANTS
 from monitor import plot
+from monitor.log import load_run
 
 ROOT, RUNS, DOC = Path(__file__).parent, Path("runs/study"), Path("docs/study.md")
 MARKS = ("<!-- written by study.py -->", "<!-- end -->")
@@ -49,27 +51,58 @@ MAIN = "best"  # the arm whose time the equal-time control gets
 BASELINE = Arm("baseline", "study_baseline", seeds=5, fork=False, text="baseline, all parameters")
 FORKS = [
     Arm("prelora", "study", seeds=5, text="PreLoRA: Exp2, w = 2, adapters alone"),
-    Arm("rest", "study", ("--lora_trainable", "adapters+rest"), seeds=5, text="PreLoRA, adapters and head, norms, embeddings"),
+    Arm(
+        "rest",
+        "study",
+        ("--lora_trainable", "adapters+rest"),
+        seeds=5,
+        text="PreLoRA, adapters and head, norms, embeddings",
+    ),
     Arm("exp1", "study_exp1", text="Exp1, relaxed"),
     Arm("exp3", "study_exp3", text="Exp3, strict"),
-    Arm("best", "study_exp3", ("--lora_warmup_epochs", "1"), seeds=5, text="PreLoRA, best setting: Exp3, w = 1"),
+    Arm(
+        "best",
+        "study_exp3",
+        ("--lora_warmup_epochs", "1"),
+        seeds=5,
+        text="PreLoRA, best setting: Exp3, w = 1",
+    ),
     Arm("warmup1", "study_warmup1", text="w = 1"),
     Arm("warmup4", "study_warmup4", text="w = 4"),
     Arm("rank32", "study", ("--rank_min", "32"), text="rank 32 for all"),
-    Arm("rest32", "study", ("--rank_min", "32", "--lora_trainable", "adapters+rest"), text="rank 32 for all, adapters and the rest"),
+    Arm(
+        "rest32",
+        "study",
+        ("--rank_min", "32", "--lora_trainable", "adapters+rest"),
+        text="rank 32 for all, adapters and the rest",
+    ),
     Arm("fixed", "study", ("--switch_epoch", "6"), text="switch fixed at a quarter"),
     Arm("uniform", "study", ("--rank_rule", "uniform"), text="one rank for all, as many parameters"),
-    Arm("budget", "study", ("--rank_rule", "budget"), text="ranks in proportion to change, as many parameters"),
+    Arm(
+        "budget", "study", ("--rank_rule", "budget"), text="ranks in proportion to change, as many parameters"
+    ),
     Arm("reset", "study", ("--optimizer_at_switch", "reset"), text="fresh AdamW at both switches"),
 ]
 STATIC = Arm("static_lora", "study_static_lora", fork=False, text="static LoRA from epoch 0")
-EQUAL_TIME = Arm("equal_time", "study_baseline", seeds=5, fork=False, text="all parameters, in PreLoRA's time")
+EQUAL_TIME = Arm(
+    "equal_time", "study_baseline", seeds=5, fork=False, text="all parameters, in PreLoRA's time"
+)
 ARMS = [BASELINE, EQUAL_TIME, *FORKS, STATIC]
-DRAWN = ("baseline", "equal_time", "prelora", "exp1", "exp3", "warmup1", "warmup4", "static_lora")  # in figures 4 to 7
+DRAWN = (
+    "baseline",
+    "equal_time",
+    "prelora",
+    "exp1",
+    "exp3",
+    "warmup1",
+    "warmup4",
+    "static_lora",
+)  # in figures 4 to 7
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # training
+
 
 def build_command(arm: Arm, seed: int, *more: str) -> tuple[Path, int, list[str]]:
     """(run directory, epochs, train.py's arguments) of one run. Raises ValueError if another run stands in its place."""
@@ -80,10 +113,16 @@ def build_command(arm: Arm, seed: int, *more: str) -> tuple[Path, int, list[str]
     cfg = train.parse_flags(flags, train.load_preset(f"config/{arm.preset}.py"))
     train.check_config(cfg)
     if (run_dir / "config.json").exists():
-        stored = train.typed_config(checkpoint.read_json(run_dir / "config.json"), str(run_dir / "config.json"))
-        changed = [name for name, value in vars(cfg).items() if value != getattr(stored, name) and name not in ("num_workers", "fork")]
+        stored = train.typed_config(read_json(run_dir / "config.json"), str(run_dir / "config.json"))
+        changed = [
+            name
+            for name, value in vars(cfg).items()
+            if value != getattr(stored, name) and name not in ("num_workers", "fork")
+        ]
         if changed:
-            raise ValueError(f"{run_dir} was trained with another {', '.join(changed)}: remove it, it will be trained anew")
+            raise ValueError(
+                f"{run_dir} was trained with another {', '.join(changed)}: remove it, it will be trained anew"
+            )
     return run_dir, cfg.epochs, [f"config/{arm.preset}.py", *flags, "--resume", "True"]
 
 
@@ -95,8 +134,12 @@ def train_run(run_dir: Path, epochs: int, argv: list[str]) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{run_dir} …\n", end="", flush=True)  # in one piece: two threads print
     with open(log, "a") as file:
-        process = subprocess.Popen([sys.executable, "train.py", *argv], stdout=file, stderr=subprocess.STDOUT,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *argv],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         running.add(process)
         status = process.wait()
         running.discard(process)
@@ -107,7 +150,7 @@ def train_run(run_dir: Path, epochs: int, argv: list[str]) -> None:
 
 def is_done(run_dir: Path, epochs: int) -> bool:
     try:
-        return plot.load_run(run_dir)[1][-1]["epoch"] == epochs
+        return load_run(run_dir)[1][-1]["epoch"] == epochs
     except ValueError:
         return False
 
@@ -121,8 +164,11 @@ def train_all() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+
         def stage(*arms_with_flags):
-            commands = [build_command(arm, seed, *more) for arm, *more in arms_with_flags for seed in range(arm.seeds)]
+            commands = [
+                build_command(arm, seed, *more) for arm, *more in arms_with_flags for seed in range(arm.seeds)
+            ]
             waiting = [pool.submit(train_run, *command) for command in commands]
             try:
                 for job in waiting:
@@ -141,8 +187,9 @@ def train_all() -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # what came out
 
+
 def load_arm(arm: Arm) -> list[tuple[dict, list[dict], list[dict]]]:
-    return [plot.load_run(RUNS / f"{arm.name}-{seed}") for seed in range(arm.seeds)]
+    return [load_run(RUNS / f"{arm.name}-{seed}") for seed in range(arm.seeds)]
 
 
 def time_epochs(rounds: int = 31) -> dict[str, dict[str, float]]:
@@ -153,13 +200,15 @@ def time_epochs(rounds: int = 31) -> dict[str, dict[str, float]]:
     for arm in ARMS:
         if arm is EQUAL_TIME:
             continue
-        config, epochs, switches = plot.load_run(RUNS / f"{arm.name}-0")
+        config, epochs, switches = load_run(RUNS / f"{arm.name}-0")
         cfg = train.typed_config(dict(config), arm.name)
         for phase in dict.fromkeys(e["phase"] for e in epochs):
             if phase != "full" or arm is BASELINE:
                 ranks = switches[0]["ranks"] if switches else None
                 if cfg.mode == "lora":
-                    ranks = {family: [cfg.rank_max] * VARIANTS[cfg.model]["depth"] for family in cfg.target_modules}
+                    ranks = {
+                        family: [cfg.rank_max] * VARIANTS[cfg.model]["depth"] for family in cfg.target_modules
+                    }
                 steps[arm.name, phase] = build_step(cfg, phase, ranks)
     times = {key: [] for key in steps}
     for _ in range(rounds + 1):
@@ -189,6 +238,7 @@ def build_step(cfg: train.Config, phase: str, ranks: dict[str, list[int]] | None
         torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
     return step
 
 
@@ -197,15 +247,18 @@ def get_epoch_seconds() -> dict[str, dict[str, float]]:
     path = RUNS / "seconds.json"
     if not path.exists():
         print("timing the phases of all arms side by side …", flush=True)
-        checkpoint.write_json(path, time_epochs())
-    seconds = checkpoint.read_json(path)
+        write_json(path, time_epochs())
+    seconds = read_json(path)
     return {arm.name: seconds.get(arm.name, {}) | {"full": seconds[BASELINE.name]["full"]} for arm in ARMS}
 
 
 def get_seconds(runs: list[tuple[dict, list[dict], list[dict]]], per_epoch: dict[str, float]) -> list[float]:
     """Each run's training time: its epochs of each phase × the seconds of one, and its switches. Not counted, and the same for all: reading data,
     evaluation, saving, starting."""
-    return [sum(per_epoch[e["phase"]] for e in epochs) + sum(s["seconds"] for s in switches) for _, epochs, switches in runs]
+    return [
+        sum(per_epoch[e["phase"]] for e in epochs) + sum(s["seconds"] for s in switches)
+        for _, epochs, switches in runs
+    ]
 
 
 def get_equal_epochs() -> int:
@@ -226,8 +279,11 @@ def get_table() -> str:
     baseline, equal = top1(load_arm(BASELINE)), top1(load_arm(EQUAL_TIME))
     baseline_seconds = get_seconds(load_arm(BASELINE), epoch_seconds["baseline"])[0]
     equal_seconds = get_seconds(load_arm(EQUAL_TIME), epoch_seconds["equal_time"])[0]
-    lines = ["| arm | seeds | switch after | trained in the LoRA phase | top-1 % | − baseline [95 %] | − equal time [95 %] | time | warmup epoch "
-             "| LoRA epoch |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| arm | seeds | switch after | trained in the LoRA phase | top-1 % | − baseline [95 %] | − equal time [95 %] | time | warmup epoch "
+        "| LoRA epoch |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for arm in ARMS:  # against the control only what takes its time, to half an epoch
         runs = load_arm(arm)
         values, seconds = top1(runs), np.mean(get_seconds(runs, epoch_seconds[arm.name]))
@@ -236,12 +292,18 @@ def get_table() -> str:
         lora = [e for _, epochs, _ in runs for e in epochs if e["phase"] == "lora"]
         base = train.count_base(train.typed_config(dict(runs[0][0]), arm.name))[0]
         share = f"{100 * np.mean([e['trainable_params'] for e in lora]) / base:.1f} %" if lora else ""
-        cost = [f"{epoch_seconds[arm.name][phase] / epoch_seconds[arm.name]['full']:.2f}" if phase in epoch_seconds[arm.name] else "" for phase in
-                ("warmup", "lora")]
-        lines.append(f"| {arm.text} | {len(runs)} | {', '.join(map(str, switched))} | {share} | {values.mean():.2f} ± {values.std(ddof=1):.2f} | "
-                     f"{'' if arm is BASELINE else interval(values - baseline[:len(values)])} | "
-                     f"{interval(values - equal[:len(values)]) if near and arm is not EQUAL_TIME else ''} | "
-                     f"{seconds:.0f} s, {100 * seconds / baseline_seconds:.1f} % | {' | '.join(cost)} |")
+        cost = [
+            f"{epoch_seconds[arm.name][phase] / epoch_seconds[arm.name]['full']:.2f}"
+            if phase in epoch_seconds[arm.name]
+            else ""
+            for phase in ("warmup", "lora")
+        ]
+        lines.append(
+            f"| {arm.text} | {len(runs)} | {', '.join(map(str, switched))} | {share} | {values.mean():.2f} ± {values.std(ddof=1):.2f} | "
+            f"{'' if arm is BASELINE else interval(values - baseline[: len(values)])} | "
+            f"{interval(values - equal[: len(values)]) if near and arm is not EQUAL_TIME else ''} | "
+            f"{seconds:.0f} s, {100 * seconds / baseline_seconds:.1f} % | {' | '.join(cost)} |"
+        )
     return "\n".join(lines)
 
 
@@ -250,7 +312,7 @@ def check_replay() -> str:
     agree, total = 0, 0
     for arm in FORKS:
         for seed, (config, _, switches) in enumerate(load_arm(arm)):
-            epochs = plot.load_run(RUNS / f"baseline-{seed}")[1]
+            epochs = load_run(RUNS / f"baseline-{seed}")[1]
             told = replay.replay_run(train.typed_config(dict(config), arm.name), epochs)
             did = next(((s["epoch"], s["ranks"]) for s in switches if s["from"] == "full"), (None, None))
             agree, total = agree + (told == did), total + 1
@@ -260,7 +322,9 @@ def check_replay() -> str:
 def get_ttest() -> str:
     lines = ["| epochs | loss, all parameters | loss, PreLoRA | t | p |", "|---|---|---|---|---|"]
     for row in replay.compare_losses(str(RUNS / "baseline-0"), str(RUNS / f"{MAIN}-0"), None):
-        lines.append(f"| {row['first']}-{row['last']} | {row['full']:.4f} | {row['lora']:.4f} | {row['t']:.2f} | {row['p']:.3f} |")
+        lines.append(
+            f"| {row['first']}-{row['last']} | {row['full']:.4f} | {row['lora']:.4f} | {row['t']:.2f} | {row['p']:.3f} |"
+        )
     return "\n".join(lines)
 
 
@@ -269,11 +333,17 @@ def write_report() -> None:
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     full = get_epoch_seconds()[BASELINE.name]["full"]
-    tables = [get_table(), f"Warmup and LoRA epochs are in units of one with all parameters, {full:.2f} s. {check_replay()}",
-              f"HPT's criterion, seed 0 (Welch's t-test on the step losses of each window, baseline against PreLoRA's best setting):\n\n{get_ttest()}"]
+    tables = [
+        get_table(),
+        f"Warmup and LoRA epochs are in units of one with all parameters, {full:.2f} s. {check_replay()}",
+        f"HPT's criterion, seed 0 (Welch's t-test on the step losses of each window, baseline against PreLoRA's best setting):\n\n{get_ttest()}",
+    ]
     DOC.write_text(before + MARKS[0] + "\n" + "\n\n".join(tables) + "\n" + MARKS[1] + after)
     print(f"wrote {DOC}")
-    out, runs = DOC.with_suffix(""), [copy_with_seconds(arm, seed) for arm in ARMS if arm.name in DRAWN for seed in range(arm.seeds)]
+    out, runs = (
+        DOC.with_suffix(""),
+        [copy_with_seconds(arm, seed) for arm in ARMS if arm.name in DRAWN for seed in range(arm.seeds)],
+    )
     out.mkdir(exist_ok=True)
     plot.main([*map(str, runs), "--out", str(out)])
     for arm, name in ((FORKS[0].name, "figure1"), (BASELINE.name, "figure3"), (FORKS[0].name, "ranks")):
@@ -282,14 +352,21 @@ def write_report() -> None:
 
 def copy_with_seconds(arm: Arm, seed: int) -> Path:
     """A copy of a run's log for the figures, its epochs' seconds and images/s those measured side by side, as in the table."""
-    source, copy, seconds = RUNS / f"{arm.name}-{seed}", RUNS / "timed" / f"{arm.name}-{seed}", get_epoch_seconds()[arm.name]
+    source, copy, seconds = (
+        RUNS / f"{arm.name}-{seed}",
+        RUNS / "timed" / f"{arm.name}-{seed}",
+        get_epoch_seconds()[arm.name],
+    )
     copy.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "config.json", copy)
     with open(source / "metrics.jsonl") as log, open(copy / "metrics.jsonl", "w") as out:
         for record in map(json.loads, log):
             if record["event"] == "epoch":
                 images = record["epoch_seconds"] * record["images_per_second"]
-                record |= {"epoch_seconds": seconds[record["phase"]], "images_per_second": images / seconds[record["phase"]]}
+                record |= {
+                    "epoch_seconds": seconds[record["phase"]],
+                    "images_per_second": images / seconds[record["phase"]],
+                }
             out.write(json.dumps(record) + "\n")
     return copy
 

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.sharding import CASES, Model, build_fake, count_wire, fake_ranks
 from benchmarks.step import Ranks, choose
-from data.loader import DATASETS
+from data.datasets import DATASETS
+from launch import distributed
 from model.parallel import build_mesh
 from monitor.perf import PEAK_FLOPS, count_flops
 from train import Config, build_model
@@ -32,7 +33,10 @@ DEVICES = {
     "h100": Device(PEAK_FLOPS["H100"]["bfloat16"], 3350e9, 8, 450e9, 8 * 50e9),
 }
 IMAGENET = 1_281_167
-AUTHORS = {"full": "baseline 175, their own full phase ≈ 305", "lora, base replicated": "≈ 92"}  # seconds an epoch, their logs
+AUTHORS = {
+    "full": "baseline 175, their own full phase ≈ 305",
+    "lora, base replicated": "≈ 92",
+}  # seconds an epoch, their logs
 
 
 def wire_seconds(by_group: dict[tuple[int, ...], float], device: Device) -> float:
@@ -40,8 +44,12 @@ def wire_seconds(by_group: dict[tuple[int, ...], float], device: Device) -> floa
     whole network, shared with the rings of the node's other GPUs, if it doesn't hold these, too."""
     total = 0.0
     for ranks, sent in by_group.items():
-        here = sum(rank // device.gpus_per_node == ranks[0] // device.gpus_per_node for rank in ranks)  # of this node
-        total += sent / (device.node_link if here == len(ranks) else device.network * here / device.gpus_per_node)
+        here = sum(
+            rank // device.gpus_per_node == ranks[0] // device.gpus_per_node for rank in ranks
+        )  # of this node
+        total += sent / (
+            device.node_link if here == len(ranks) else device.network * here / device.gpus_per_node
+        )
     return total
 
 
@@ -50,8 +58,15 @@ def optimizer_seconds(trained: int, shards: int, device: Device) -> float:
     return 28 * trained / shards / device.memory_bandwidth
 
 
-def estimate(gpus: int = 64, device: Literal[*DEVICES] = "a100-40gb", model: Model = "L/16", batch_size: int = 4096, ranks: Ranks = "mixed",
-             mfu: float = 0.45, images: int = IMAGENET) -> dict[tuple[str, str], dict[str, float]]:
+def estimate(
+    gpus: int = 64,
+    device: Literal[*DEVICES] = "a100-40gb",
+    model: Model = "L/16",
+    batch_size: int = 4096,
+    ranks: Ranks = "mixed",
+    mfu: float = 0.45,
+    images: int = IMAGENET,
+) -> dict[tuple[str, str], dict[str, float]]:
     """Seconds an epoch (training steps alone) of each phase, on `gpus` of a kind, bfloat16: for plain replication and HSDP inside a node,
     frozen base on and off the wire, with and without overlap of communication and computation.
 
@@ -80,28 +95,38 @@ assumed
   {steps} steps of {batch_size} images, {batch_size // gpus} on a GPU ({images:,} images an epoch)
   not counted: evaluation, checkpoints, waiting for data
   {kind.peak_flops / 1e12:.0f} TFLOP/s a GPU, of which {100 * mfu:.0f} % while computing, in every phase alike (--mfu)
-  GFLOP an image, counted by torch, forward and backward with attention: {', '.join(f'{p} {f / 1e9:.1f}' for p, f in flops.items())}
+  GFLOP an image, counted by torch, forward and backward with attention: {", ".join(f"{p} {f / 1e9:.1f}" for p, f in flops.items())}
   bytes on the wire as counted from FSDP2's collectives (bench.py wire), rings at the full speed of their links, no latency, no stragglers:
   {kind.node_link / 1e9:.0f} GB/s a GPU inside nodes of {node}, {kind.network / 1e9:.0f} GB/s a node between them
   AdamW: 28 bytes a trained parameter of the rank's shard at {kind.memory_bandwidth / 1e9:.0f} GB/s, never overlapped
   overlap: all communication behind computation, or the reverse; none: one after the other. A real run lies between.""")
     with fake_ranks(gpus) as mode:
         for sharding, shards in {"plain replication": 1, f"HSDP, dp_shard {node}": node}.items():
-            mesh = build_mesh(shards, "cpu")
-            print(f"\n{sharding:34}{'compute':>9}{'optimizer':>11}{'wire':>8}{'overlap':>9}{'none':>8}{'full / it':>11}   the authors' logs")
+            mesh = build_mesh(shards, "cpu", distributed.TIMEOUT)
+            print(
+                f"\n{sharding:34}{'compute':>9}{'optimizer':>11}{'wire':>8}{'overlap':>9}{'none':>8}{'full / it':>11}   the authors' logs"
+            )
             for title, (phase, frozen_base) in CASES.items():
                 case = dataclasses.replace(cfg, frozen_base=frozen_base)
                 sharded = build_fake(mode, case, phase, wanted, "cpu", mesh)
                 with mode:
                     by_group = count_wire(case, sharded).by_group
-                row = {"compute": steps * flops[phase] * batch_size / gpus / (kind.peak_flops * mfu),
-                       "optimizer": steps * optimizer_seconds(trained[phase], shards, kind), "wire": steps * wire_seconds(by_group, kind)}
+                row = {
+                    "compute": steps * flops[phase] * batch_size / gpus / (kind.peak_flops * mfu),
+                    "optimizer": steps * optimizer_seconds(trained[phase], shards, kind),
+                    "wire": steps * wire_seconds(by_group, kind),
+                }
                 row["overlap"] = max(row["compute"], row["wire"]) + row["optimizer"]
                 row["serial"] = row["compute"] + row["wire"] + row["optimizer"]
                 out[sharding, title] = row
                 logged = AUTHORS.get(title, "") if model == "L/16" else ""
-                print(f"{title:34}{row['compute']:9.1f}{row['optimizer']:11.2f}{row['wire']:8.1f}{row['overlap']:9.1f}{row['serial']:8.1f}"
-                      f"{out[sharding, 'full']['overlap'] / row['overlap']:11.2f}   {logged}".rstrip(), flush=True)
-    print(f"\nby its FLOPs the LoRA phase can be at most {flops['full'] / flops['lora']:.2f} × as fast as full training, warmup "
-          f"{flops['full'] / flops['warmup']:.2f} ×. The authors' 305 / 92 is more than arithmetic allows: their full phase was slower than their own baseline.")
+                print(
+                    f"{title:34}{row['compute']:9.1f}{row['optimizer']:11.2f}{row['wire']:8.1f}{row['overlap']:9.1f}{row['serial']:8.1f}"
+                    f"{out[sharding, 'full']['overlap'] / row['overlap']:11.2f}   {logged}".rstrip(),
+                    flush=True,
+                )
+    print(
+        f"\nby its FLOPs the LoRA phase can be at most {flops['full'] / flops['lora']:.2f} × as fast as full training, warmup "
+        f"{flops['full'] / flops['warmup']:.2f} ×. The authors' 305 / 92 is more than arithmetic allows: their full phase was slower than their own baseline."
+    )
     return out

@@ -28,16 +28,37 @@ def write_report(out: str = "docs/bench.md", only: tuple[str, ...] = ()) -> None
     """Run SECTIONS one after the other and write OUT after each. only: words; sections whose command has one of them are run anew, the others keep
     what OUT says. Raises RuntimeError if a command fails, with what was done kept."""
     path, start = Path(out), "<!-- "
-    old = {} if not path.exists() else {part.split(" -->")[0]: part.split(" -->\n", 1)[1].strip() for part in path.read_text().split(start)[1:]}
-    new = {command: old[command] for command in SECTIONS if command in old and only and not any(word in command.split() for word in only)}
+    old = (
+        {}
+        if not path.exists()
+        else {
+            part.split(" -->")[0]: part.split(" -->\n", 1)[1].strip()
+            for part in path.read_text().split(start)[1:]
+        }
+    )
+    new = {
+        command: old[command]
+        for command in SECTIONS
+        if command in old and only and not any(word in command.split() for word in only)
+    }
     for command, about in SECTIONS.items():
         if command not in new and (not only or any(word in command.split() for word in only)):
             print(f"bench.py {command}", flush=True)
-            done = subprocess.run([sys.executable, "bench.py", *command.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [sys.executable, "bench.py", *command.split()],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             if done.returncode:
                 raise RuntimeError(f"bench.py {command} failed:\n{done.stderr}")
-            new[command] = (f"## python bench.py {command}\n\n{about} {describe_device()}, torch {torch.__version__}, "
-                            f"{datetime.date.today()}.\n\n```\n{done.stdout.strip()}\n```")
+            new[command] = (
+                f"## python bench.py {command}\n\n{about} {describe_device()}, torch {torch.__version__}, "
+                f"{datetime.date.today()}.\n\n```\n{done.stdout.strip()}\n```"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("# Measured\n\nWritten by `python bench.py all`; README.md says what follows from it.\n\n"
-                        + "\n\n".join(f"{start}{key} -->\n{new[key]}" for key in SECTIONS if key in new) + "\n")
+        path.write_text(
+            "# Measured\n\nWritten by `python bench.py all`; README.md says what follows from it.\n\n"
+            + "\n\n".join(f"{start}{key} -->\n{new[key]}" for key in SECTIONS if key in new)
+            + "\n"
+        )

@@ -1,4 +1,5 @@
-# The run to make before many GPUs are booked: ViT-L/16 through all three phases in 36 steps, on two nodes, without data.
+# The run to make before many GPUs are booked: ViT-L/16 through all three phases in 36 steps, on two nodes,
+# without data.
 #   python launch/submit.py --nodes 2 config/smoke.py
 # With more GPUs give them as much to do: --batch_size 4096 --train_samples 16384 for 64.
 dataset = "imagenet"

@@ -1,7 +1,8 @@
-# ViT-L/16 on ImageNet-1k from scratch, as the paper trains it: Exp2, w = 10, on 16 nodes × 4 A100. The recipe is AugReg's
-# (arXiv 2106.10270): its entry L/16 · i1k · 300 epochs · lr 1e-3 · medium1 · wd 0.1 · do 0.1 · sd 0.1.
+# ViT-L/16 on ImageNet-1k from scratch, as the paper trains it: Exp2, w = 10, on 16 nodes × 4 A100. The recipe
+# is AugReg's (arXiv 2106.10270): its entry L/16 · i1k · 300 epochs · lr 1e-3 · medium1 · wd 0.1 · do 0.1 ·
+# sd 0.1.
 dataset = "imagenet"
-data_dir = "datasets/imagenet"  # train.beton and val.beton: python -m data.beton imagenet:train datasets/imagenet/train.beton --root …
+data_dir = "datasets/imagenet"  # train.beton and val.beton: docs/data.md says how to make them
 run_dir = "runs/vit_l16_in1k"
 model = "L/16"
 dropout = 0.1

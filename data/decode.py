@@ -1,60 +1,77 @@
-"""From the bytes of a .beton to images of one size: JPEG by libturbojpeg, crop, and Pillow's bilinear resize, in numba.
+"""From the bytes of a .beton to images of one size, in numba: JPEG by libturbojpeg, crop, Pillow's resize.
 
-FFCV's own decoders ignore the decoder's return code (a damaged JPEG comes out black), draw crops from a generator that nobody can
-seed, and resize as OpenCV does. These say which image is damaged, take their crops as numbers, and give what Pillow gives.
+FFCV's own decoders ignore the decoder's return code (a damaged JPEG comes out black), draw crops from a
+generator that nobody can seed, and resize as OpenCV does. These say which image is damaged, take their crops
+as numbers, and give what Pillow gives, bilinear.
 
 Nothing compiled here calls what is compiled elsewhere: numba's cache on disk would not notice a change there.
 """
+
 import ctypes
 import math
-import sys
-from dataclasses import replace
 
 import llvmlite.binding
 import numpy as np
 from numba import njit, prange, types
 
-from data.augment import get_random_crops
-from data.order import DataError
-
 RAW = 1  # how a .beton holds an image; else JPEG
 TJPF_RGB = 0  # of turbojpeg.h
 PRECISION = 22  # bits of a resize weight after the point, as in Pillow's Resample.c
 
-# By name, so that what calls them can be cached on disk. All take and return what C's int, unsigned long and pointers are.
+# By name, so that what calls them can be cached on disk. All take and return what C's int, unsigned long and
+# pointers are.
 _init = types.ExternalFunction("tjInitDecompress", types.intp())
-_header = types.ExternalFunction("tjDecompressHeader3", types.int32(
-    types.intp, types.CPointer(types.uint8), types.uint64, *[types.CPointer(types.int32)] * 4))
-_decompress = types.ExternalFunction("tjDecompress2", types.int32(
-    types.intp, types.CPointer(types.uint8), types.uint64, types.CPointer(types.uint8), *[types.int32] * 5))
+_header = types.ExternalFunction(
+    "tjDecompressHeader3",
+    types.int32(types.intp, types.CPointer(types.uint8), types.uint64, *[types.CPointer(types.int32)] * 4),
+)
+_decompress = types.ExternalFunction(
+    "tjDecompress2",
+    types.int32(
+        types.intp, types.CPointer(types.uint8), types.uint64, types.CPointer(types.uint8), *[types.int32] * 5
+    ),
+)
 _destroy = types.ExternalFunction("tjDestroy", types.int32(types.intp))
 
 
-def load_turbojpeg(library):
-    """Let the compiled code find libturbojpeg's functions through `library`, a shared library that is linked with it."""
+def load_turbojpeg(library: str) -> None:
+    """Let the compiled code find libturbojpeg's functions by a shared library that is linked with it."""
     library = ctypes.CDLL(library)
     for name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy"):
         llvmlite.binding.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
 
 
 @njit(cache=True, nogil=True)
-def decode_jpeg(data, out):
-    """uint8 (n,), not writeable -> out, uint8 (H, W, 3). Returns whether that is a sound JPEG of this size; decoded as Pillow does (no
-    fast DCT). Not writeable, as a mapped file is: with a second signature beside that one, numba's inference for decode_batch never ends.
+def decode_jpeg(data: np.ndarray, out: np.ndarray) -> bool:
+    """uint8 (n,), not writeable -> out, uint8 (H, W, 3). Returns whether that is a sound JPEG of this size.
+
+    Decoded as Pillow does (no fast DCT). Not writeable, as a mapped file is: with a second signature beside
+    that one, numba's inference for decode_batch never ends.
     """
     handle = _init()
     size = np.empty(4, np.int32)  # width, height, subsampling, colour space
-    fine = (_header(handle, data.ctypes, data.size, size[0:].ctypes, size[1:].ctypes, size[2:].ctypes, size[3:].ctypes) == 0
-            and size[0] == out.shape[1] and size[1] == out.shape[0]
-            and _decompress(handle, data.ctypes, data.size, out.ctypes, out.shape[1], 0, out.shape[0], TJPF_RGB, 0) == 0)
+    failed = _header(
+        handle, data.ctypes, data.size, size[0:].ctypes, size[1:].ctypes, size[2:].ctypes, size[3:].ctypes
+    )
+    sound = False
+    if failed == 0 and size[0] == out.shape[1] and size[1] == out.shape[0]:
+        failed = _decompress(
+            handle, data.ctypes, data.size, out.ctypes, out.shape[1], 0, out.shape[0], TJPF_RGB, 0
+        )
+        sound = failed == 0
     _destroy(handle)
-    return fine
+    return sound
 
 
 @njit(cache=True, nogil=True)
-def get_weights(size, new_size, first, count):
-    """Of Pillow's bilinear resize from `size` to `new_size` pixels, for new pixels first … first + count - 1: where each begins in the
-    source, of how many pixels it is made (int64 (count,) both), and their weights, int64 (count, most) of 2^PRECISION in all."""
+def get_weights(
+    size: int, new_size: int, first: int, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pillow's bilinear resize from `size` to `new_size` pixels, for new pixels first … first + count - 1.
+
+    Returns where each begins in the source, of how many pixels it is made (int64 (count,) both), and their
+    weights, int32 (count, most), of 2^PRECISION in all.
+    """
     scale = size / new_size
     support = max(scale, 1.0)  # a triangle over as many pixels as one new pixel covers, both sides
     starts, counts = np.empty(count, np.int64), np.empty(count, np.int64)
@@ -75,9 +92,14 @@ def get_weights(size, new_size, first, count):
 
 
 @njit(cache=True, nogil=True)
-def resize_across(image, out, starts, counts, weights):
-    """uint8 (H, w, 3) -> out, uint8 (H, W, 3), both contiguous. Unsigned numbers index flat rows, because for signed ones numba looks
-    at each whether it counts from the end."""
+def resize_across(
+    image: np.ndarray, out: np.ndarray, starts: np.ndarray, counts: np.ndarray, weights: np.ndarray
+) -> None:
+    """uint8 (H, w, 3) -> out, uint8 (H, W, 3), both contiguous.
+
+    Unsigned numbers index flat rows, because for signed ones numba looks at each whether it counts from the
+    end.
+    """
     half, one, two, three = np.int32(1 << (PRECISION - 1)), np.uint64(1), np.uint64(2), np.uint64(3)
     for y in range(out.shape[0]):
         row, out_row = image[y].reshape(-1), out[y].reshape(-1)
@@ -95,8 +117,10 @@ def resize_across(image, out, starts, counts, weights):
 
 
 @njit(cache=True, nogil=True)
-def resize_down(image, out, starts, counts, weights):
-    """uint8 (h, W, 3) -> out, uint8 (H, W, 3), both contiguous: whole rows are added up, so that the compiler finds SIMD."""
+def resize_down(
+    image: np.ndarray, out: np.ndarray, starts: np.ndarray, counts: np.ndarray, weights: np.ndarray
+) -> None:
+    """uint8 (h, W, 3) -> out, uint8 (H, W, 3), both contiguous. Whole rows are added up, that is SIMD."""
     rows, out_rows = image.reshape(image.shape[0], -1), out.reshape(out.shape[0], -1)
     total = np.empty(rows.shape[1], np.int32)
     for y in range(len(out_rows)):
@@ -110,11 +134,12 @@ def resize_down(image, out, starts, counts, weights):
 
 
 @njit(cache=True, nogil=True)
-def resize(image, out, height, width, top, left):
-    """Window [top: top + H, left: left + W] of `image` resized to (height, width): uint8 (h, w, 3) -> out, uint8 (H, W, 3), contiguous.
+def resize(image: np.ndarray, out: np.ndarray, height: int, width: int, top: int, left: int) -> None:
+    """Window [top: top + H, left: left + W] of `image` resized to (height, width).
 
-    What Image.resize((width, height), BILINEAR) followed by that crop gives, to the bit: one direction after the other, rounded in
-    between, across first unless the height shrinks by more than twice what the width does (Pillow 13; older ones: 100 times).
+    uint8 (h, w, 3) -> out, uint8 (H, W, 3), contiguous. What Image.resize((width, height), BILINEAR) followed
+    by that crop gives, to the bit: one direction after the other, rounded in between, across first unless the
+    height shrinks by more than twice what the width does (Pillow 13; older ones: 100 times).
     """
     x_starts, x_counts, x_weights = get_weights(image.shape[1], width, left, out.shape[1])
     y_starts, y_counts, y_weights = get_weights(image.shape[0], height, top, out.shape[0])
@@ -126,17 +151,21 @@ def resize(image, out, height, width, top, left):
     else:
         first, last = y_starts[0], y_starts[-1] + y_counts[-1]
         between = np.empty((last - first, out.shape[1], 3), np.uint8)
-        resize_across(image[first: last], between, x_starts, x_counts, x_weights)
+        resize_across(image[first:last], between, x_starts, x_counts, x_weights)
         resize_down(between, out, y_starts - first, y_counts, y_weights)
 
 
 @njit(cache=True, nogil=True)
-def crop_and_resize(image, out, crop, short_side):
-    """uint8 (h, w, 3) -> out, uint8 (S, S, 3). crop: int64 (4,), top, left, height and width of what is resized to that; with a height of
-    0 torchvision's Resize(short_side) and CenterCrop(S)."""
+def crop_and_resize(image: np.ndarray, out: np.ndarray, crop: np.ndarray, short_side: int) -> None:
+    """uint8 (h, w, 3) -> out, uint8 (S, S, 3).
+
+    crop: int64 (4,), top, left, height and width of what is resized to that; with a height of 0 torchvision's
+    Resize(short_side) and CenterCrop(S).
+    """
     (height, width), side = image.shape[:2], out.shape[0]
     if crop[2] > 0:
-        resize(np.ascontiguousarray(image[crop[0]: crop[0] + crop[2], crop[1]: crop[1] + crop[3]]), out, side, side, 0, 0)
+        part = image[crop[0] : crop[0] + crop[2], crop[1] : crop[1] + crop[3]]
+        resize(np.ascontiguousarray(part), out, side, side, 0, 0)
     elif height == width == short_side == side:
         out[:] = image
     else:
@@ -146,12 +175,24 @@ def crop_and_resize(image, out, crop, short_side):
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def decode_batch(file, samples, indices, out, sound, crops, short_side):
-    """Images `indices` of a mapped .beton, by its `samples` (data/beton.py's read_samples) -> out, uint8 (B, S, S, 3); `sound`, bool
-    (B,), says which could be decoded. crops: int64 (B, 4), see crop_and_resize."""
+def decode_batch(
+    file: np.ndarray,
+    samples: np.ndarray,
+    indices: np.ndarray,
+    out: np.ndarray,
+    sound: np.ndarray,
+    crops: np.ndarray,
+    short_side: int,
+) -> None:
+    """Images `indices` of a mapped .beton -> out, uint8 (B, S, S, 3).
+
+    samples: what data/beton.py's read_samples returns.
+    `sound`, bool (B,), says which could be decoded. crops: int64 (B, 4), see crop_and_resize.
+    """
     for i in prange(len(indices)):
         sample = samples[indices[i]]
-        data, mode, height, width = file[sample[0]: sample[0] + sample[1]], sample[2], sample[3], sample[4]
+        data = file[sample[0] : sample[0] + sample[1]]
+        mode, height, width = sample[2], sample[3], sample[4]
         if mode == RAW:
             crop_and_resize(data.reshape(height, width, 3), out[i], crops[i], short_side)
             sound[i] = True
@@ -159,49 +200,3 @@ def decode_batch(file, samples, indices, out, sound, crops, short_side):
             image = np.empty((height, width, 3), np.uint8)
             sound[i] = decode_jpeg(data, image)
             crop_and_resize(image, out[i], crops[i], short_side)
-
-
-def build_ffcv_decoder(path, samples, image_size, min_area, short_side, seed, epoch):
-    """decode_batch as the beginning of an FFCV pipeline. `epoch`: int64 array (1,), read at every batch. min_area: 0 in evaluation.
-
-    The pipeline raises DataError on a damaged image. Two operations: FFCV wants a jitted decoder of its own kind in front, see
-    build_ffcv_operation for why ours isn't one; so this one only hands on, and the next decodes.
-    """
-    from ffcv.fields.decoders import SimpleRGBImageDecoder
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.operation import Operation
-
-    load_turbojpeg(sys.modules["ffcv._libffcv"].__file__)
-    file = np.memmap(path, np.uint8, "r")
-
-    def decode_into(out, indices):
-        sound, crops = np.empty(len(indices), np.bool_), np.zeros((len(indices), 4), np.int64)
-        if min_area:
-            get_random_crops(samples, indices, crops, min_area, seed, int(epoch[0]))
-        decode_batch(file, samples, indices, out, sound, crops, short_side)
-        if not sound.all():
-            raise DataError(f"image {indices[~sound][0]} is a damaged JPEG, make the file anew")
-        return out
-
-    decode_into(np.empty((0, image_size, image_size, 3), np.uint8), np.empty(0, np.int64))  # compile now, not in the first batch
-
-    class HandOn(SimpleRGBImageDecoder):
-        def declare_state_and_memory(self, previous_state):
-            return replace(previous_state, shape=(), dtype=np.dtype(np.int64)), None
-
-        def generate_code(self):
-            return lambda indices, memory, metadata, storage_state: indices
-
-    class Decode(Operation):
-        def declare_state_and_memory(self, previous_state):
-            shape, dtype = (image_size, image_size, 3), np.dtype(np.uint8)
-            return replace(previous_state, jit_mode=False, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
-
-        def generate_code(self):
-            def decode(_, out, indices):
-                return decode_into(out, indices)
-
-            decode.with_indices = True
-            return decode
-
-    return [HandOn(), Decode()]

@@ -1,19 +1,25 @@
-"""A rank for every layer of every family, by how much its weights still change: Algorithm 2 of PreLoRA (arXiv 2509.21619), and two rules to
-compare it with. These take `costs[family][layer]`, the parameters that one more rank adds to a layer's adapter, and a `budget` of parameters.
+"""A rank for every layer of every family, by how much its weights still change.
+
+Algorithm 2 of PreLoRA (arXiv 2509.21619), and two rules to compare it with. These take
+`costs[family][layer]`, the parameters that one more rank adds to a layer's adapter, and a `budget` of
+parameters.
 """
 
 import math
 from collections.abc import Sequence
 
+from errors import UserError
+
 
 def assign_ranks(changes: dict[str, Sequence[float]], rank_min: int, rank_max: int) -> dict[str, list[int]]:
-    """Algorithm 2. `changes[family][layer]` is the change in % of the layer's weight norm between the last two windows.
+    """Algorithm 2: ranks by how much weight norms change.
 
+    `changes[family][layer]` is the change in % of the layer's weight norm between the last two windows.
     Per family: |changes| min-max normalised to v in [0, 1], i = ⌈v·|R|⌉ − 1 (0 where v = 0), rank = R[i] with
-    R = [rank_min, 2·rank_min, …, rank_max]. The paper's formula is signed, its rationale ("substantial change → higher rank")
-    is about magnitude: we take the absolute value. All layers equal (0/0) or a single layer: rank_min.
-    Returns one rank a layer. Raises ValueError for ranks that are not powers of two, rank_min > rank_max, an empty family, or
-    a change that is not finite.
+    R = [rank_min, 2·rank_min, …, rank_max]. The paper's formula is signed, its rationale ("substantial change
+    → higher rank") is about magnitude: we take the absolute value. All layers equal (0/0) or a single layer:
+    rank_min. Returns one rank a layer. Raises ValueError for ranks that are not powers of two, rank_min >
+    rank_max, an empty family, or a change that is not finite.
     """
     for rank in (rank_min, rank_max):
         if rank < 1 or rank & (rank - 1):
@@ -24,7 +30,9 @@ def assign_ranks(changes: dict[str, Sequence[float]], rank_min: int, rank_max: i
     ranks = {}
     for family, signed in changes.items():
         if not signed or not all(map(math.isfinite, signed)):
-            raise ValueError(f"the weight norm changes of family {family} are empty or not finite: {list(signed)}")
+            raise ValueError(
+                f"the weight norm changes of family {family} are empty or not finite: {list(signed)}"
+            )
         magnitude = [abs(c) for c in signed]
         low, high = min(magnitude), max(magnitude)
         if high - low <= 1e-12 * high:  # all layers equal, up to rounding
@@ -41,34 +49,63 @@ def count_parameters(ranks: dict[str, Sequence[int]], costs: dict[str, Sequence[
     return sum(rank * cost for family in ranks for rank, cost in zip(ranks[family], costs[family]))
 
 
-def uniform_ranks(changes: dict[str, Sequence[float]], costs: dict[str, Sequence[int]], budget: int, rank_min: int,
-                  rank_max: int) -> dict[str, list[int]]:
-    """One rank for every layer, any whole number between rank_min and rank_max: the largest that `budget` pays for. `changes` only says
-    which layers there are. Raises ValueError if the budget does not pay for rank_min."""
-    rank = min(budget // sum(sum(layers) for layers in costs.values()), rank_max)
-    if rank < rank_min:
-        raise ValueError(f"a budget of {budget:,} parameters is not enough for rank_min {rank_min} in every layer")
+def uniform_ranks(
+    changes: dict[str, Sequence[float]],
+    costs: dict[str, Sequence[int]],
+    budget: int,
+    rank_min: int,
+    rank_max: int,
+) -> dict[str, list[int]]:
+    """One rank for every layer, any whole number of rank_min to rank_max: the largest that `budget` pays for.
+
+    `changes` only says which layers there are. Raises UserError if the budget does not pay for rank_min.
+    """
+    everywhere = {family: [1] * len(layers) for family, layers in changes.items()}
+    check_budget(changes, costs, budget, rank_min)
+    rank = min(budget // count_parameters(everywhere, costs), rank_max)
     return {family: [rank] * len(layers) for family, layers in changes.items()}
 
 
-def budget_ranks(changes: dict[str, Sequence[float]], costs: dict[str, Sequence[int]], budget: int, rank_min: int,
-                 rank_max: int) -> dict[str, list[int]]:
+def budget_ranks(
+    changes: dict[str, Sequence[float]],
+    costs: dict[str, Sequence[int]],
+    budget: int,
+    rank_min: int,
+    rank_max: int,
+) -> dict[str, list[int]]:
     """Ranks in proportion to |change| over all families and layers, as large as `budget` pays for.
 
-    rank = rank_min · clip(⌊λ·|change|⌋, 1, rank_max / rank_min) with the largest λ whose adapters fit: multiples of rank_min, so that
-    every layer has some and the products keep sizes that GPUs like. Where several layers reach their next multiple at the same λ and the
-    budget does not pay for all, the first families in the alphabet get it; layers that did not change at all come last. Raises ValueError if the budget does not pay for rank_min.
+    rank = rank_min · clip(⌊λ·|change|⌋, 1, rank_max / rank_min) with the largest λ whose adapters fit:
+    multiples of rank_min, so that every layer has some and the products keep sizes that GPUs like. Where
+    several layers reach their next multiple at the same λ and the budget does not pay for all, the first
+    families in the alphabet get it; layers that did not change at all come last. Raises UserError if the
+    budget does not pay for rank_min.
     """
+    left = check_budget(changes, costs, budget, rank_min)
     ranks = {family: [rank_min] * len(layers) for family, layers in changes.items()}
-    left = budget - count_parameters(ranks, costs)
-    if left < 0:
-        raise ValueError(f"a budget of {budget:,} parameters is not enough for rank_min {rank_min} in every layer")
-    # As λ grows from 0, layer by layer reaches its next multiple n, at λ = n / |change|; equal changes one multiple at a time.
-    steps = sorted((n / abs(change) if change else math.inf, n, family, layer) for family, layers in changes.items()
-                   for layer, change in enumerate(layers) for n in range(2, rank_max // rank_min + 1))
-    for _, _, family, layer in steps:
+    # As λ grows from 0, a layer reaches its next multiple n at λ = n / |change|; equal changes one multiple
+    # at a time.
+    steps = []  # (λ, n, family, layer)
+    for family, layers in changes.items():
+        for layer, change in enumerate(layers):
+            for n in range(2, rank_max // rank_min + 1):
+                steps.append((n / abs(change) if change else math.inf, n, family, layer))
+    for _, _, family, layer in sorted(steps):
         left -= rank_min * costs[family][layer]
         if left < 0:
             break
         ranks[family][layer] += rank_min
     return ranks
+
+
+def check_budget(
+    changes: dict[str, Sequence[float]], costs: dict[str, Sequence[int]], budget: int, rank_min: int
+) -> int:
+    """Parameters left of `budget` once every layer has rank_min. Raises UserError if it pays for less."""
+    least = {family: [rank_min] * len(layers) for family, layers in changes.items()}
+    left = budget - count_parameters(least, costs)
+    if left < 0:
+        raise UserError(
+            f"a budget of {budget:,} parameters is not enough for rank_min {rank_min} in every layer"
+        )
+    return left

@@ -23,7 +23,9 @@ from torch import Tensor
 
 TIMEOUT = timedelta(minutes=10)  # until a collective that some rank has not joined ends the run
 PATIENCE = timedelta(hours=2)  # of ranks that wait for another on their node to copy files
-REQUEUE = os.EX_TEMPFAIL  # 75, the exit status of a run that was told to stop and wants to go on: "temporary failure, try again"
+REQUEUE = (
+    os.EX_TEMPFAIL
+)  # 75, the exit status of a run that was told to stop and wants to go on: "temporary failure, try again"
 
 
 def get_rank() -> int:
@@ -42,6 +44,7 @@ def get_host() -> str:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # start and end
 
+
 def start() -> torch.device:
     """Join the other processes of the run, if there are any. Returns this one's device: cuda:LOCAL_RANK, or the CPU.
 
@@ -50,7 +53,9 @@ def start() -> torch.device:
     """
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"LOCAL_RANK {local_rank} has no GPU: this node has {torch.cuda.device_count()}, start so many processes on it")
+        raise ValueError(
+            f"LOCAL_RANK {local_rank} has no GPU: this node has {torch.cuda.device_count()}, start so many processes on it"
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -100,6 +105,7 @@ def rank_log(run_dir: Path):
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str((path.parent / "flight_recorder_").absolute()))
     redirected = [(fd, os.dup(fd)) for fd in (1, 2)] if rank else []
     with open(path, "ab", buffering=0) as file, os.fdopen(os.dup(2), "w") as stderr:
+
         def log(text: str, console: bool = True) -> None:
             where = traceback.format_exc() if sys.exc_info()[0] else ""
             with contextlib.suppress(OSError):  # a full disk, which the console must hear of
@@ -124,6 +130,7 @@ def rank_log(run_dir: Path):
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # agreement
+
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Sum a tensor over the ranks, in place; on a GPU nothing waits."""
@@ -195,7 +202,11 @@ def on_rank_0(function: Callable, *args):
 def once_per_node(function: Callable, *args) -> None:
     """Call `function` on one rank of each node while the others wait, for PATIENCE if need be: they look into the store, because a
     collective would time out. What one raises is raised on every rank, as a ValueError; a DistError where one never comes back."""
-    error, key, deadline = None, f"once_per_node/{function.__name__}", time.monotonic() + PATIENCE.total_seconds()
+    error, key, deadline = (
+        None,
+        f"once_per_node/{function.__name__}",
+        time.monotonic() + PATIENCE.total_seconds(),
+    )
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
             function(*args)
@@ -225,7 +236,10 @@ class StopRequest:
         self.received = [] if received is None else received
 
     def __enter__(self):
-        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+        self.previous = {
+            number: signal.signal(number, self.handle)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        }
         return self
 
     def __exit__(self, *exc_info):
@@ -248,9 +262,14 @@ class StopRequest:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # failure
 
+
 def is_lost_rank(error: BaseException) -> bool:
     """Whether an exception comes from a collective that another rank left or never joined (gloo's are plain RuntimeErrors)."""
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return (
+        isinstance(error, dist.DistError)
+        or isinstance(error, RuntimeError)
+        and "gloo/transport" in str(error)
+    )
 
 
 def explain_lost_rank(run_dir: Path, error: BaseException, patience: float = 5.0) -> tuple[str, bool]:
@@ -262,6 +281,7 @@ def explain_lost_rank(run_dir: Path, error: BaseException, patience: float = 5.0
     The recorder goes to RUN/logs/flight_recorder_RANK.json.
     """
     from torch._C._distributed_c10d import _dump_fr_trace_json
+
     rank, where, members = get_rank(), "a collective", range(get_world_size())
     recorded = _dump_fr_trace_json(True, False)
     with contextlib.suppress(OSError):
@@ -269,8 +289,10 @@ def explain_lost_rank(run_dir: Path, error: BaseException, patience: float = 5.0
     entries = json.loads(recorded).get("entries")
     if entries:
         last = entries[-1]
-        where = (f"{last['profiling_name']} number {last['collective_seq_id']} of group {last['process_group'][1]}, "
-                 f"shape {last['input_sizes']}")
+        where = (
+            f"{last['profiling_name']} number {last['collective_seq_id']} of group {last['process_group'][1]}, "
+            f"shape {last['input_sizes']}"
+        )
         for group, name in dist.distributed_c10d._world.pg_names.items():
             if name == last["process_group"][0]:
                 members = dist.get_process_group_ranks(group)
@@ -287,5 +309,9 @@ def explain_lost_rank(run_dir: Path, error: BaseException, patience: float = 5.0
     except (RuntimeError, OSError):
         missing = missing or [0]  # it keeps the store, unless torchrun does
     missing = [r for r in missing if r in members] or missing
-    who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "no rank (all of them gave up waiting)"
+    who = (
+        f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        if missing
+        else "no rank (all of them gave up waiting)"
+    )
     return f"error: {who} did not join {where}: {str(error).splitlines()[0][:200]}", first

@@ -1,16 +1,28 @@
-"""AdamW as the recipe has it, its state by parameter name, and the learning rate as a pure function of the step."""
+"""AdamW as the recipe has it, its state by parameter name, and the learning rate as a pure function of the
+step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 
-def get_lr(step: int, peak: float, warmup_steps: int, total_steps: int, frozen_at: int | None = None, rewarm_steps: int = 0) -> float:
-    """Learning rate of optimiser step `step` (from 0): linear to `peak` over `warmup_steps`, then a cosine to 0 at the end.
+def get_lr(
+    step: int,
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    frozen_at: int | None = None,
+    rewarm_steps: int = 0,
+) -> float:
+    """Learning rate of optimiser step `step` (from 0): linear to `peak` over `warmup_steps`, then a cosine to
+    0.
 
-    With `rewarm_steps` it rises once more, linearly from 0 to the cosine, over so many steps from step `frozen_at` on.
+    With `rewarm_steps` it rises once more, linearly from 0 to the cosine, over so many steps from step
+    `frozen_at` on.
     """
     if frozen_at is not None and 0 <= step - frozen_at < rewarm_steps:
         return get_lr(step, peak, warmup_steps, total_steps) * (step - frozen_at + 1) / rewarm_steps
@@ -20,32 +32,80 @@ def get_lr(step: int, peak: float, warmup_steps: int, total_steps: int, frozen_a
     return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW β = (0.9, 0.999) over what is trainable; the loop sets each step's lr.
+def build_optimizer(model: nn.Module, weight_decay: float) -> Optimizer:
+    """Fused AdamW, β = (0.9, 0.999), over what is trainable; `apply_update` sets each step's learning rate.
 
-    Weight decay on Linear and Conv weights and adapter matrices only: no biases, norms, positions, class token. It is torch's
-    (multiplied by lr): big_vision's 1e-4 at lr 1e-3 is 0.1 here.
+    The weight decay is torch's, multiplied by lr: big_vision's 1e-4 at lr 1e-3 is 0.1 here. Another optimiser
+    goes here and nowhere else: its state is moved, saved and loaded under whatever names it has.
     """
+    decayed, rest = split_parameters(model)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is trainable, in the model's order: (what weight decay is for, the rest).
+
+    Weight decay is for Linear and Conv weights and for adapters' matrices: not for biases, norms, positions
+    and class token. What is an adapter a module says itself, by `adapter_parameters()`: {name: parameter}.
+    """
+    adapters = {p for name, p in model.named_parameters() if ".lora_" in name}  # until LoRALinear says it
+    for module in model.modules():
+        if hasattr(module, "adapter_parameters"):
+            adapters.update(module.adapter_parameters().values())
     decayed, rest = [], []
-    for prefix, module in model.named_modules():
-        for name, p in module.named_parameters(prefix, recurse=False):
-            if p.requires_grad:
-                matrix = p.ndim >= 2 and (isinstance(module, (nn.Linear, nn.Conv2d)) or ".lora_" in name)
-                (decayed if matrix else rest).append(p)
-    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-    if len({isinstance(p, DTensor) for p in decayed + rest}) > 1:  # a temporary of an unsharded module, see model.parallel.reshard
+    for module in model.modules():
+        is_matrix_product = isinstance(module, (nn.Linear, nn.Conv2d))
+        for p in module.parameters(recurse=False):
+            if not p.requires_grad:
+                continue
+            if p.ndim >= 2 and (is_matrix_product or p in adapters):
+                decayed.append(p)
+            else:
+                rest.append(p)
+    if len({isinstance(p, DTensor) for p in decayed + rest}) > 1:
+        # A temporary of an unsharded module is among them: see model.parallel.reshard.
         raise AssertionError("some of the trainable parameters are sharded and some are not")
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), fused=True)
+    return decayed, rest
 
 
-def get_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """{parameter name: {exp_avg, exp_avg_sq, step}}, the optimiser's own tensors, for the parameters that have stepped."""
+def apply_update(optimizer: Optimizer, lr: float, skip: Tensor) -> None:
+    """One optimiser step at learning rate `lr`, or none where `skip` (a bool, 0-d) is true; then gradients
+    are gone.
+
+    A skipped step leaves weights, moments and step counts as they were, whatever the gradients hold. An
+    optimiser that follows GradScaler's protocol (`_step_supports_amp_scaling`, as torch's fused AdamW has it)
+    skips on the device, where nothing waits. Before any other the host looks at `skip`: a sync each step.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skip.float()
+        optimizer.step()
+        del optimizer.found_inf
+    elif not skip:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def get_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """{parameter name: its state}, the optimiser's own tensors, for the parameters that have stepped.
+
+    The keys are the optimiser's: {exp_avg, exp_avg_sq, step} with AdamW, {momentum_buffer} with SGD.
+    """
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
 
 
-def set_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]) -> None:
-    """Hand states to the parameters of the same name. Those without one start fresh; states of what is no longer trained are
-    dropped: after the freeze nothing refers to the base's moments."""
+def set_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, dict[str, Any]]) -> None:
+    """Hand states to the parameters of the same name.
+
+    Those without one start fresh. States of what is no longer trained are dropped: after the freeze nothing
+    refers to the base's moments.
+    """
     trained = {p for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         if name in state and p in trained:

@@ -1,12 +1,11 @@
 """Vision Transformer (Dosovitskiy et al. 2010.11929) with timm's parameter names.
 
-Class token, learned positions, pre-norm blocks, fused qkv, SDPA attention, dropout where AugReg has it, stochastic depth.
-A state dict of timm's `vit_*_patch16_224` loads as it is; Hugging Face's `ViTForImageClassification` by `from_huggingface`, and back by
-`to_huggingface`.
+Class token, learned positions, pre-norm blocks, fused qkv, SDPA attention, dropout where AugReg has it,
+stochastic depth. A state dict of timm's `vit_*_patch16_224` loads as it is, one of Hugging Face's
+`ViTForImageClassification` after `from_huggingface` (model/huggingface.py).
 """
 
 import math
-import re
 import zlib
 
 import torch
@@ -16,32 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.linear import Linear
-
-# embed_dim, depth, num_heads, patch_size. Ti, S: Touvron et al. 2012.12877 table 1; B, L: Dosovitskiy et al. 2010.11929 table 1.
-# tiny-debug has every part of the large ones and none of their size; small-study is the narrowest whose LoRA step is clearly faster on a CPU.
-VARIANTS = {
-    "tiny-debug": dict(embed_dim=64, depth=4, num_heads=2, patch_size=7),
-    "small-study": dict(embed_dim=320, depth=3, num_heads=5, patch_size=14),
-    "Ti/16": dict(embed_dim=192, depth=12, num_heads=3, patch_size=16),
-    "S/16": dict(embed_dim=384, depth=12, num_heads=6, patch_size=16),
-    "B/16": dict(embed_dim=768, depth=12, num_heads=12, patch_size=16),
-    "L/16": dict(embed_dim=1024, depth=24, num_heads=16, patch_size=16),
-}
-
-# The paper's target modules α: family -> (pattern of the Linear's name, row part, number of row parts).
-# q, k, v are the three row slices of the fused qkv; the paper's "dense" is fc1, its "output" is proj and fc2.
-LORA_FAMILIES = {
-    "q": ("blocks.*.attn.qkv", 0, 3),
-    "k": ("blocks.*.attn.qkv", 1, 3),
-    "v": ("blocks.*.attn.qkv", 2, 3),
-    "proj": ("blocks.*.attn.proj", 0, 1),
-    "fc1": ("blocks.*.mlp.fc1", 0, 1),
-    "fc2": ("blocks.*.mlp.fc2", 0, 1),
-}
-
-# What `lora_trainable=adapters+rest` trains besides the adapters: head, norms and embeddings.
-LORA_REST = ("head.*", "norm.*", "blocks.*.norm?.*", "patch_embed.*", "cls_token", "pos_embed")
+from model.variants import VARIANTS
 
 
 class PatchEmbed(nn.Module):
@@ -57,13 +31,17 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        # cut before the heads are told apart: backward then writes the gradients of q, k, v side by side once, not twice
-        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        # Cut before the heads are told apart: backward then writes the gradients of q, k, v side by side
+        # once, not twice.
+        parts = self.qkv(x).chunk(3, dim=-1)  # 3 × (B, N, D)
+        q, k, v = (
+            rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in parts
+        )  # (B, H, N, D/H)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
         return self.proj_drop(self.proj(rearrange(x, "b h n d -> b n (h d)")))
 
@@ -71,8 +49,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, dropout: float):
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,10 +58,11 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 1603.09382): drops a residual branch for a whole sample with probability p.
+    """Stochastic depth (Huang et al. 1603.09382): drops a residual branch for a whole sample with probability
+    p.
 
-    The probability grows from block to block. As a Python float it would be baked into the compiled block, one graph a block;
-    in a buffer one graph serves them all.
+    The probability grows from block to block. As a Python float it would be baked into the compiled block,
+    one graph a block; in a buffer one graph serves them all.
     """
 
     def __init__(self, p: float):
@@ -106,11 +85,15 @@ class LayerNorm(nn.LayerNorm):
     """In float32 whatever the compute type, also where FSDP hands it its weights in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return F.layer_norm(
+            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        )
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, num_heads: int, layer_norm_eps: float, dropout: float, drop_path: float | None):
+    def __init__(
+        self, dim: int, num_heads: int, layer_norm_eps: float, dropout: float, drop_path: float | None
+    ):
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=layer_norm_eps)
         self.attn = Attention(dim, num_heads, dropout)
@@ -126,24 +109,35 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT classifier: (B, 3, H, W) float images -> (B, num_classes) logits.
 
-    Args: `variant` a row of VARIANTS; `image_size` in pixels, a multiple of the patch size; `layer_norm_eps` 1e-6 as in timm and
-    JAX, 1e-12 as in Hugging Face; `dropout` after the positions, the attention's output and both MLP layers; `drop_path` the
-    rate of the last block, rising linearly from 0 at the first.
+    Args: `variant` a row of VARIANTS; `image_size` in pixels, a multiple of the patch size; `layer_norm_eps`
+    1e-6 as in timm and JAX, 1e-12 as in Hugging Face; `dropout` after the positions, the attention's output
+    and both MLP layers; `drop_path` the rate of the last block, rising linearly from 0 at the first.
 
-    Built on the meta device (`with torch.device("meta")`) it holds no memory. Trap: `to_empty` then leaves weights *and
-    non-persistent buffers* as garbage, and loading a state dict restores the weights only. Call `init_weights` for the first
-    and every submodule's `init_buffers` for the second (train.build_model does).
+    Built on the meta device (`with torch.device("meta")`) it holds no memory. Trap: `to_empty` then leaves
+    weights *and non-persistent buffers* as garbage, and loading a state dict restores the weights only.
+    `model.parallel.materialise` takes `to_empty`'s place and sets the buffers; `init_weights` sets the
+    weights.
 
     Raises KeyError for an unknown variant, ValueError for an image size that the patch size doesn't divide.
     """
 
-    def __init__(self, variant: str, image_size: int, num_classes: int, in_chans: int = 3, dropout: float = 0.0,
-                 drop_path: float = 0.0, layer_norm_eps: float = 1e-6):
+    def __init__(
+        self,
+        variant: str,
+        image_size: int,
+        num_classes: int,
+        in_chans: int = 3,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        layer_norm_eps: float = 1e-6,
+    ):
         super().__init__()
         row = VARIANTS[variant]
         dim, depth, patch_size = row["embed_dim"], row["depth"], row["patch_size"]
         if image_size % patch_size:
-            raise ValueError(f"image size {image_size} is not a multiple of {variant}'s patch size {patch_size}")
+            raise ValueError(
+                f"image size {image_size} is not a multiple of {variant}'s patch size {patch_size}"
+            )
         num_patches = (image_size // patch_size) ** 2
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -151,7 +145,8 @@ class VisionTransformer(nn.Module):
         self.pos_drop = nn.Dropout(dropout)
         rates = [drop_path * i / max(depth - 1, 1) if drop_path else None for i in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(dim, row["num_heads"], layer_norm_eps, dropout, rate) for rate in rates)
+            Block(dim, row["num_heads"], layer_norm_eps, dropout, rate) for rate in rates
+        )
         self.norm = LayerNorm(dim, eps=layer_norm_eps)
         self.head = nn.Linear(dim, num_classes)
         self.grad_checkpointing = False  # keep only the blocks' inputs, recompute in backward
@@ -161,16 +156,23 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+N, D)
         x = self.pos_drop(x + self.pos_embed)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return self.head(self.norm(x[:, 0]))  # (B, num_classes)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """The JAX ViT's initialisation, which the AugReg recipe assumes (google-research/vision_transformer models_vit.py):
-        xavier-uniform kernels (q, k, v each on its own), MLP biases N(0, 1e-6), LeCun-normal patches, positions N(0, 0.02), zero
-        class token and zero head. Each tensor draws from a generator of (seed, its name): the same whatever the build order."""
+        """The JAX ViT's initialisation, which the AugReg recipe assumes.
+
+        From google-research/vision_transformer, models_vit.py: xavier-uniform kernels (q, k, v each on its
+        own), MLP biases N(0, 1e-6), LeCun-normal patches, positions N(0, 0.02), zero class token and zero
+        head. Each tensor draws from a generator of (seed, its name): the same whatever the build order.
+        """
         for name, parameter in self.named_parameters():
-            # in float32 and whole: a frozen base in bfloat16 gets the same numbers, rounded, and a shard its part of them
+            # In float32 and whole: a frozen base in bfloat16 gets the same numbers, rounded, and a shard its
+            # part of them.
             p = torch.empty(parameter.shape, device=parameter.device)
             rng = torch.Generator(p.device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             if name in ("cls_token", "head.weight") or name.endswith("bias"):
@@ -182,72 +184,13 @@ class VisionTransformer(nn.Module):
             elif name == "pos_embed":
                 p.normal_(std=0.02, generator=rng)
             elif name == "patch_embed.proj.weight":
-                # 0.8796 is the standard deviation of a unit normal cut at ±2
+                # 0.8796 is the standard deviation of a unit normal cut at ±2.
                 std = math.sqrt(1 / p[0].numel()) / 0.87962566103423978
                 nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std, generator=rng)
             else:
-                for part in p.chunk(3) if name.endswith("qkv.weight") else [p]:
+                parts = p.chunk(3) if name.endswith("qkv.weight") else [p]
+                for part in parts:
                     nn.init.xavier_uniform_(part, generator=rng)
-            if isinstance(parameter, DTensor):
-                p = distribute_tensor(p, parameter.device_mesh, parameter.placements, src_data_rank=None)  # no traffic: every rank has it
+            if isinstance(parameter, DTensor):  # no traffic: every process has the whole of it
+                p = distribute_tensor(p, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(p)
-
-
-def from_huggingface(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a Hugging Face ViTForImageClassification state dict to ours (and timm's); q, k, v are stacked to (3·D, D).
-
-    Knows the names of the published files (transformers 4) and of transformers 5's modules. Build the model with
-    `layer_norm_eps=1e-12` to get its logits. Raises KeyError on a name it doesn't know, or a q, k or v missing.
-    """
-    layer = r"vit\.(?:encoder\.layer|layers)\.(\d+)\."
-    names = [
-        (r"vit\.embeddings\.cls_token", "cls_token"),
-        (r"vit\.embeddings\.position_embeddings", "pos_embed"),
-        (r"vit\.embeddings\.patch_embeddings\.projection\.(\w+)", r"patch_embed.proj.\1"),
-        (r"vit\.layernorm\.(\w+)", r"norm.\1"),
-        (r"classifier\.(\w+)", r"head.\1"),
-        (layer + r"layernorm_before\.(\w+)", r"blocks.\1.norm1.\2"),
-        (layer + r"layernorm_after\.(\w+)", r"blocks.\1.norm2.\2"),
-        (layer + r"attention\.(?:attention\.query|q_proj)\.(\w+)", r"blocks.\1.attn.qkv.\2/0"),
-        (layer + r"attention\.(?:attention\.key|k_proj)\.(\w+)", r"blocks.\1.attn.qkv.\2/1"),
-        (layer + r"attention\.(?:attention\.value|v_proj)\.(\w+)", r"blocks.\1.attn.qkv.\2/2"),
-        (layer + r"attention\.(?:output\.dense|o_proj)\.(\w+)", r"blocks.\1.attn.proj.\2"),
-        (layer + r"(?:intermediate\.dense|mlp\.fc1)\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
-        (layer + r"(?:output\.dense|mlp\.fc2)\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
-    ]
-    out = {}
-    for key, tensor in state_dict.items():
-        new = next((m.expand(to) for pattern, to in names if (m := re.fullmatch(pattern, key))), None)
-        if new is None:
-            raise KeyError(f"not a parameter of a Hugging Face ViTForImageClassification: {key}")
-        out[new] = tensor
-    for key in sorted({name.split("/")[0] for name in out if "/" in name}):
-        parts = [out.pop(f"{key}/{part}", None) for part in range(3)]
-        if len({part is not None and part.shape for part in parts}) > 1 or not parts[0].ndim:
-            raise KeyError(f"{key} is of q, k and v, and they are not all there or not of one shape")
-        out[key] = torch.cat(parts)
-    return out
-
-
-def to_huggingface(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict of ours, or any part of it, to the modules of transformers 5's ViTForImageClassification; qkv (3·D, …) is cut
-    into q, k, v, in this order. The inverse of `from_huggingface`. Raises KeyError on a name it doesn't know, an adapter's for one."""
-    names = [
-        (r"(cls_token)", r"vit.embeddings.\1"),
-        (r"pos_embed", r"vit.embeddings.position_embeddings"),
-        (r"patch_embed\.proj\.(weight|bias)", r"vit.embeddings.patch_embeddings.projection.\1"),
-        (r"norm\.(weight|bias)", r"vit.layernorm.\1"),
-        (r"head\.(weight|bias)", r"classifier.\1"),
-        (r"blocks\.(\d+)\.norm1\.(weight|bias)", r"vit.layers.\1.layernorm_before.\2"),
-        (r"blocks\.(\d+)\.norm2\.(weight|bias)", r"vit.layers.\1.layernorm_after.\2"),
-        (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"vit.layers.\1.attention.{}_proj.\2"),
-        (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"vit.layers.\1.attention.o_proj.\2"),
-        (r"blocks\.(\d+)\.(mlp\.fc[12]\.(?:weight|bias))", r"vit.layers.\1.\2"),
-    ]
-    out = {}
-    for key, tensor in state_dict.items():
-        new = next((m.expand(to) for pattern, to in names if (m := re.fullmatch(pattern, key))), None)
-        if new is None:
-            raise KeyError(f"not a parameter of this ViT: {key}")
-        out |= {new.format(part): rows for part, rows in zip("qkv", tensor.chunk(3))} if "{}" in new else {new: tensor}
-    return out

@@ -1,11 +1,40 @@
-"""When to switch: Algorithm 1 of PreLoRA (arXiv 2509.21619), the windows it looks at, and the signs of a bad switch."""
+"""When to switch: Algorithm 1 of PreLoRA (arXiv 2509.21619) on a run's log, and the signs of a bad switch.
+
+The log is the state: these are functions of epoch records as they stand in metrics.jsonl, and keep nothing.
+"""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from errors import UserError
+
+
+class Settings(Protocol):
+    """What the switch depends on: train.Config has these fields."""
+
+    tau: float  # threshold on the weight norms' change between windows, in %
+    zeta: float  # threshold on the training loss's change between windows, in %
+    num_windows: int  # consecutive windows that must agree, k in the paper
+    window_epochs: int  # epochs per window, m in the paper
+    switch_epoch: int | None  # switch after so many epochs instead of by the test
+    lr_warmup_steps: int  # windows that begin in the learning rate's warmup don't count for the test
+    target_modules: Sequence[str]  # the families whose norms are looked at
+
+
+class Window(NamedTuple):
+    """Means over the epochs of a full window."""
+
+    start: int  # epochs that were completed when the window began
+    norms: dict[str, list[float]]  # family -> the weight norm of each layer
+    loss: float
 
 
 def percent_change(new: float, old: float) -> float:
-    """(new − old) / old · 100; 0 / 0 is no change. Raises ValueError for a value that is not finite: an error, not a pass."""
+    """(new − old) / old · 100; 0 / 0 is no change.
+
+    Raises ValueError for a value that is not finite: an error, not a pass.
+    """
     if not (math.isfinite(new) and math.isfinite(old)):
         raise ValueError(f"a weight norm or loss is not finite: {old} -> {new}")
     if old == 0:
@@ -13,131 +42,248 @@ def percent_change(new: float, old: float) -> float:
     return (new - old) / old * 100
 
 
-def partial_convergence_test(norms: dict[str, Sequence[float]], losses: Sequence[float], tau: float, zeta: float) -> bool:
-    """Algorithm 1. `norms[family]` holds k window means of the weight norm (over epochs and layers), `losses` those of the loss.
+def partial_convergence_test(
+    norms: dict[str, Sequence[float]], losses: Sequence[float], tau: float, zeta: float
+) -> bool:
+    """Algorithm 1. `norms[family]` holds k window means of the weight norm (over epochs and layers), `losses`
+    those of the loss.
 
-    Passes when |ΔW_t^a| ≤ tau and |ΔL_t| ≤ zeta, in %, for every family a and every t = 2..k. Equality passes (the paper fails
-    on >), also where rounding put it 1e-9 above.
-    Raises ValueError for k < 2, no family, families of another length than the losses, or a value that is not finite.
+    Passes when |ΔW_t^a| ≤ tau and |ΔL_t| ≤ zeta, in %, for every family a and every t = 2..k. Equality passes
+    (the paper fails on >), also where rounding put it 1e-9 above.
+    Raises ValueError for k < 2, no family, families of another length than the losses, or a value that is not
+    finite.
     """
-    if len(losses) < 2 or not norms or any(len(means) != len(losses) for means in norms.values()):
-        raise ValueError("the partial convergence test needs at least two windows, the same ones for every family and the loss")
-    within = lambda series, limit: all([abs(percent_change(new, old)) <= limit * (1 + 1e-9)
-                                        for old, new in zip(series, series[1:])])
-    # lists, not generators: every value is looked at, so that a NaN is an error wherever it stands
-    return all([within(losses, zeta)] + [within(means, tau) for means in norms.values()])
+    uneven = any(len(means) != len(losses) for means in norms.values())
+    if len(losses) < 2 or not norms or uneven:
+        raise ValueError(
+            "the partial convergence test needs at least two windows, "
+            "the same ones for every family and the loss"
+        )
+    # Every value is looked at before the answer is given, so that a NaN is an error wherever it stands.
+    passes = is_within(losses, zeta)
+    for means in norms.values():
+        passes = is_within(means, tau) and passes
+    return passes
 
 
-class ConvergenceMonitor:
-    """Collects one epoch at a time into windows of `window_epochs` and says when the switch is due.
+def is_within(series: Sequence[float], limit: float) -> bool:
+    """Whether no value differs by more than `limit` % from the one before. Raises as `percent_change`."""
+    changes = [abs(percent_change(new, old)) for old, new in zip(series, series[1:])]
+    return all(change <= limit * (1 + 1e-9) for change in changes)
 
-    Windows are disjoint and start at epoch 0; one that begins before `skip_epochs` (the learning-rate warmup, in epochs) does
-    not count for the test. The test runs when a window is full, over the last `num_windows` that count. With `switch_epoch` N
-    the answer is simply yes once N epochs are in.
-    Raises ValueError for fewer than two windows, or a `switch_epoch` before two windows are full (the ranks need two).
+
+def get_windows(epochs: list[dict], cfg: Settings) -> list[Window]:
+    """The full windows of a full phase's epoch records, which must be the epochs 1..n in order.
+
+    Windows are disjoint and the first begins before epoch 1; epochs of a window that is not yet full are left
+    out. Raises UserError for records that are not the epochs 1..n or lack a family of cfg.target_modules,
+    FloatingPointError for a norm or loss that is not finite, ValueError for settings without two windows.
     """
-
-    def __init__(self, tau: float, zeta: float, num_windows: int, window_epochs: int, skip_epochs: float = 0,
-                 switch_epoch: int | None = None):
-        if num_windows < 2 or window_epochs < 1:
-            raise ValueError(f"the test compares windows: num_windows {num_windows} must be ≥ 2, window_epochs {window_epochs} ≥ 1")
-        if switch_epoch is not None and switch_epoch < 2 * window_epochs:
-            raise ValueError(f"switch_epoch {switch_epoch} is before two windows of {window_epochs} epochs are full: "
-                             "the ranks come from the change between two (lower window_epochs)")
-        self.tau, self.zeta, self.num_windows, self.window_epochs = tau, zeta, num_windows, window_epochs
-        self.skip_epochs, self.switch_epoch = skip_epochs, switch_epoch
-        self.epoch = 0  # epochs seen
-        self.current: list[dict] = []  # the epochs of the window under way: {"norms": {family: [per layer]}, "loss": float}
-        self.windows: list[dict] = []  # the last full windows' means, in the same form, with their first epoch as "start"
-
-    def update(self, norms: dict[str, list[float]], loss: float) -> bool:
-        """Take an epoch's weight norms ({family: [per layer]}) and mean training loss; True when the switch is due now.
-
-        Raises FloatingPointError for a norm or loss that is not finite.
-        """
-        bad = [family for family, layers in norms.items() if not all(map(math.isfinite, layers))]
-        if bad or not math.isfinite(loss):
-            raise FloatingPointError(f"epoch {self.epoch + 1}: the {f'weight norms of {bad}' if bad else 'training loss'} are not finite")
-        self.current.append({"norms": norms, "loss": loss})
-        self.epoch += 1
-        window_full = len(self.current) == self.window_epochs
-        if window_full:
-            mean = lambda values: math.fsum(values) / len(values)
-            layers = {family: [mean(epochs) for epochs in zip(*(e["norms"][family] for e in self.current))] for family in norms}
-            self.windows.append({"norms": layers, "loss": mean([e["loss"] for e in self.current]),
-                                 "start": self.epoch - self.window_epochs})
-            self.windows = self.windows[-self.num_windows:]
-            self.current = []
-        if self.switch_epoch is not None:
-            return self.epoch >= self.switch_epoch
-        valid = [w for w in self.windows if w["start"] >= self.skip_epochs]
-        if not window_full or len(valid) < self.num_windows:
-            return False
-        family_means = {family: [sum(w["norms"][family]) / len(w["norms"][family]) for w in valid] for family in norms}
-        return partial_convergence_test(family_means, [w["loss"] for w in valid], self.tau, self.zeta)
-
-    def changes(self) -> dict[str, list[float]]:
-        """ΔW_k^{a_l}: the change in % of each layer's norm between the last two full windows, Algorithm 2's input."""
-        old, new = self.windows[-2:]
-        return {family: [percent_change(n, o) for n, o in zip(layers, old["norms"][family])]
-                for family, layers in new["norms"].items()}
-
-    def state_dict(self) -> dict:
-        return {"epoch": self.epoch, "current": list(self.current), "windows": list(self.windows)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.epoch, self.current, self.windows = state["epoch"], list(state["current"]), list(state["windows"])
-
-
-def replay(monitor: ConvergenceMonitor, epochs: list[dict], families: Sequence[str]) -> int | None:
-    """Feed epoch records (of a full phase, from the first on) to `monitor` until the switch is due: after how many epochs, None = not yet.
-
-    Raises ValueError for records without the norms of all `families`, FloatingPointError for values that are not finite.
-    """
+    check_settings(cfg)
+    check_order(epochs)
     for record in epochs:
-        missing = [family for family in families if family not in record.get("weight_norms", {})]
-        if missing:
-            raise ValueError(f"epoch {record.get('epoch')} of the log has no weight norms of {', '.join(missing)}")
-        if monitor.update({family: record["weight_norms"][family] for family in families}, record["train_loss"]):
-            return record["epoch"]
+        check_record(record, cfg.target_modules)
+    size = cfg.window_epochs
+    starts = range(0, len(epochs) - size + 1, size)
+    return [build_window(epochs[start : start + size], cfg.target_modules) for start in starts]
+
+
+def switch_due(epochs: list[dict], cfg: Settings) -> bool:
+    """Whether the switch is due after the last of these records of a full phase: switch_epoch is reached or,
+    without one, a window ends just there and Algorithm 1 passes over the last num_windows.
+
+    A window that begins before the learning rate's warmup has ended does not count. Raises as `get_windows`.
+    """
+    return is_due_after(len(epochs), get_windows(epochs, cfg), get_warmup_epochs(epochs, cfg), cfg)
+
+
+def find_switch(epochs: list[dict], cfg: Settings) -> int | None:
+    """After how many of these epochs the switch was first due: the smallest n for which
+    switch_due(epochs[:n], cfg) holds. None if it is not due yet. Raises as `get_windows`, but for values
+    after the switch.
+    """
+    check_settings(cfg)
+    check_order(epochs)
+    warmup_epochs, size = get_warmup_epochs(epochs, cfg), cfg.window_epochs
+    windows: list[Window] = []
+    for count, record in enumerate(epochs, 1):
+        check_record(record, cfg.target_modules)
+        if count % size == 0:
+            windows.append(build_window(epochs[count - size : count], cfg.target_modules))
+        if is_due_after(count, windows, warmup_epochs, cfg):
+            return count
     return None
 
 
-def failure_signs(epochs: list[dict], window_epochs: int, zeta: float, baseline: list[dict] | None = None) -> list[str]:
-    """What the paper's readers look for in the newest of a run's epoch records, as sentences; none is the good answer.
-
-    A loss spike right after the freeze: the first LoRA epoch's training loss is more than 5 % above the epoch's before.
-    With `baseline` (epoch records of a full run): a loss plateau above it, that is the LoRA phase's last two windows differ by
-    zeta % at most while the last is more than 5 % above the baseline's at the same epochs.
+def get_changes(epochs: list[dict], cfg: Settings) -> dict[str, list[float]]:
+    """ΔW_k^{a_l}: the change in % of each layer's norm between the last two full windows, Algorithm 2's
+    input, as {family: [per layer]}. Raises ValueError where there are no two, and as `get_windows`.
     """
-    signs = []
-    now = epochs[-1]
-    if len(epochs) > 1 and now["phase"] == "lora" != epochs[-2]["phase"]:
-        before = epochs[-2]["train_loss"]
-        if now["train_loss"] > 1.05 * before:
-            signs.append(f"loss spike right after the freeze: {before:.4f} -> {now['train_loss']:.4f}; the warmup may be too short")
-    lora = [e for e in epochs if e["phase"] == "lora"]
-    if baseline and len(lora) >= 2 * window_epochs and len(lora) % window_epochs == 0:
-        mean = lambda records: sum(e["train_loss"] for e in records) / len(records)
-        last, previous = lora[-window_epochs:], lora[-2 * window_epochs:-window_epochs]
-        same = [e for e in baseline if last[0]["epoch"] <= e["epoch"] <= last[-1]["epoch"]]
-        if len(same) == window_epochs and abs(percent_change(mean(last), mean(previous))) <= zeta and mean(last) > 1.05 * mean(same):
-            signs.append(f"loss plateau above the baseline: {mean(last):.4f} against {mean(same):.4f} over epochs {last[0]['epoch']}-"
-                         f"{last[-1]['epoch']}; the switch may have come too early")
+    windows = get_windows(epochs, cfg)
+    if len(windows) < 2:
+        raise ValueError(f"{len(epochs)} epochs hold no two full windows of {cfg.window_epochs}")
+    before, last = windows[-2:]
+    changes = {}
+    for family, layers in last.norms.items():
+        changes[family] = [percent_change(new, old) for new, old in zip(layers, before.norms[family])]
+    return changes
+
+
+def is_due_after(count: int, windows: list[Window], warmup_epochs: float, cfg: Settings) -> bool:
+    """`switch_due` after `count` epochs, whose full windows are given."""
+    if cfg.switch_epoch is not None:
+        return count >= cfg.switch_epoch
+    if count % cfg.window_epochs != 0:
+        return False
+    counting = [window for window in windows if window.start >= warmup_epochs]
+    if len(counting) < cfg.num_windows:
+        return False
+    tested = counting[-cfg.num_windows :]
+    norms = {}
+    for family in cfg.target_modules:
+        norms[family] = [sum(window.norms[family]) / len(window.norms[family]) for window in tested]
+    return partial_convergence_test(norms, [window.loss for window in tested], cfg.tau, cfg.zeta)
+
+
+def build_window(epochs: list[dict], families: Sequence[str]) -> Window:
+    """The window that these epoch records fill."""
+    norms = {}
+    for family in families:
+        by_epoch = [record["weight_norms"][family] for record in epochs]
+        norms[family] = [get_mean(layer) for layer in zip(*by_epoch)]
+    return Window(epochs[0]["epoch"] - 1, norms, get_mean([record["train_loss"] for record in epochs]))
+
+
+def get_mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def get_warmup_epochs(epochs: list[dict], cfg: Settings) -> float:
+    """The learning rate's warmup in epochs. How many steps an epoch has, the first record tells."""
+    if not epochs:
+        return 0.0
+    steps_per_epoch = epochs[0]["step"] / epochs[0]["epoch"]
+    return cfg.lr_warmup_steps / steps_per_epoch
+
+
+def check_settings(cfg: Settings) -> None:
+    """Raise ValueError for fewer than two windows, or a switch_epoch before two are full."""
+    if cfg.num_windows < 2 or cfg.window_epochs < 1:
+        raise ValueError(
+            f"the test compares windows: num_windows {cfg.num_windows} must be ≥ 2, "
+            f"window_epochs {cfg.window_epochs} ≥ 1"
+        )
+    if cfg.switch_epoch is not None and cfg.switch_epoch < 2 * cfg.window_epochs:
+        raise ValueError(
+            f"switch_epoch {cfg.switch_epoch} is before two windows of {cfg.window_epochs} epochs are full: "
+            "the ranks come from the change between two (lower window_epochs)"
+        )
+
+
+def check_order(epochs: list[dict]) -> None:
+    """Raise UserError for records that are not the epochs 1..n."""
+    for number, record in enumerate(epochs, 1):
+        if record["epoch"] != number:
+            raise UserError(
+                f"the log is damaged: it does not hold the epochs 1 to {record['epoch']}, in order"
+            )
+
+
+def check_record(record: dict, families: Sequence[str]) -> None:
+    """Raise UserError for a record without a family's norms, FloatingPointError for one that isn't finite."""
+    norms = record.get("weight_norms", {})
+    missing = [family for family in families if family not in norms]
+    if missing:
+        raise UserError(f"epoch {record['epoch']} of the log has no weight norms of {', '.join(missing)}")
+    bad = [family for family in families if not all(map(math.isfinite, norms[family]))]
+    if bad:
+        raise FloatingPointError(f"epoch {record['epoch']}: the weight norms of {bad} are not finite")
+    if not math.isfinite(record["train_loss"]):
+        raise FloatingPointError(f"epoch {record['epoch']}: the training loss are not finite")
+
+
+def get_signs(cfg, s, epochs: list[dict], baseline: list[dict] | None, next_phase: str) -> list[str]:
+    """What a person should be warned of at an epoch's end, as sentences.
+
+    `s`: the run's State. `next_phase`: that of the epoch to come. See `failure_signs`.
+    """
+    signs = failure_signs(epochs, cfg.window_epochs, cfg.zeta, baseline)
+    if cfg.mode == "prelora" and s.phase == "full" and s.epoch == cfg.epochs:
+        if next_phase == "full":
+            signs.append(
+                f"the convergence test did not pass in time: tau {cfg.tau}, zeta {cfg.zeta}, "
+                f"windows of {cfg.window_epochs}"
+            )
+        else:
+            signs.append("the convergence test passed after the last epoch: none is left to train adapters")
     return signs
 
 
-def rank_signs(ranks: dict[str, list[int]], rank_min: int, rank_max: int, minmax: bool = True) -> list[str]:
-    """Warnings about assigned ranks: nearly every layer at rank_max saves nothing; with Algorithm 2 (`minmax`), a family of equal layers
-    got rank_min."""
-    if rank_min == rank_max:  # asked for
+def failure_signs(
+    epochs: list[dict], window_epochs: int, zeta: float, baseline: list[dict] | None = None
+) -> list[str]:
+    """What the paper's readers look for in the newest of a run's epoch records, as sentences; none is the
+    good answer.
+
+    A loss spike right after the freeze: the first LoRA epoch's training loss is more than 5 % above the
+    epoch's before. With `baseline` (epoch records of a full run), a loss plateau above it: see
+    `find_plateau`.
+    """
+    signs = []
+    now = epochs[-1]
+    previous = epochs[-2] if len(epochs) > 1 else now  # the first epoch comes after no freeze
+    if now["phase"] == "lora" and previous["phase"] != "lora":
+        before, after = previous["train_loss"], now["train_loss"]
+        if after > 1.05 * before:
+            signs.append(
+                f"loss spike right after the freeze: {before:.4f} -> {after:.4f}; the warmup may be too short"
+            )
+    if baseline:
+        lora = [record for record in epochs if record["phase"] == "lora"]
+        signs += find_plateau(lora, window_epochs, zeta, baseline)
+    return signs
+
+
+def find_plateau(lora: list[dict], window_epochs: int, zeta: float, baseline: list[dict]) -> list[str]:
+    """A sentence if the LoRA phase's loss stands still above the baseline's.
+
+    Its last two windows differ by zeta % at most, while the last is more than 5 % above the baseline's at the
+    same epochs. Looked at when a window ends, and where the baseline has all of its epochs.
+    """
+    if len(lora) < 2 * window_epochs or len(lora) % window_epochs != 0:
         return []
-    everything = [r for layers in ranks.values() for r in layers]
-    at_max = sum(r == rank_max for r in everything) / len(everything)
+    last, previous = lora[-window_epochs:], lora[-2 * window_epochs : -window_epochs]
+    first_epoch, last_epoch = last[0]["epoch"], last[-1]["epoch"]
+    same = [record for record in baseline if first_epoch <= record["epoch"] <= last_epoch]
+    if len(same) != window_epochs:
+        return []
+    mean, mean_before, mean_baseline = (
+        sum(record["train_loss"] for record in window) / window_epochs for window in (last, previous, same)
+    )
+    still = abs(percent_change(mean, mean_before)) <= zeta
+    if not still or mean <= 1.05 * mean_baseline:
+        return []
+    return [
+        f"loss plateau above the baseline: {mean:.4f} against {mean_baseline:.4f} over epochs "
+        f"{first_epoch}-{last_epoch}; the switch may have come too early"
+    ]
+
+
+def rank_signs(cfg, ranks: dict[str, list[int]]) -> list[str]:
+    """Warnings about ranks that were just assigned, as sentences.
+
+    Nearly every layer at rank_max saves nothing; with Algorithm 2 (`rank_rule=minmax`), a family of equal
+    layers got rank_min.
+    """
+    if cfg.rank_min == cfg.rank_max:  # asked for
+        return []
+    everything = [rank for layers in ranks.values() for rank in layers]
+    at_max = sum(rank == cfg.rank_max for rank in everything) / len(everything)
     signs = []
     if at_max >= 0.9:
-        signs.append(f"{at_max:.0%} of the layers are at rank_max {rank_max}: the adapters save little")
-    for family, layers in ranks.items():
-        if minmax and len(layers) > 1 and set(layers) == {rank_min}:  # otherwise the largest change gets rank_max
-            signs.append(f"every layer of {family} changed alike: all at rank {rank_min}")
+        signs.append(f"{at_max:.0%} of the layers are at rank_max {cfg.rank_max}: the adapters save little")
+    if cfg.rank_rule == "minmax":
+        for family, layers in ranks.items():
+            if len(layers) > 1 and set(layers) == {cfg.rank_min}:  # else the largest change gets rank_max
+                signs.append(f"every layer of {family} changed alike: all at rank {cfg.rank_min}")
     return signs

@@ -1,55 +1,139 @@
-"""Where a run writes what happens: metrics.jsonl, TensorBoard, the progress bar, the table at the end."""
+"""Where a run writes what happens: metrics.jsonl, steps.jsonl, TensorBoard, the progress bar.
 
+metrics.jsonl has an event on each line: start, epoch, switch, warning. steps.jsonl has an optimiser step on
+each line: {"step", "epoch", "loss", "grad_norm", "lr"}, floats in full precision. A loss or norm that is not
+finite stands there as null, because JSON has no NaN: the run ends there, and its error names the step.
+"""
+
+import contextlib
 import json
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from monitor.plot import change_heatmap, rank_heatmap
+from errors import UserError
+from files import write_json
+from monitor.figures import change_heatmap, rank_heatmap
+from monitor.log import phase_table, pick_events, read_events_until
+
+EPOCH_SCALARS = {  # TensorBoard's tag: the epoch record's field
+    "train/loss": "train_loss",
+    "train/top1": "train_top1",
+    "train/lr": "lr",
+    "val/loss": "val_loss",
+    "val/top1": "val_top1",
+    "val/top5": "val_top5",
+    "perf/images_per_second": "images_per_second",
+    "perf/mfu": "mfu",
+    "perf/data_wait_fraction": "data_wait_fraction",
+    "perf/epoch_seconds": "epoch_seconds",
+    "perf/peak_memory_bytes": "peak_memory_bytes",
+    "lora/trainable_params": "trainable_params",
+}
+STEP_SCALARS = {"step/loss": "loss", "step/grad_norm": "grad_norm", "step/lr": "lr"}
 
 
 class RunLogger:
-    """Writes one run's events. Silent when `enabled` is False (off rank 0).
+    """Writes one run's events, on process 0; elsewhere (`enabled` False) it is silent and only remembers.
 
-    `keep_bytes`: metrics.jsonl is cut back to so many bytes (where the checkpoint that a run resumes from was saved);
-    `step` and `total_steps` set the progress bar and TensorBoard's purge point. `epochs` holds the epoch records so far.
+    `metrics_bytes`, `steps_bytes`: both files are cut back to these lengths, which the checkpoint noted that
+    the run resumes from; 0 where the run begins, or is forked. `step` and `total_steps` set the progress bar
+    and TensorBoard's purge point.
+
+    On every process alike, `epochs` holds the epoch records so far, by which the switch is decided, and
+    `step_losses` the losses of the steps after the last of them. All methods that write raise UserError where
+    that fails, on a full disk, say.
     """
 
-    def __init__(self, run_dir: Path, step: int, total_steps: int, keep_bytes: int = 0, enabled: bool = True):
-        self.enabled, self.path, self.epochs = enabled, run_dir / "metrics.jsonl", []
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
-                        disable=not enabled, mininterval=1.0 if sys.stderr.isatty() else 10.0)
-        if not enabled:
-            return
-        self.file = open(self.path, "a+")
-        self.file.truncate(keep_bytes)
-        self.file.seek(0)
-        self.epochs = [e for e in map(json.loads, self.file) if e["event"] == "epoch"]
-        self.tensorboard = SummaryWriter(run_dir / "tb", purge_step=step + 1 if keep_bytes else 0)  # what a killed run wrote later
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        total_steps: int,
+        metrics_bytes: int = 0,
+        steps_bytes: int = 0,
+        enabled: bool = True,
+    ):
+        self.enabled, self.run_dir = enabled, run_dir
+        self.traced: set[str] = set()  # phases
+        self.metrics_path, self.steps_path = run_dir / "metrics.jsonl", run_dir / "steps.jsonl"
+        self.tensorboard_path = run_dir / "tb"
+        self.epochs = pick_events(read_events_until(self.metrics_path, metrics_bytes), "epoch")
+        last_step = self.epochs[-1]["step"] if self.epochs else 0
+        steps = read_events_until(self.steps_path, steps_bytes)
+        self.step_losses = [get_loss(record) for record in steps if record["step"] > last_step]
+        self.bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=not enabled,
+            mininterval=1.0 if sys.stderr.isatty() else 10.0,
+        )
+        if enabled:
+            self.metrics_file = open_at(self.metrics_path, metrics_bytes)
+            self.steps_file = open_at(self.steps_path, steps_bytes)
+            purge_step = step + 1 if metrics_bytes else 0  # what a killed run wrote later is not shown
+            with writing(self.tensorboard_path):
+                self.tensorboard = SummaryWriter(self.tensorboard_path, purge_step=purge_step)
 
     @property
-    def bytes(self) -> int:
+    def metrics_bytes(self) -> int:
         """Length of metrics.jsonl, the point to cut back to."""
-        return self.path.stat().st_size if self.enabled else 0
+        return self.metrics_path.stat().st_size if self.enabled else 0
+
+    @property
+    def steps_bytes(self) -> int:
+        """Length of steps.jsonl, the point to cut back to."""
+        return self.steps_path.stat().st_size if self.enabled else 0
 
     def write(self, record: dict) -> None:
+        """An event, as a line of metrics.jsonl."""
         if self.enabled:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            append(self.metrics_file, json.dumps(record) + "\n")
+
+    def write_steps(self, records: list[dict]) -> None:
+        """Steps as lines of steps.jsonl: {"step", "epoch", "loss", "grad_norm", "lr"}.
+
+        Called once in a while with the steps since the last call, so that the device is not waited for at
+        every one. All of them are in the file when this returns.
+        """
+        self.step_losses += [record["loss"] for record in records]
+        if not self.enabled or not records:
+            return
+        append(self.steps_file, "".join(json.dumps(get_json_values(record)) + "\n" for record in records))
+        with writing(self.tensorboard_path):
+            for record in records:
+                for tag, field in STEP_SCALARS.items():
+                    self.tensorboard.add_scalar(tag, record[field], record["step"])
+            self.tensorboard.flush()
+
+    def take_step_losses(self) -> list[float]:
+        """The losses of the steps since the last epoch record, for the next one; they are forgotten here."""
+        losses, self.step_losses = self.step_losses, []
+        return losses
 
     def message(self, text: str) -> None:
+        """A line on the console, above the progress bar."""
         if self.enabled:
             tqdm.write(text, file=sys.stderr)
 
     def advance(self) -> None:
+        """The progress bar moves by a step."""
         self.bar.update()
 
     def progress(self, phase: str, loss: float, images_per_second: float) -> None:
+        """What stands beside the progress bar."""
         self.bar.set_postfix_str(f"{phase} loss {loss:.3f} {images_per_second:.0f} images/s", refresh=False)
 
     def warning(self, epoch: int, step: int, text: str) -> None:
+        """A warning event, shown on the console too."""
         self.write({"event": "warning", "epoch": epoch, "step": step, "message": text})
         self.message(f"warning: {text}")
 
@@ -61,60 +145,142 @@ class RunLogger:
             self.scalars(record)
 
     def epoch(self, record: dict, heatmap: bool) -> None:
-        """An epoch record as in DESIGN's contract; `heatmap`: draw the layer × epoch norm changes (once in a while: it takes 0.5 s)."""
+        """An epoch record. `heatmap`: draw the norm changes as well; now and then, for it takes 0.5 s."""
         self.epochs.append(record)
         self.write(record)
         self.scalars(record)
         if self.enabled and heatmap and len(self.epochs) > 1:
-            self.tensorboard.add_figure("norm_change/layer_by_epoch", change_heatmap(self.epochs), record["step"])
-        validation = "" if record["val_top1"] is None else f"val loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f}  "
-        self.message(f"epoch {record['epoch']:3d} {record['phase']:6s} train loss {record['train_loss']:.4f}  {validation}"
-                     f"{record['images_per_second']:.0f} images/s")
+            with writing(self.tensorboard_path):
+                figure = change_heatmap(self.epochs)
+                self.tensorboard.add_figure("norm_change/layer_by_epoch", figure, record["step"])
+        validation = ""
+        if record["val_top1"] is not None:
+            validation = f"val loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f}  "
+        self.message(
+            f"epoch {record['epoch']:3d} {record['phase']:6s} train loss {record['train_loss']:.4f}  "
+            f"{validation}{record['images_per_second']:.0f} images/s"
+        )
 
     def scalars(self, record: dict) -> None:
+        """An epoch record's numbers in TensorBoard."""
         if not self.enabled:
             return
-        tb, step = self.tensorboard, record["step"]
-        for tag, key in [("train/loss", "train_loss"), ("train/top1", "train_top1"), ("train/lr", "lr"), ("val/loss", "val_loss"),
-                         ("val/top1", "val_top1"), ("val/top5", "val_top5"), ("perf/images_per_second", "images_per_second"),
-                         ("perf/mfu", "mfu"), ("perf/data_wait_fraction", "data_wait_fraction"), ("perf/epoch_seconds", "epoch_seconds"),
-                         ("perf/peak_memory_bytes", "peak_memory_bytes"), ("lora/trainable_params", "trainable_params")]:
-            if record[key] is not None:
-                tb.add_scalar(tag, record[key], step)
-        tb.add_scalar("perf/slowest_rank_step_seconds", record["slowest_rank"]["step_seconds"], step)
-        for prefix, norms in [("norm", record["weight_norms"]), ("adapter_norm", record["adapter_norms"])]:
-            for family, layers in norms.items():
-                tb.add_scalar(f"{prefix}/{family}", sum(layers) / len(layers), step)
-                for i, value in enumerate(layers):
-                    tb.add_scalar(f"{prefix}_by_layer/{family}/{i:02d}", value, step)
-        if len(self.epochs) == 1:  # one chart per family with a line per layer, under TensorBoard's custom scalars
-            tb.add_custom_scalars({"weight norm by layer": {family: ["Multiline", [f"norm_by_layer/{family}/.*"]]
-                                                            for family in record["weight_norms"]}})
-        tb.flush()
+        with writing(self.tensorboard_path):
+            tensorboard, step = self.tensorboard, record["step"]
+            for tag, field in EPOCH_SCALARS.items():
+                if record[field] is not None:
+                    tensorboard.add_scalar(tag, record[field], step)
+            tensorboard.add_scalar(
+                "perf/slowest_rank_step_seconds", record["slowest_rank"]["step_seconds"], step
+            )
+            self.norm_scalars("norm", record["weight_norms"], step)
+            self.norm_scalars("adapter_norm", record["adapter_norms"], step)
+            if len(self.epochs) == 1:
+                tensorboard.add_custom_scalars(get_layout(record["weight_norms"]))
+            tensorboard.flush()
 
-    def switch(self, record: dict) -> None:
+    def norm_scalars(self, prefix: str, norms: dict[str, list[float]], step: int) -> None:
+        """Each family's mean, and each of its layers."""
+        for family, layers in norms.items():
+            self.tensorboard.add_scalar(f"{prefix}/{family}", sum(layers) / len(layers), step)
+            for i, value in enumerate(layers):
+                self.tensorboard.add_scalar(f"{prefix}_by_layer/{family}/{i:02d}", value, step)
+
+    def decided(self, s, signs: list[str], ranks: dict[str, list[int]] | None) -> None:
+        """What an epoch's end has told: `signs` as warnings, and the ranks of the epoch to come. `s`: the State."""
+        for sign in signs:
+            self.warning(s.epoch, s.step, sign)
+        if self.enabled and ranks != s.ranks:
+            write_json(self.run_dir / "ranks.json", ranks)
+
+    def switch(self, record: dict, signs: list[str]) -> None:
+        """A switch event, with `signs` about its ranks as warnings; the ranks as a figure in TensorBoard."""
+        for sign in signs:
+            self.warning(record["epoch"], record["step"], sign)
+        if self.enabled:
+            write_json(self.run_dir / "ranks.json", record["ranks"])
         self.write(record)
         if self.enabled and record["ranks"]:
-            self.tensorboard.add_figure("lora/ranks", rank_heatmap(record["ranks"]), record["step"])
-        self.message(f"switch {record['from']} -> {record['to']} after epoch {record['epoch']}: {record['trainable_params']:,} "
-                     f"trainable parameters, {record['seconds']:.1f} s, {record['graphs_compiled']} graphs compiled")
+            with writing(self.tensorboard_path):
+                self.tensorboard.add_figure("lora/ranks", rank_heatmap(record["ranks"]), record["step"])
+        self.message(
+            f"switch {record['from']} -> {record['to']} after epoch {record['epoch']}: "
+            f"{record['trainable_params']:,} trainable parameters, {record['seconds']:.1f} s, "
+            f"{record['graphs_compiled']} graphs compiled"
+        )
 
-    def close(self) -> None:
+    def get_trace_path(self, phase: str) -> Path | None:
+        """Where this process is to write a trace of the phase; None if it has one or writes none."""
+        if not self.enabled or phase in self.traced:
+            return None
+        self.traced.add(phase)
+        return self.run_dir / "profile" / f"{phase}.json"
+
+    def end(self, step: int, stopped_by: str | None) -> None:
+        """The run's last words: its phases side by side, and what has `stopped_by` told it to stop, if anything has."""
+        if stopped_by:
+            self.message(f"{stopped_by}: saved at step {step}, go on with --resume True")
         self.bar.close()
         if self.enabled:
-            self.file.close()
-            self.tensorboard.close()
+            unfinished = f"stopped at step {step}, before the first epoch's end"
+            print(phase_table(self.epochs) if self.epochs else unfinished)
+
+    def close(self) -> None:
+        """Close the files and the progress bar."""
+        self.bar.close()
+        if self.enabled:
+            self.metrics_file.close()
+            self.steps_file.close()
+            with writing(self.tensorboard_path):
+                self.tensorboard.close()
 
 
-def phase_table(epochs: list[dict]) -> str:
-    """The run's phases side by side. Seconds and images/s are medians over the phase's epochs, memory the peak, top-1 the last one evaluated."""
-    median = lambda values: sorted(values)[len(values) // 2]
-    rows = [("phase", "epochs", "s/epoch", "images/s", "trainable", "peak memory", "top-1")]
-    for phase in dict.fromkeys(e["phase"] for e in epochs):
-        of = [e for e in epochs if e["phase"] == phase]
-        top1 = [e["val_top1"] for e in of if e["val_top1"] is not None]
-        rows.append((phase, str(len(of)), f"{median([e['epoch_seconds'] for e in of]):.1f}",
-                     f"{median([e['images_per_second'] for e in of]):,.0f}", f"{of[-1]['trainable_params']:,}",
-                     f"{max(e['peak_memory_bytes'] for e in of) / 2**30:.2f} GiB", f"{top1[-1]:.2f} %" if top1 else "-"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows)
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """A full disk, or what else the machine refuses while `path` is written, as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+
+
+def open_at(path: Path, length: int) -> TextIO:
+    """A file that is cut back to `length` bytes, to be written on from there; made if it is missing."""
+    with writing(path):
+        file = open(path, "a", encoding="utf-8")
+        file.truncate(length)
+    return file
+
+
+def append(file: TextIO, text: str) -> None:
+    """Write, and let nothing stay in a buffer."""
+    with writing(file.name):
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            with contextlib.suppress(
+                OSError
+            ):  # what is in the buffer would fail again, whenever it is closed
+                file.close()
+            raise
+
+
+def get_json_values(record: dict) -> dict:
+    """The record with null for a float that is not finite: JSON has neither NaN nor infinity."""
+    values = {}
+    for field, value in record.items():
+        lost = isinstance(value, float) and not math.isfinite(value)
+        values[field] = None if lost else value
+    return values
+
+
+def get_loss(record: dict) -> float:
+    """The loss of a line of steps.jsonl."""
+    return math.nan if record["loss"] is None else record["loss"]
+
+
+def get_layout(weight_norms: dict[str, list[float]]) -> dict:
+    """TensorBoard's custom scalars: one chart per family with a line per layer."""
+    charts = {family: ["Multiline", [f"norm_by_layer/{family}/.*"]] for family in weight_norms}
+    return {"weight norm by layer": charts}

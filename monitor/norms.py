@@ -1,35 +1,49 @@
-"""Frobenius norms of the base weights and of the adapters, per family and layer. Knows no ViT: any model with families."""
+"""Frobenius norms of the base weights and of the adapters, per family and layer, of any model.
+
+A model's families are {family: [(module name, row part, number of row parts) of each layer]}: q of layer 3 is
+part 0 of 3 of `blocks.3.attn.qkv`.
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-Families = dict[str, list[tuple[str, int, int]]]  # family -> [(module name, row part, number of row parts) per layer]
+Families = dict[str, list[tuple[str, int, int]]]
 
 
-def read(norms: dict[str, list[Tensor]]) -> dict[str, list[float]]:
-    flat = torch.stack([n for layers in norms.values() for n in layers]).tolist()  # the one sync of an epoch's norms
-    return {family: [flat.pop(0) for _ in layers] for family, layers in norms.items()}
+def get_norms(model: nn.Module, families: Families, frozen: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """Both norms as an epoch record has them. `frozen`: the last record, if the base is frozen since then.
+
+    A frozen base's norms stay what they were; a bfloat16 copy would only blur them.
+    """
+    base = frozen[-1]["weight_norms"] if frozen else weight_norms(model, families)
+    return {"weight_norms": base, "adapter_norms": adapter_norms(model, families)}
 
 
 @torch.no_grad()
 def weight_norms(model: nn.Module, families: Families) -> dict[str, list[float]]:
-    """‖W‖_F of every layer of every family: the base weight (no bias, no adapter), float32, over the row part's rows.
+    """‖W‖_F of every layer of every family: the base weight, float32, over its row part.
 
-    Squares are summed by row first, so a slice of a fused weight and a shard are the same case as a whole one: of a sharded weight
-    only the row sums travel, and the norms are the same on every rank and for any number of them. Paper §3.1: W^a per layer.
+    Neither bias nor adapter. Squares are summed by row first, so a slice of a fused weight and a shard are
+    the same case as a whole one: of a sharded weight only the row sums travel, and the norms are the same on
+    every process and for any number of them. Paper §3.1: W^a per layer.
     """
     norms: dict[str, list[Tensor]] = {}
     for family, layers in families.items():
-        rows = [model.get_submodule(name).weight.float().square().sum(dim=1) for name, _, _ in layers]  # (out,) each
-        rows = [r.full_tensor() if isinstance(r, DTensor) else r for r in rows]  # gathered, where they are sharded
-        norms[family] = [r.chunk(parts)[part].sum().sqrt() for r, (_, part, parts) in zip(rows, layers)]
-    return read(norms)
+        norms[family] = []
+        for name, part, parts in layers:
+            rows = model.get_submodule(name).weight.float().square().sum(dim=1)  # (out,)
+            if isinstance(rows, DTensor):  # sharded
+                rows = rows.full_tensor()
+            norms[family].append(rows.chunk(parts)[part].sum().sqrt())
+    return to_floats(norms)
 
 
 @torch.no_grad()
 def adapter_norms(model: nn.Module, families: Families) -> dict[str, list[float]]:
-    """‖s·B·A‖_F of every layer of every family that has adapters (modules with an `adapter(part)` giving s·B and A); paper Fig. 6b.
+    """‖s·B·A‖_F of every layer of every family that has adapters, paper Figure 6b.
+
+    Those are modules with an `adapter(part)` that gives s·B and A.
 
     By ‖BA‖² = ⟨BᵀB, AAᵀ⟩: rank × rank products, the (out, in) one is never formed.
     """
@@ -38,5 +52,19 @@ def adapter_norms(model: nn.Module, families: Families) -> dict[str, list[float]
         modules = [(model.get_submodule(name), part) for name, part, _ in layers]
         pairs = [module.adapter(part) for module, part in modules if hasattr(module, "adapter")]
         if len(pairs) == len(layers) and all(A.numel() for _, A in pairs):
-            norms[family] = [((B.float().T @ B.float()) * (A.float() @ A.float().T)).sum().clamp_min(0).sqrt() for B, A in pairs]
-    return read(norms) if norms else {}
+            norms[family] = [get_product_norm(B.float(), A.float()) for B, A in pairs]
+    return to_floats(norms)
+
+
+def get_product_norm(B: Tensor, A: Tensor) -> Tensor:
+    """‖B·A‖_F of (out, rank) and (rank, in)."""
+    return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt()
+
+
+def to_floats(norms: dict[str, list[Tensor]]) -> dict[str, list[float]]:
+    """The numbers, by the one sync of an epoch's norms."""
+    scalars = [norm for layers in norms.values() for norm in layers]
+    if not scalars:
+        return {}
+    values = iter(torch.stack(scalars).tolist())
+    return {family: [next(values) for _ in layers] for family, layers in norms.items()}

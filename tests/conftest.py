@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from data.beton import import_ffcv, write_beton
-from data.folder import open_dataset
+from data.beton import write_beton
+from data.images import open_dataset
+from data.import_ffcv import import_ffcv
+from errors import UserError
 
 
 def pytest_collection_modifyitems(items):
@@ -30,13 +32,13 @@ def small(tmp_path_factory):
         labels = rng.integers(0, 10, n, dtype=np.uint8)
         images = rng.integers(0, 120, (n, 28, 28), dtype=np.uint8)
         for image, label in zip(images, labels):
-            image[4 + label // 5 * 12:][:8, label % 5 * 5:][:, :6] += 100
+            image[4 + label // 5 * 12 :][:8, label % 5 * 5 :][:, :6] += 100
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
             header = bytes([0, 0, 8, array.ndim]) + b"".join(s.to_bytes(4, "big") for s in array.shape)
             (raw / f"{split}-{kind}-ubyte").write_bytes(header + array.tobytes())
     try:
         import_ffcv()
-    except RuntimeError:  # FFCV's libraries are not there: only the tests that need it are skipped
+    except UserError:  # FFCV's libraries are not there: only the tests that need it are skipped
         return root
     for split in ("train", "val"):
         write_beton(open_dataset("fashion_mnist", root, split), root / f"{split}.beton", workers=1)
@@ -63,9 +65,22 @@ class RankPool:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        environment = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+        environment = {
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            **environment,
+        }
         for rank, (_, pipe) in enumerate(self.workers[:ranks]):
-            pipe.send((function, args, {k: str(v) for k, v in environment.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            pipe.send(
+                (
+                    function,
+                    args,
+                    {k: str(v) for k, v in environment.items()}
+                    | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                )
+            )
         results, failed = [], []
         for rank, (process, pipe) in enumerate(self.workers[:ranks]):
             try:

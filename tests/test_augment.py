@@ -1,4 +1,5 @@
 """Crop, resize and RandAugment against Pillow, torchvision and timm; what is drawn, and how often."""
+
 import io
 
 import numpy as np
@@ -8,15 +9,21 @@ from timm.data import auto_augment as timm_aa
 from torchvision.transforms import CenterCrop, Compose, RandomResizedCrop, Resize
 from torchvision.transforms import functional as TF
 
-from data import augment, decode, folder
-from data.augment import OPERATIONS, SIGNED, get_arguments, get_choice, get_random_crop, rand_augment
-from data.beton import import_ffcv
+from data import decode, folder, randaugment
+from data.augment import get_choice, get_random_crop, rand_augment
 from data.decode import decode_jpeg, load_turbojpeg, resize
+from data.import_ffcv import import_ffcv
+from data.randaugment import OPERATIONS, SIGNED, get_arguments
+from errors import UserError
 
 RNG = np.random.default_rng(0)
 IMAGES = {
     "noise": RNG.integers(0, 256, (96, 80, 3), dtype=np.uint8),
-    "smooth": np.array(Image.fromarray(RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize((80, 96), Image.Resampling.BICUBIC)),
+    "smooth": np.array(
+        Image.fromarray(RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize(
+            (80, 96), Image.Resampling.BICUBIC
+        )
+    ),
     "dark": RNG.integers(20, 90, (96, 80, 3), dtype=np.uint8),
     "one colour": np.full((32, 32, 3), 77, np.uint8),
     "two colours": np.where(RNG.random((64, 64, 3)) < 0.3, 10, 200).astype(np.uint8),
@@ -35,13 +42,16 @@ def apply_timm(name, image, argument):
 def differences(name, argument):
     for image in IMAGES.values():
         ours = np.empty_like(image)
-        augment.apply_operation(OPERATIONS.index(name), image, ours, float(argument))
+        randaugment.apply_operation(OPERATIONS.index(name), image, ours, float(argument))
         yield np.abs(ours.astype(int) - apply_timm(name, image, argument))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_are_timms(name):
-    """To the bit, on Pillow images; Rotate within one level on less than 1 pixel of 1,000, where a sine is rounded differently."""
+    """To the bit, on Pillow images.
+
+    Rotate within one level on less than 1 pixel of 1,000, where a sine is rounded differently.
+    """
     level = timm_aa.LEVEL_TO_ARG[name]
     for magnitude in (1, 4, 9, 10, 15, 18) if level else (10,):
         ours = get_arguments(magnitude)[OPERATIONS.index(name)]
@@ -59,40 +69,66 @@ def test_operations_are_timms(name):
 def test_control_another_argument_is_another_image(name):
     argument = {"Posterize": 4, "Solarize": 128, "SolarizeAdd": 60}.get(name, 0.5)
     image, ours = IMAGES["noise"], np.empty_like(IMAGES["noise"])
-    augment.apply_operation(OPERATIONS.index(name), image, ours, argument * 1.25)
+    randaugment.apply_operation(OPERATIONS.index(name), image, ours, argument * 1.25)
     assert np.abs(ours.astype(int) - apply_timm(name, image, argument)).mean() > 1 or name == "Rotate"
     if name == "Rotate":
         assert not np.array_equal(ours, apply_timm(name, image, argument))
 
 
 def test_the_scale_goes_beyond_ten():
-    """timm stops at 10 unless told otherwise, and its `p` leaves out half of all operations; AugReg's does neither."""
-    stops, goes_on = [timm_aa.rand_augment_transform(f"rand-m15-n2{option}", {}).ops[3] for option in ("", "-mmax15-p1.0")]
-    assert (stops.magnitude_max or 10, stops.prob) == (10, 0.5) and (goes_on.magnitude_max, goes_on.prob) == (15, 1.0)
+    """timm stops at 10 unless told otherwise, and leaves out half of all operations; AugReg does neither."""
+    stops, goes_on = [
+        timm_aa.rand_augment_transform(f"rand-m15-n2{option}", {}).ops[3] for option in ("", "-mmax15-p1.0")
+    ]
+    assert (stops.magnitude_max or 10, stops.prob) == (10, 0.5) and (goes_on.magnitude_max, goes_on.prob) == (
+        15,
+        1.0,
+    )
     assert [op.name for op in timm_aa.rand_augment_transform("rand-m15-n2", {}).ops] == list(OPERATIONS)
-    assert get_arguments(15)[OPERATIONS.index("Rotate")] == 45 == 1.5 * get_arguments(10)[OPERATIONS.index("Rotate")]
+    assert (
+        get_arguments(15)[OPERATIONS.index("Rotate")]
+        == 45
+        == 1.5 * get_arguments(10)[OPERATIONS.index("Rotate")]
+    )
     assert get_arguments(15)[OPERATIONS.index("Solarize")] == 256  # which changes nothing, in TF as well
 
 
 def test_operations_are_drawn_evenly():
     n = 15_000
-    choices = np.array([[get_choice(3, epoch, index, layer) for layer in range(2)] for epoch in (1, 2) for index in range(n // 2)])
+    choices = np.array(
+        [
+            [get_choice(3, epoch, index, layer) for layer in range(2)]
+            for epoch in (1, 2)
+            for index in range(n // 2)
+        ]
+    )
     operations, signs = choices[..., 0], choices[..., 1]  # (n, 2)
     for layer in range(2):
         counts = np.bincount(operations[:, layer], minlength=15)
-        assert len(counts) == 15 and ((counts - n / 15) ** 2 / (n / 15)).sum() < 42.6  # chi-square of 14 degrees: 1 in 10,000
-    pairs = np.bincount(operations[:, 0] * 15 + operations[:, 1], minlength=225)  # with replacement, the layers independent
+        assert (
+            len(counts) == 15 and ((counts - n / 15) ** 2 / (n / 15)).sum() < 42.6
+        )  # chi-square of 14 degrees: 1 in 10,000
+    pairs = np.bincount(
+        operations[:, 0] * 15 + operations[:, 1], minlength=225
+    )  # with replacement, the layers independent
     assert ((pairs - n / 225) ** 2 / (n / 225)).sum() < 310  # of 224 degrees
     signed = np.isin(operations, [OPERATIONS.index(name) for name in SIGNED])
-    assert (signs[~signed] == 1).all() and abs((signs[signed] == -1).mean() - 0.5) < 5 * 0.5 / signed.sum() ** 0.5
+    assert (signs[~signed] == 1).all() and abs(
+        (signs[signed] == -1).mean() - 0.5
+    ) < 5 * 0.5 / signed.sum() ** 0.5
 
 
 def test_rand_augment_is_timms_operations_one_after_the_other():
     images = np.stack([IMAGES["smooth"]] * 64)
     ours, one = np.empty_like(images), np.empty_like(images[:1])
     rand_augment(images, ours, np.arange(100, 164), 5, 2, 2, 15)
-    apart = [np.abs(np.asarray(folder.timm_rand_augment(Image.fromarray(images[i]), 5, 2, 100 + i, 2, 15)).astype(int) - ours[i])
-             for i in range(64)]
+    apart = [
+        np.abs(
+            np.asarray(folder.timm_rand_augment(Image.fromarray(images[i]), 5, 2, 100 + i, 2, 15)).astype(int)
+            - ours[i]
+        )
+        for i in range(64)
+    ]
     assert np.mean([d.max() == 0 for d in apart]) > 0.9 and np.mean(apart) < 1e-3
     rand_augment(images[7:8], one, np.array([107]), 5, 2, 2, 15)
     assert np.array_equal(one[0], ours[7])  # its index decides, not its place in a batch
@@ -100,8 +136,8 @@ def test_rand_augment_is_timms_operations_one_after_the_other():
     assert np.mean([np.array_equal(a, b) for a, b in zip(ours, other)]) < 0.3  # control: another epoch
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# crop and resize
+# ---- crop and resize
+
 
 def crops(height, width, min_area, n=3000):
     return np.array([get_random_crop(height, width, min_area, 1, 0, i) for i in range(n)])
@@ -115,7 +151,9 @@ def torchvision_crops(height, width, min_area, n=3000):
 def distance(a, b):
     """Kolmogorov-Smirnov's, of two samples."""
     grid = np.concatenate([a, b])
-    return np.abs((np.sort(a).searchsorted(grid, "right") - np.sort(b).searchsorted(grid, "right")) / len(a)).max()
+    return np.abs(
+        (np.sort(a).searchsorted(grid, "right") - np.sort(b).searchsorted(grid, "right")) / len(a)
+    ).max()
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (500, 333), (400, 120)])
@@ -124,22 +162,38 @@ def test_random_crops_are_torchvisions(height, width):
         top, left, h, w = crop.T
         return [h * w, w / h, top / np.maximum(height - h, 1), left / np.maximum(width - w, 1)]
 
-    ours, theirs, others = [features(f(height, width, a)) for f, a in ((crops, 0.05), (torchvision_crops, 0.05), (crops, 0.25))]
+    ours, theirs, others = [
+        features(f(height, width, a)) for f, a in ((crops, 0.05), (torchvision_crops, 0.05), (crops, 0.25))
+    ]
     bound = 2.2 * (2 / 3000) ** 0.5  # passed by chance once in 10,000
     assert max(distance(a, b) for a, b in zip(ours, theirs)) < bound < distance(ours[0], others[0])
     top, left, h, w = crops(height, width, 0.05).T
-    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all() and (h * w > 0).all()
+    assert (
+        (top >= 0).all()
+        and (left >= 0).all()
+        and (top + h <= height).all()
+        and (left + w <= width).all()
+        and (h * w > 0).all()
+    )
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (50, 8000), (8000, 50), (1, 300), (300, 1)])
 def test_crops_of_extreme_images_stay_inside(height, width):
     ours, theirs = crops(height, width, 0.05, 300), torchvision_crops(height, width, 0.05, 300)
-    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all() and (ours >= [0, 0, 1, 1]).all()
-    most = lambda found: max(map(tuple, found), key=list(map(tuple, found)).count)  # the fall-back, where ten attempts fail
+    assert (
+        (ours[:, 0] + ours[:, 2] <= height).all()
+        and (ours[:, 1] + ours[:, 3] <= width).all()
+        and (ours >= [0, 0, 1, 1]).all()
+    )
+    most = lambda found: max(
+        map(tuple, found), key=list(map(tuple, found)).count
+    )  # the fall-back, where ten attempts fail
     assert most(ours) == most(theirs)
 
 
-@pytest.mark.parametrize("shape", [(375, 500), (500, 375), (224, 224), (256, 256), (257, 300), (1, 1), (3, 700), (90, 31)])
+@pytest.mark.parametrize(
+    "shape", [(375, 500), (500, 375), (224, 224), (256, 256), (257, 300), (1, 1), (3, 700), (90, 31)]
+)
 def test_resize_is_pillows(shape):
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     out, square = np.empty((224, 224, 3), np.uint8), np.empty((64, 64, 3), np.uint8)
@@ -154,16 +208,17 @@ def test_resize_is_pillows(shape):
     assert shape == (1, 1) or not np.array_equal(square, nearest)  # control
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# JPEG
+# ---- JPEG
+
 
 @pytest.fixture(scope="module")
 def turbojpeg():
     try:
         import_ffcv()
-    except RuntimeError as error:
+    except UserError as error:
         pytest.skip(str(error))
     import ffcv._libffcv
+
     load_turbojpeg(ffcv._libffcv.__file__)
 
 
@@ -173,7 +228,9 @@ def jpeg(image, **options):
     return np.frombuffer(file.getvalue(), np.uint8)
 
 
-@pytest.mark.parametrize("options", [{"quality": 90}, {"quality": 30}, {"quality": 95, "subsampling": 0}, {"progressive": True}])
+@pytest.mark.parametrize(
+    "options", [{"quality": 90}, {"quality": 30}, {"quality": 95, "subsampling": 0}, {"progressive": True}]
+)
 def test_jpeg_is_decoded_as_pillow_does(turbojpeg, options):
     image = np.array(Image.fromarray(IMAGES["smooth"]).resize((333, 222)))
     data, out = jpeg(image, **options), np.empty_like(image)
@@ -191,8 +248,10 @@ def test_damaged_jpegs_are_noticed(turbojpeg):
     assert sound(data)
     for cut in (0, 2, 100, len(data) // 2, len(data) - 2):
         assert not sound(data[:cut]), cut
-    assert not sound(np.random.default_rng(1).integers(0, 256, len(data), dtype=np.uint8)) and not sound(np.zeros_like(data))
+    assert not sound(np.random.default_rng(1).integers(0, 256, len(data), dtype=np.uint8)) and not sound(
+        np.zeros_like(data)
+    )
     damaged = data.copy()
-    damaged[len(data) // 2:][:40] = 255  # markers where there must be none
+    damaged[len(data) // 2 :][:40] = 255  # markers where there must be none
     assert not sound(damaged)
     assert not sound(data, (64, 47, 3)) and not sound(data, (128, 96, 3))

@@ -15,7 +15,7 @@ from benchmarks import estimate, report, step
 from benchmarks.sharding import CASES, uniform_ranks
 from lora import layers
 from model import linear
-from model.vit import VARIANTS
+from model.variants import VARIANTS
 from train import Config, build_model
 
 CASES = list(CASES)
@@ -32,18 +32,34 @@ def test_commands(on_ranks):
     ((status, out, _),) = on_ranks(1, run_main, "wire --model tiny-debug --world_size 4 --dp_shard 4")
     rows = [line.split() for line in out.splitlines() if line.startswith(CASES[-2])]
     assert status == 0 and len(rows) == 2 and all(0 < float(row[-1]) < 1 for row in rows)
-    ((status, out, _),) = on_ranks(1, run_main, "memory --model tiny-debug --world_size 4 --dp_shard 1 --activation_checkpointing none")
+    ((status, out, _),) = on_ranks(
+        1, run_main, "memory --model tiny-debug --world_size 4 --dp_shard 1 --activation_checkpointing none"
+    )
     assert status == 0 and "20 -> 16 GB" in out
     for line in [line for line in out.splitlines() if line.startswith(tuple(CASES))]:
         peak, _, *parts = map(float, line[52:].split())
         assert sum(parts) == pytest.approx(peak, abs=0.01) and peak > 0
 
 
-@pytest.mark.parametrize("argv, reason", [("wire --world_size 1", "at least 2"), ("memory --dp_shard 3", "does not divide the 64 ranks"),
-                                          ("memory --images 0", "at least 1"), ("memory --grad_accum_steps 0", "grad_accum_steps must be at least 1"), ("memory --fit 0", "above 0 GiB"),
-                                          ("step --batch_size 0", "at least 1"), ("step --model tiny-debug", "patches of 16"), ("step --no_onednn --dtype bfloat16", "float32 on a CPU"), ("switch --batch_size 0", "at least 1"),
-                                          ("estimate --gpus 1", "2 or more"), ("estimate --gpus 6", "fill nodes of 4"), ("estimate --mfu 2", "at most 1"),
-                                          ("estimate --batch_size 100", "not divisible by 64"), ("estimate --images 5", "less than a batch")])
+@pytest.mark.parametrize(
+    "argv, reason",
+    [
+        ("wire --world_size 1", "at least 2"),
+        ("memory --dp_shard 3", "does not divide the 64 ranks"),
+        ("memory --images 0", "at least 1"),
+        ("memory --grad_accum_steps 0", "grad_accum_steps must be at least 1"),
+        ("memory --fit 0", "above 0 GiB"),
+        ("step --batch_size 0", "at least 1"),
+        ("step --model tiny-debug", "patches of 16"),
+        ("step --no_onednn --dtype bfloat16", "float32 on a CPU"),
+        ("switch --batch_size 0", "at least 1"),
+        ("estimate --gpus 1", "2 or more"),
+        ("estimate --gpus 6", "fill nodes of 4"),
+        ("estimate --mfu 2", "at most 1"),
+        ("estimate --batch_size 100", "not divisible by 64"),
+        ("estimate --images 5", "less than a batch"),
+    ],
+)
 def test_mistakes_are_one_sentence(on_ranks, argv, reason):
     ((status, _, err),) = on_ranks(1, run_main, argv)
     assert status == 2 and reason in err and err.count("\n") == 1
@@ -60,6 +76,7 @@ def test_data_command():
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # a step
+
 
 def result_of(out):
     """The JSON object in the last line, as scripts read it."""
@@ -79,19 +96,36 @@ def tiny_step(monkeypatch):
 def test_step_command(tiny_step, monkeypatch, extra):
     called, onednn = [], layers.onednn
     for name, ops in {"base": linear, "adapters": layers}.items():
-        monkeypatch.setattr(ops, "onednn", lambda x, name=name: called.append((name, x.device.type)) or onednn(x))
-    status, out, err = run_main(f"step --model Ti/16 --ranks 8 --batch_size 2 --rounds 2 --modes eager{extra}")
-    assert {name for name, device in called if device == "cpu"} == ({"base", "adapters"} if extra == "" else set())  # replaced while the steps run
+        monkeypatch.setattr(
+            ops, "onednn", lambda x, name=name: called.append((name, x.device.type)) or onednn(x)
+        )
+    status, out, err = run_main(
+        f"step --model Ti/16 --ranks 8 --batch_size 2 --rounds 2 --modes eager{extra}"
+    )
+    assert {name for name, device in called if device == "cpu"} == (
+        {"base", "adapters"} if extra == "" else set()
+    )  # replaced while the steps run
     result = result_of(out)
     assert status == 0, err
-    assert {"lora_vs_peft", "full_vs_timm", "full_vs_hf", "lora_vs_full", "lora_limit", "limit_fraction"} <= result.keys()
+    assert {
+        "lora_vs_peft",
+        "full_vs_timm",
+        "full_vs_hf",
+        "lora_vs_full",
+        "lora_limit",
+        "limit_fraction",
+    } <= result.keys()
     assert result["onednn"] == (extra == "")
     ms = result["milliseconds"]
     assert set(ms) == set(step.CONTENDERS) == set(result["memory_bytes"]) and min(ms.values()) > 0
-    assert result["lora_vs_peft"] == pytest.approx(ms["HF + PEFT"] / ms["lora"]) and result["full_vs_timm"] == pytest.approx(ms["timm full"] / ms["full"])
+    assert result["lora_vs_peft"] == pytest.approx(ms["HF + PEFT"] / ms["lora"]) and result[
+        "full_vs_timm"
+    ] == pytest.approx(ms["timm full"] / ms["full"])
     assert result["limit_fraction"] == pytest.approx(ms["full"] / ms["lora"] / result["lora_limit"])
     # weights, gradients (while they are there) and moments of the peers are ours; a weight's gradient needs oneDNN's copies of its factors
-    assert result["memory_bytes"]["full"] == pytest.approx(result["memory_bytes"]["timm full"], rel=0.05 if "--no_onednn" in extra else 0.15)
+    assert result["memory_bytes"]["full"] == pytest.approx(
+        result["memory_bytes"]["timm full"], rel=0.05 if "--no_onednn" in extra else 0.15
+    )
 
 
 @pytest.mark.slow
@@ -113,11 +147,25 @@ def test_contenders_do_the_same_work(tiny_step):
             contender = step.Contender(title, cfg, ranks, torch.device("cpu"))
             with FlopCounterMode(display=False) as counter:
                 contender.step(images, torch.tensor([1, 2]))
-        counted[title], trained[title] = counter.get_total_flops(), sum(p.numel() for p in contender.model.parameters() if p.requires_grad)
-    assert counted["full"] == counted["HF full"] == counted["timm full"] and counted["lora"] == counted["HF + PEFT"] < counted["warmup"]
-    assert trained["full"] == trained["HF full"] == trained["timm full"] and trained["lora"] == trained["HF + PEFT"] < trained["warmup"]
-    attention = {2 * step.count_phase(cfg, phase, ranks, 2, torch.device("cpu"))[0] - counted[phase] for phase in ("full", "warmup", "lora")}
-    assert len(attention) == 1 and attention.pop() > 0  # which torch's counter does not see in the CPU's kernel
+        counted[title], trained[title] = (
+            counter.get_total_flops(),
+            sum(p.numel() for p in contender.model.parameters() if p.requires_grad),
+        )
+    assert (
+        counted["full"] == counted["HF full"] == counted["timm full"]
+        and counted["lora"] == counted["HF + PEFT"] < counted["warmup"]
+    )
+    assert (
+        trained["full"] == trained["HF full"] == trained["timm full"]
+        and trained["lora"] == trained["HF + PEFT"] < trained["warmup"]
+    )
+    attention = {
+        2 * step.count_phase(cfg, phase, ranks, 2, torch.device("cpu"))[0] - counted[phase]
+        for phase in ("full", "warmup", "lora")
+    }
+    assert (
+        len(attention) == 1 and attention.pop() > 0
+    )  # which torch's counter does not see in the CPU's kernel
 
 
 def test_count_spared_is_what_the_operator_leaves_out(tiny_step):
@@ -146,17 +194,26 @@ def test_step_with_its_rows_apart_is_counted_as_it_is(tiny_step):
     ranks = {family: [4, 8] for family in uniform_ranks("Ti/16")}
     counts = step.count_phase(cfg, "lora", ranks, 8, torch.device("cpu"))
     assert counts[0] == counts[1]
-    assert step.count_phase(Config(**(vars(cfg) | {"dtype": "float32"})), "lora", ranks, 8, torch.device("cpu"))[1] < counts[0]
+    assert (
+        step.count_phase(Config(**(vars(cfg) | {"dtype": "float32"})), "lora", ranks, 8, torch.device("cpu"))[
+            1
+        ]
+        < counts[0]
+    )
 
 
 @pytest.mark.slow
 def test_switch_command(tiny_step):
-    status, out, err = run_main("switch --model Ti/16 --ranks mixed --batch_size 2 --ways block")  # the processes have the real Ti/16
+    status, out, err = run_main(
+        "switch --model Ti/16 --ranks mixed --batch_size 2 --ways block"
+    )  # the processes have the real Ti/16
     result = result_of(out)
     assert status == 0, err
     for temperature in ("cold", "warm"):
         records = result[f"block, {temperature}"]
-        assert [r["phase"] for r in records] == ["full", "warmup", "lora"] and [r["training_graphs"] for r in records] == [1, 1, 2]
+        assert [r["phase"] for r in records] == ["full", "warmup", "lora"] and [
+            r["training_graphs"] for r in records
+        ] == [1, 1, 2]
         assert all(0 < r["compiling"] < r["stall"] for r in records)
     assert 0 < result["monitor"]["of_epoch"] < 0.001
 
@@ -164,7 +221,9 @@ def test_switch_command(tiny_step):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # the estimate
 
-SLOW_NET = estimate.Device(peak_flops=1e12, memory_bandwidth=28e9, gpus_per_node=4, node_link=100.0, network=10.0)
+SLOW_NET = estimate.Device(
+    peak_flops=1e12, memory_bandwidth=28e9, gpus_per_node=4, node_link=100.0, network=10.0
+)
 
 
 def test_wire_seconds_by_hand():
@@ -186,7 +245,10 @@ def run_estimate(**options):
 def test_estimate(on_ranks):
     ((rows, out),) = on_ranks(1, call_estimate, 8, 64)
     assert out.startswith("ESTIMATE") and "nothing below was measured" in out and "assumed" in out
-    steps, on_meta = 1_281_167 // 64, build_model(Config(model="Ti/16", dataset="imagenet", compile=False), "full", None, "meta")
+    steps, on_meta = (
+        1_281_167 // 64,
+        build_model(Config(model="Ti/16", dataset="imagenet", compile=False), "full", None, "meta"),
+    )
     params = sum(p.numel() for p in on_meta.parameters())
     plain = rows["plain replication", "full"]
     assert plain["optimizer"] == pytest.approx(steps * 28 * params / 1555e9, rel=1e-3)
@@ -194,11 +256,22 @@ def test_estimate(on_ranks):
     # an all-reduce of all gradients in float32 round 8 GPUs, over 50 GB/s a node; gathering with oneself costs nothing
     assert plain["wire"] == pytest.approx(steps * 2 * 4 * params * 7 / 8 / 50e9, rel=1e-2)
     for row in rows.values():
-        assert max(row["compute"], row["wire"]) <= row["overlap"] <= row["serial"] == pytest.approx(row["compute"] + row["wire"] + row["optimizer"])
+        assert (
+            max(row["compute"], row["wire"])
+            <= row["overlap"]
+            <= row["serial"]
+            == pytest.approx(row["compute"] + row["wire"] + row["optimizer"])
+        )
     for sharding in ("plain replication", "HSDP, dp_shard 4"):
         full, warmup, off, on = [rows[sharding, case] for case in CASES]
-        assert off["compute"] == on["compute"] < full["compute"] < warmup["compute"] and off["wire"] <= on["wire"] and off["wire"] < full["wire"]
-    assert rows["HSDP, dp_shard 4", CASES[2]]["wire"] < rows["HSDP, dp_shard 4", CASES[3]]["wire"]  # control: the base does travel
+        assert (
+            off["compute"] == on["compute"] < full["compute"] < warmup["compute"]
+            and off["wire"] <= on["wire"]
+            and off["wire"] < full["wire"]
+        )
+    assert (
+        rows["HSDP, dp_shard 4", CASES[2]]["wire"] < rows["HSDP, dp_shard 4", CASES[3]]["wire"]
+    )  # control: the base does travel
     ((more, _),) = on_ranks(1, call_estimate, 16, 64)
     assert all(more[key]["compute"] == pytest.approx(rows[key]["compute"] / 2) for key in rows)
 
@@ -210,15 +283,21 @@ def call_estimate(gpus, batch_size):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # the report
 
+
 def test_report_runs_what_is_asked_and_keeps_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "SECTIONS", {"estimate --help": "One.", "wire --help": "Two."})
     out = tmp_path / "docs" / "bench.md"
     report.write_report(str(out))
     both = out.read_text()
     assert both.count("## python bench.py") == 2 and "usage: bench.py estimate" in both
-    out.write_text(both.replace("usage: bench.py estimate", "as it was").replace("usage: bench.py wire", "as it was"))
+    out.write_text(
+        both.replace("usage: bench.py estimate", "as it was").replace("usage: bench.py wire", "as it was")
+    )
     report.write_report(str(out), only=("wire",))
-    assert "as it was" in out.read_text().split("Two.")[0] and "usage: bench.py wire" in out.read_text().split("Two.")[1]
+    assert (
+        "as it was" in out.read_text().split("Two.")[0]
+        and "usage: bench.py wire" in out.read_text().split("Two.")[1]
+    )
     monkeypatch.setattr(report, "SECTIONS", {"estimate --gpus 3": "One."})
     with pytest.raises(RuntimeError, match="bench.py estimate --gpus 3 failed"):
         report.write_report(str(out))

@@ -20,18 +20,34 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import export
 import train
-from data.augment import normalise
-from data.folder import FILES, open_dataset, prepare_fashion_mnist
-from data.loader import DATASETS
+from data.datasets import DATASETS
+from data.device import normalise
+from data.images import FILES, open_dataset, prepare_fashion_mnist
 from lora.inject import is_adapter, merge_lora
-from model import checkpoint, pretrained
-from model.vit import VARIANTS, VisionTransformer, from_huggingface, to_huggingface
+from errors import UserError
+from files import write_json
+from model import checkpoint, pretrained, sources
+from model.huggingface import from_huggingface, to_huggingface
+from model.variants import VARIANTS
+from model.vit import VisionTransformer
 from test_parallel import PLAIN
 from test_resume import captured
 from test_train import REPO, events, no_figures, weights  # noqa: F401 (a fixture)
 
 # 4 steps an epoch: full 1-3 (the test decides), warmup 4-5, lora 6-7. A high learning rate, so that adapters and head matter
-RUN = [*PLAIN, "--epochs", "7", "--lora_warmup_epochs", "2", "--lr", "1e-2", "--keep_every", "1", "--eval_every", "7"]
+RUN = [
+    *PLAIN,
+    "--epochs",
+    "7",
+    "--lora_warmup_epochs",
+    "2",
+    "--lr",
+    "1e-2",
+    "--keep_every",
+    "1",
+    "--eval_every",
+    "7",
+]
 BF16 = "--dtype bfloat16 --lora_alpha 16 --lora_scaling rslora --target_modules q v fc2 --lora_trainable adapters+rest".split()
 ENDS = {"full": 12, "warmup": 20, "lora": 28}  # the last step of each phase
 DATA = DATASETS["fashion_mnist"]
@@ -49,21 +65,29 @@ def fashion(tmp_path_factory):
     for name in FILES:
         n, data = 64 if "train" in name else 130, (source / "FashionMNIST/raw" / name).read_bytes()
         header, size = (16, 28 * 28) if "images" in name else (8, 1)
-        (raw / name).write_bytes(data[:4] + n.to_bytes(4, "big") + data[8:header] + data[header:][:n * size])
+        (raw / name).write_bytes(data[:4] + n.to_bytes(4, "big") + data[8:header] + data[header:][: n * size])
     return raw.parent.parent
 
 
 class Runs(dict):
     """name -> run directory of a finished run through all three phases, made when first asked for."""
-    FLAGS = {"plain": [], "bf16": BF16, "alpha": ["--lora_alpha", "6", "--layer_norm_eps", "1e-12"],
-             "static": ["--mode", "lora", "--epochs", "2", "--eval_every", "1"]}
+
+    FLAGS = {
+        "plain": [],
+        "bf16": BF16,
+        "alpha": ["--lora_alpha", "6", "--layer_norm_eps", "1e-12"],
+        "static": ["--mode", "lora", "--epochs", "2", "--eval_every", "1"],
+    }
 
     def __init__(self, data, folder):
         self.data, self.folder = data, folder
 
     def __missing__(self, name):
         self[name] = self.folder / name
-        assert train.main([*RUN, "--data_dir", str(self.data), "--run_dir", str(self[name]), *self.FLAGS[name]]) == 0
+        assert (
+            train.main([*RUN, "--data_dir", str(self.data), "--run_dir", str(self[name]), *self.FLAGS[name]])
+            == 0
+        )
         return self[name]
 
     def at(self, name, phase):
@@ -97,31 +121,44 @@ def trained_logits(path, images):
 
 
 def stored(path):
-    return {key.removeprefix("model."): t for key, t in weights(None, path).items() if key.startswith("model.")}
+    return {
+        key.removeprefix("model."): t for key, t in weights(None, path).items() if key.startswith("model.")
+    }
 
 
 def merged_by_hand(path):
     """{name: W + s·B·A} from the tensors of a checkpoint, in float64."""
     meta, tensors = checkpoint.read_meta(path), stored(path)
-    alpha, rslora, ranks = meta["config"]["lora_alpha"], meta["config"]["lora_scaling"] == "rslora", meta["state"]["ranks"]
+    alpha, rslora, ranks = (
+        meta["config"]["lora_alpha"],
+        meta["config"]["lora_scaling"] == "rslora",
+        meta["state"]["ranks"],
+    )
     out = {name: t.double() for name, t in tensors.items() if not is_adapter(name)}
     if meta["state"]["phase"] == "full":
         return out
     for i in range(4):
-        for linear, families in (("attn.qkv", "qkv"), ("attn.proj", ["proj"]), ("mlp.fc1", ["fc1"]), ("mlp.fc2", ["fc2"])):
+        for linear, families in (
+            ("attn.qkv", "qkv"),
+            ("attn.proj", ["proj"]),
+            ("mlp.fc1", ["fc1"]),
+            ("mlp.fc2", ["fc2"]),
+        ):
             start = 0
             for part, family in enumerate(families):
                 if family in ranks:
                     r, name = ranks[family][i], f"blocks.{i}.{linear}"
-                    s = 1 if alpha is None else alpha / (r ** 0.5 if rslora else r)
-                    A, B = tensors[f"{name}.lora_A"][start:start + r], tensors[f"{name}.lora_B.{part}"]
+                    s = 1 if alpha is None else alpha / (r**0.5 if rslora else r)
+                    A, B = tensors[f"{name}.lora_A"][start : start + r], tensors[f"{name}.lora_B.{part}"]
                     out[f"{name}.weight"].chunk(len(families))[part].add_(s * B.double() @ A.double())
                     start += r
     return out
 
 
 def assert_close(got, expected):
-    assert expected.abs().max() > 0.1 and (expected[0] - expected[1]).abs().max() > 1e-2  # they depend on the image
+    assert (
+        expected.abs().max() > 0.1 and (expected[0] - expected[1]).abs().max() > 1e-2
+    )  # they depend on the image
     assert (got - expected).abs().max() <= 1e-5 * max(1, expected.abs().max().item())
 
 
@@ -140,18 +177,26 @@ def make(target, out, *flags, format="timm"):
 
 # ---- out: timm, transformers, PEFT
 
-@pytest.mark.parametrize("run, phase", [("plain", "full"), ("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("static", None)])
+
+@pytest.mark.parametrize(
+    "run, phase",
+    [("plain", "full"), ("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("static", None)],
+)
 def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
     path = runs.at(run, phase) if phase else checkpoint.latest(runs[run])
     out = make(path, tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
-    model = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"]).eval()
+    model = timm.create_model(
+        config["architecture"], num_classes=config["num_classes"], **config["model_args"]
+    ).eval()
     model.load_state_dict(load_file(out / "model.safetensors"), strict=True)
     expected = trained_logits(path, images)
     with torch.no_grad():
         assert_close(model(to_input(images)), expected)
         by_name = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-        transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=by_name))  # from the files to the logits
+        transform = timm.data.create_transform(
+            **timm.data.resolve_data_config({}, model=by_name)
+        )  # from the files to the logits
         assert_close(by_name(torch.stack([transform(image) for image in images])), expected)
     exact = merged_by_hand(path)
     assert exact.keys() == model.state_dict().keys()
@@ -163,21 +208,37 @@ def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
         with torch.no_grad():
             assert (model(to_input(images)) - expected).abs().max() > 1e-2
     card = (out / "README.md").read_text()
-    assert f"phase {phase or 'lora'}" in card and "license:  # yours" in card and str(runs.data) not in card and str(runs[run]) not in card
+    assert (
+        f"phase {phase or 'lora'}" in card
+        and "license:  # yours" in card
+        and str(runs.data) not in card
+        and str(runs[run]) not in card
+    )
     rounded = [name for name, t in stored(path).items() if t.dtype == torch.bfloat16 and not is_adapter(name)]
     total = sum(p.numel() for p in model.parameters())
-    assert f"base precision: {f'bfloat16 for {sum(exact[n].numel() for n in rounded):,} of its {total:,}' if rounded else 'float32'}" in card
-    assert bool(rounded) == (run == "bf16") and "patch_embed.proj.weight" not in rounded  # adapters+rest: it is trained, so not rounded
-    assert ("Trained as static LoRA" if run == "static" else "Trained with PreLoRA") in card and ("are no adapters yet" in card) == (phase == "full")
+    assert (
+        f"base precision: {f'bfloat16 for {sum(exact[n].numel() for n in rounded):,} of its {total:,}' if rounded else 'float32'}"
+        in card
+    )
+    assert (
+        bool(rounded) == (run == "bf16") and "patch_embed.proj.weight" not in rounded
+    )  # adapters+rest: it is trained, so not rounded
+    assert ("Trained as static LoRA" if run == "static" else "Trained with PreLoRA") in card and (
+        "are no adapters yet" in card
+    ) == (phase == "full")
     assert "64 training images of 28 pixels" in card and "on 32 validation images" in card
-    assert config["label_names"][0] == "T-shirt/top" and sorted(os.listdir(out)) == ["README.md", "config.json", "model.safetensors"]
+    assert config["label_names"][0] == "T-shirt/top" and sorted(os.listdir(out)) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
 
 
 def change_meta(path, **config):
     """The checkpoint's stored config, changed by hand."""
     meta = checkpoint.read_meta(path)
-    checkpoint.write_json(path / "meta.json", meta | {"config": meta["config"] | config})
+    write_json(path / "meta.json", meta | {"config": meta["config"] | config})
     return path
 
 
@@ -192,6 +253,7 @@ def test_a_card_says_what_is_known(runs, checkpoint_alone, tmp_path, monkeypatch
         text = (make(target, tmp_path / "out", *flags) / "README.md").read_text()
         shutil.rmtree(tmp_path / "out")
         return text
+
     logged = f"top-1 {events(runs['plain'], 'epoch')[-1]['val_top1']:.2f} %"
     (tmp_path / "link").symlink_to(runs.at("plain", "lora"))
     monkeypatch.chdir(runs.at("plain", "lora").parent)
@@ -200,14 +262,30 @@ def test_a_card_says_what_is_known(runs, checkpoint_alone, tmp_path, monkeypatch
         assert "full: epochs 1 to 3; warmup: epochs 4 to 5; lora: epochs 6 to 7" in text and logged in text
     assert "not evaluated" in card(runs.at("plain", "warmup"))
     assert "on 130 validation images" in card(runs["plain"], "--images", 500)  # all there are
-    assert "the run's log was not beside the checkpoint" in card(checkpoint_alone) and logged not in card(checkpoint_alone)
+    assert "the run's log was not beside the checkpoint" in card(checkpoint_alone) and logged not in card(
+        checkpoint_alone
+    )
     (tmp_path / "alone/metrics.jsonl").write_text("no JSON\n{}\n")
     assert "the run's log was damaged" in card(checkpoint_alone)
-    text = card(change_meta(checkpoint_alone, num_classes=10, init_from="/secret/weights.safetensors", fresh_head=True, rand_augment=3))
+    text = card(
+        change_meta(
+            checkpoint_alone,
+            num_classes=10,
+            init_from="/secret/weights.safetensors",
+            fresh_head=True,
+            rand_augment=3,
+        )
+    )
     assert "# ViT tiny-debug on an image folder of 10 classes" in text and '"rand_augment": 3' in text
-    assert "started from: the weights of weights.safetensors, with a fresh head" in text and "/secret" not in text
+    assert (
+        "started from: the weights of weights.safetensors, with a fresh head" in text
+        and "/secret" not in text
+    )
     text = card(change_meta(checkpoint_alone, init_from=None, fresh_head=False, fork="/secret/runs/first@3"))
-    assert "started from: a checkpoint of another run, first, whose own beginning" in text and "/secret" not in text
+    assert (
+        "started from: a checkpoint of another run, first, whose own beginning" in text
+        and "/secret" not in text
+    )
 
 
 def test_what_only_training_needs_is_left_out(runs, checkpoint_alone, tmp_path, capsys):
@@ -219,13 +297,16 @@ def test_what_only_training_needs_is_left_out(runs, checkpoint_alone, tmp_path, 
     cfg = train.Config(activation_checkpointing="selective", rank_rule="budget", rank_budget=0.2)
     train.check_config(cfg)  # counts the base
     assert train.build_on_meta(cfg).grad_checkpointing is False
-    with pytest.raises(ValueError, match="selective"):  # control: such a model can't be built without the compiler
+    with pytest.raises(
+        ValueError, match="selective"
+    ):  # control: such a model can't be built without the compiler
         train.build_model(dataclasses.replace(cfg, compile=False), "full", None, "meta")
 
 
 def test_the_trained_model_is_not_compared_with_a_sum_of_its_own(runs, tmp_path, monkeypatch, capsys):
     """In float32 on a CPU an adapter is multiplied as W + B A, which would agree with a merged weight whatever B A is."""
     from lora import layers
+
     used = []
     add = layers.add_product
     monkeypatch.setattr(layers, "add_product", lambda *args: used.append(1) or add(*args))
@@ -249,8 +330,23 @@ def test_the_trained_model_is_not_compared_with_a_sum_of_its_own(runs, tmp_path,
 
 @pytest.mark.slow
 def test_half_recomputed_by_the_compilers_choice(tmp_path, capsys):
-    argv = [*RUN, "--loader", "synthetic", "--train_samples", 64, "--epochs", 9, "--max_steps", 1, "--run_dir", tmp_path / "run",
-            "--compile", True, "--activation_checkpointing", "selective"]
+    argv = [
+        *RUN,
+        "--loader",
+        "synthetic",
+        "--train_samples",
+        64,
+        "--epochs",
+        9,
+        "--max_steps",
+        1,
+        "--run_dir",
+        tmp_path / "run",
+        "--compile",
+        True,
+        "--activation_checkpointing",
+        "selective",
+    ]
     assert run_main(train.main, argv, capsys)[0] == 0
     assert run_main(evaluate.main, [tmp_path / "run"], capsys)[0] == 0
 
@@ -258,32 +354,54 @@ def test_half_recomputed_by_the_compilers_choice(tmp_path, capsys):
 def test_a_bf16_base_is_exported_with_the_values_it_trained_with(runs, tmp_path):
     path = runs.at("bf16", "lora")
     tensors = stored(path)
-    assert tensors["blocks.0.attn.proj.weight"].dtype == torch.bfloat16 and tensors["norm.weight"].dtype == torch.float32
+    assert (
+        tensors["blocks.0.attn.proj.weight"].dtype == torch.bfloat16
+        and tensors["norm.weight"].dtype == torch.float32
+    )
     exported = load_file(make(path, tmp_path / "out") / "model.safetensors")
     assert all(t.dtype == torch.float32 for t in exported.values())
-    assert torch.equal(exported["blocks.0.attn.proj.weight"], tensors["blocks.0.attn.proj.weight"].float())  # no adapter there
-    assert not torch.equal(exported["blocks.0.mlp.fc2.weight"], exported["blocks.0.mlp.fc2.weight"].bfloat16().float())  # merged in float32
+    assert torch.equal(
+        exported["blocks.0.attn.proj.weight"], tensors["blocks.0.attn.proj.weight"].float()
+    )  # no adapter there
+    assert not torch.equal(
+        exported["blocks.0.mlp.fc2.weight"], exported["blocks.0.mlp.fc2.weight"].bfloat16().float()
+    )  # merged in float32
 
 
-@pytest.mark.parametrize("run, phase", [("plain", "full"), ("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("alpha", "lora")])
+@pytest.mark.parametrize(
+    "run, phase",
+    [("plain", "full"), ("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("alpha", "lora")],
+)
 def test_transformers_computes_what_was_trained(runs, images, tmp_path, run, phase):
     from transformers import AutoImageProcessor, AutoModelForImageClassification
+
     path = runs.at(run, phase)
     out = make(path, tmp_path / "out", format="hf")
     model, report = AutoModelForImageClassification.from_pretrained(out, output_loading_info=True)
     assert not any(report.values()), report
-    inputs = AutoImageProcessor.from_pretrained(out)(images, return_tensors="pt")["pixel_values"]  # from the files to the logits
+    inputs = AutoImageProcessor.from_pretrained(out)(images, return_tensors="pt")[
+        "pixel_values"
+    ]  # from the files to the logits
     torch.testing.assert_close(inputs, to_input(images), rtol=0, atol=1e-6)
     with torch.no_grad():
         assert_close(model.eval()(pixel_values=inputs).logits, trained_logits(path, images))
-    assert model.config.layer_norm_eps == (1e-12 if run == "alpha" else 1e-6) and model.config.id2label[9] == "Ankle boot"
-    assert "vit.encoder.layer.0.attention.attention.query.weight" in load_file(out / "model.safetensors")  # what all versions read
+    assert (
+        model.config.layer_norm_eps == (1e-12 if run == "alpha" else 1e-6)
+        and model.config.id2label[9] == "Ankle boot"
+    )
+    assert "vit.encoder.layer.0.attention.attention.query.weight" in load_file(
+        out / "model.safetensors"
+    )  # what all versions read
 
 
-@pytest.mark.parametrize("run, phase", [("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("alpha", "lora"), ("static", None)])
+@pytest.mark.parametrize(
+    "run, phase",
+    [("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("alpha", "lora"), ("static", None)],
+)
 def test_peft_computes_what_was_trained(runs, images, tmp_path, run, phase):
     from peft import PeftModel
     from transformers import ViTForImageClassification
+
     path = runs.at(run, phase) if phase else checkpoint.latest(runs[run])
     out = make(path, tmp_path / "out", "--adapters_only", True, format="hf")
     base = ViTForImageClassification.from_pretrained(out / "base").eval()
@@ -296,9 +414,17 @@ def test_peft_computes_what_was_trained(runs, images, tmp_path, run, phase):
         assert_close(model.merge_and_unload()(pixel_values=x).logits, expected)
     config, state = json.loads((out / "adapter_config.json").read_text()), checkpoint.read_meta(path)
     ranks, cfg = state["state"]["ranks"], state["config"]
-    named = {"q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj", "proj": "attention.o_proj", "fc1": "mlp.fc1",
-             "fc2": "mlp.fc2"}
-    expected_ranks = {f"vit.layers.{i}.{named[family]}": r for family, layers in ranks.items() for i, r in enumerate(layers)}
+    named = {
+        "q": "attention.q_proj",
+        "k": "attention.k_proj",
+        "v": "attention.v_proj",
+        "proj": "attention.o_proj",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+    }
+    expected_ranks = {
+        f"vit.layers.{i}.{named[family]}": r for family, layers in ranks.items() for i, r in enumerate(layers)
+    }
     assert config["rank_pattern"] == expected_ranks and config["use_rslora"] == (run == "bf16")
     assert config["alpha_pattern"] == {name: cfg["lora_alpha"] or r for name, r in expected_ranks.items()}
     assert sorted(config["target_modules"]) == sorted(expected_ranks)
@@ -311,19 +437,31 @@ def test_names_of_huggingface_and_back():
         for p in model.parameters():
             p.normal_()
     from transformers import ViTConfig, ViTForImageClassification
-    config = ViTConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256, image_size=28, patch_size=7,
-                       num_labels=10)
+
+    config = ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=256,
+        image_size=28,
+        patch_size=7,
+        num_labels=10,
+    )
     named = to_huggingface(model.state_dict())
-    assert {name: t.shape for name, t in named.items()} == {name: t.shape for name, t in
-                                                            ViTForImageClassification(config).state_dict().items()}
+    assert {name: t.shape for name, t in named.items()} == {
+        name: t.shape for name, t in ViTForImageClassification(config).state_dict().items()
+    }
     back = from_huggingface(named)
-    assert back.keys() == model.state_dict().keys() and all(torch.equal(t, back[name]) for name, t in model.state_dict().items())
+    assert back.keys() == model.state_dict().keys() and all(
+        torch.equal(t, back[name]) for name, t in model.state_dict().items()
+    )
     for name in ("blocks.0.attn.qkv.lora_A", "blocks.0.attn.qkv.lora_B.0", "fc_norm.weight"):
         with pytest.raises(KeyError, match=name):
             to_huggingface({name: torch.zeros(3)})
 
 
 # ---- a wrong export is refused, and leaves nothing
+
 
 def merge_too_much(model):
     for name, p in model.named_parameters():
@@ -342,73 +480,112 @@ def nudge(write):
     def writing(weights, path):
         name = next(name for name in weights if name.endswith(("mlp.fc1.weight", "lora_B.weight")))
         write(weights | {name: weights[name] + 1e-3}, path)
+
     return writing
 
 
-@pytest.mark.parametrize("flags, name, wrong", [
-    (["--format", "timm"], "merge_lora", merge_too_much),
-    (["--format", "timm"], "write_weights", nudge(export.write_weights)),
-    (["--format", "hf"], "to_huggingface", swap_q_and_k),
-    (["--format", "hf", "--adapters_only", "True"], "write_weights", nudge(export.write_weights)),
-])
+@pytest.mark.parametrize(
+    "flags, name, wrong",
+    [
+        (["--format", "timm"], "merge_lora", merge_too_much),
+        (["--format", "timm"], "write_weights", nudge(export.write_weights)),
+        (["--format", "hf"], "to_huggingface", swap_q_and_k),
+        (["--format", "hf", "--adapters_only", "True"], "write_weights", nudge(export.write_weights)),
+    ],
+)
 def test_control_a_wrong_weight_is_refused(runs, tmp_path, monkeypatch, capsys, flags, name, wrong):
     monkeypatch.setattr(export, name, wrong)
-    status, _, err = run_main(export.main, [runs.at("plain", "lora"), *flags, "--out", tmp_path / "out"], capsys)
+    status, _, err = run_main(
+        export.main, [runs.at("plain", "lora"), *flags, "--out", tmp_path / "out"], capsys
+    )
     assert status == 2 and "does not compute what was trained" in err and os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("flags", [["--format", "timm"], ["--format", "hf"], ["--format", "hf", "--adapters_only", "True"]])
+@pytest.mark.parametrize(
+    "flags", [["--format", "timm"], ["--format", "hf"], ["--format", "hf", "--adapters_only", "True"]]
+)
 def test_a_full_disk_leaves_nothing(runs, tmp_path, capsys, flags):
     """The real thing, by a limit on file sizes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        status, _, err = run_main(export.main, [runs.at("plain", "lora"), *flags, "--out", tmp_path / "new/folder/out"], capsys)
+        status, _, err = run_main(
+            export.main, [runs.at("plain", "lora"), *flags, "--out", tmp_path / "new/folder/out"], capsys
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 2 and "File too large" in err and str(tmp_path / "new/folder/out") in err and os.listdir(tmp_path) == []
+    assert (
+        status == 2
+        and "File too large" in err
+        and str(tmp_path / "new/folder/out") in err
+        and os.listdir(tmp_path) == []
+    )
 
 
-@pytest.mark.parametrize("flags, words", [
-    ([], "for whom, where to"),
-    (["--format", "onnx"], "format"),
-    (["--format", "timm"], "where to"),
-    (["--format", "timm", "--adapters_only", "True", "--out", "OUT"], "--format hf"),
-    (["--format", "hf", "--adapters_only", "True", "--out", "OUT", "FULL"], "in its full phase: it has no adapters to export"),
-    (["--format", "timm", "--out", "OUT", "ALPHA"], "timm's ViT has layer_norm_eps 1e-6, this model 1e-12"),
-    (["--format", "timm", "--out", "FILLED"], "already there and not empty"),
-    (["--format", "timm", "--out", "FILE"], "already there and not empty"),
-    (["--format", "timm", "--out", "OUT", "NOWHERE"], "neither a run with a checkpoint nor a checkpoint"),
-    (["--format", "timm", "--out", "OUT", "--data_dir", "/nowhere"], "no Fashion-MNIST under /nowhere"),
-    (["--format", "timm", "--out", "OUT", "--images", "0"], "images must be above 0"),
-    (["FIRST", "--format", "timm", "--out", "OUT"], "the run first"),
-    (["--format", "timm", "--out", "OUT", "--licence", "MIT"], "unknown flag --licence"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "for whom, where to"),
+        (["--format", "onnx"], "format"),
+        (["--format", "timm"], "where to"),
+        (["--format", "timm", "--adapters_only", "True", "--out", "OUT"], "--format hf"),
+        (
+            ["--format", "hf", "--adapters_only", "True", "--out", "OUT", "FULL"],
+            "in its full phase: it has no adapters to export",
+        ),
+        (
+            ["--format", "timm", "--out", "OUT", "ALPHA"],
+            "timm's ViT has layer_norm_eps 1e-6, this model 1e-12",
+        ),
+        (["--format", "timm", "--out", "FILLED"], "already there and not empty"),
+        (["--format", "timm", "--out", "FILE"], "already there and not empty"),
+        (["--format", "timm", "--out", "OUT", "NOWHERE"], "neither a run with a checkpoint nor a checkpoint"),
+        (["--format", "timm", "--out", "OUT", "--data_dir", "/nowhere"], "no Fashion-MNIST under /nowhere"),
+        (["--format", "timm", "--out", "OUT", "--images", "0"], "images must be above 0"),
+        (["FIRST", "--format", "timm", "--out", "OUT"], "the run first"),
+        (["--format", "timm", "--out", "OUT", "--licence", "MIT"], "unknown flag --licence"),
+    ],
+)
 def test_mistakes_of_export(runs, tmp_path, capsys, flags, words):
-    places = {"OUT": tmp_path / "out", "FILLED": tmp_path / "filled", "FILE": tmp_path / "filled/kept", "FULL": runs.at("plain", "full"),
-              "ALPHA": runs.at("alpha", "lora") if "ALPHA" in flags else None, "NOWHERE": tmp_path / "nowhere"}
+    places = {
+        "OUT": tmp_path / "out",
+        "FILLED": tmp_path / "filled",
+        "FILE": tmp_path / "filled/kept",
+        "FULL": runs.at("plain", "full"),
+        "ALPHA": runs.at("alpha", "lora") if "ALPHA" in flags else None,
+        "NOWHERE": tmp_path / "nowhere",
+    }
     places["FILLED"].mkdir()
     places["FILE"].write_text("mine")
     target = next((places[word] for word in flags if word in ("FULL", "ALPHA", "NOWHERE")), runs["plain"])
     argv = [places.get(word, word) for word in flags if word not in ("FULL", "ALPHA", "NOWHERE", "FIRST")]
     status, _, err = run_main(export.main, [*argv, target] if "FIRST" in flags else [target, *argv], capsys)
     assert status == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1, err
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["filled", "kept"] and places["FILE"].read_text() == "mine"
+    assert (
+        sorted(p.name for p in tmp_path.rglob("*")) == ["filled", "kept"]
+        and places["FILE"].read_text() == "mine"
+    )
 
 
 @pytest.mark.parametrize("missing", ["transformers", "peft"])
 def test_a_library_that_is_not_there(runs, tmp_path, monkeypatch, capsys, missing):
     find_spec = export.importlib.util.find_spec
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name, *a: None if name == missing else find_spec(name, *a))
+    monkeypatch.setattr(
+        export.importlib.util, "find_spec", lambda name, *a: None if name == missing else find_spec(name, *a)
+    )
     argv = [runs["plain"], "--format", "hf", "--adapters_only", "True", "--out", tmp_path / "out"]
     status, _, err = run_main(export.main, argv, capsys)
-    assert status == 2 and err.startswith(f"error: {missing} is not installed") and "requirements-dev.txt" in err
+    assert (
+        status == 2 and err.startswith(f"error: {missing} is not installed") and "requirements-dev.txt" in err
+    )
     assert os.listdir(tmp_path) == []
 
 
 def test_an_empty_folder_may_be_there(runs, tmp_path):
     (tmp_path / "out").mkdir()
-    assert (make(runs.at("plain", "full"), tmp_path / "out") / "model.safetensors").exists() and os.listdir(tmp_path) == ["out"]
+    assert (make(runs.at("plain", "full"), tmp_path / "out") / "model.safetensors").exists() and os.listdir(
+        tmp_path
+    ) == ["out"]
 
 
 def test_a_link_to_an_empty_folder_stays_a_link(runs, tmp_path):
@@ -433,7 +610,11 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(runs, tmp_path, capsys):
     shutil.copytree(runs["plain"], run_dir)
     newest = damage(run_dir)
     status, out, err = run_main(evaluate.main, [run_dir], capsys)
-    assert status == 0 and "passed over a damaged checkpoint" in out and json.loads(out.splitlines()[-1])["step"] == 24
+    assert (
+        status == 0
+        and "passed over a damaged checkpoint" in out
+        and json.loads(out.splitlines()[-1])["step"] == 24
+    )
     for main, flags in ((evaluate.main, []), (export.main, ["--format", "timm", "--out", tmp_path / "out"])):
         status, _, err = run_main(main, [newest, *flags], capsys)
         assert status == 2 and "is cut short" in err and err.count("\n") == 1
@@ -442,6 +623,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(runs, tmp_path, capsys):
 
 
 # ---- evaluate
+
 
 def evaluate_on_rank(argv):
     """(status, stdout, stderr) of evaluate.py on this rank."""
@@ -462,11 +644,16 @@ def test_evaluate_says_what_training_did(runs, capsys, on_ranks, run, phase):
     if phase == "lora":  # the run evaluated there
         logged = events(runs[run], "epoch")[-1]
         assert [got[key] for key in ("val_loss", "val_top1", "val_top5")] == pytest.approx(
-            [logged[key] for key in ("val_loss", "val_top1", "val_top5")], rel=1e-3)
+            [logged[key] for key in ("val_loss", "val_top1", "val_top5")], rel=1e-3
+        )
     else:
         logits = trained_all(path, runs.data)
         hits = logits[0].topk(5).indices == logits[1][:, None]
-        expected = [torch.nn.functional.cross_entropy(*logits).item(), hits[:, 0].float().mean().item() * 100, hits.sum().item() / 1.3]
+        expected = [
+            torch.nn.functional.cross_entropy(*logits).item(),
+            hits[:, 0].float().mean().item() * 100,
+            hits.sum().item() / 1.3,
+        ]
         assert [got[key] for key in ("val_loss", "val_top1", "val_top5")] == pytest.approx(expected, rel=1e-5)
     assert ("merge_difference" in got) == (phase != "full")
     answers = on_ranks(2, evaluate_on_rank, [path, "--batch_size", 32])
@@ -484,45 +671,72 @@ def trained_all(path, data):
 
 def test_merged_and_unmerged(runs, capsys, monkeypatch):
     path = runs.at("bf16", "lora")
-    as_trained, merged = [json.loads(run_main(evaluate.main, [path, "--dtype", "float32", "--merged", flag], capsys)[1].splitlines()[-1])
-                          for flag in ("False", "True")]
-    assert merged["merged"] and not as_trained["merged"] and merged["val_loss"] == pytest.approx(as_trained["val_loss"], rel=1e-5)
-    assert 0 < as_trained["merge_difference"] == merged["merge_difference"] <= 1e-5 * max(1, merged["largest_logit"])
+    as_trained, merged = [
+        json.loads(
+            run_main(evaluate.main, [path, "--dtype", "float32", "--merged", flag], capsys)[1].splitlines()[
+                -1
+            ]
+        )
+        for flag in ("False", "True")
+    ]
+    assert (
+        merged["merged"]
+        and not as_trained["merged"]
+        and merged["val_loss"] == pytest.approx(as_trained["val_loss"], rel=1e-5)
+    )
+    assert (
+        0
+        < as_trained["merge_difference"]
+        == merged["merge_difference"]
+        <= 1e-5 * max(1, merged["largest_logit"])
+    )
     logits, labels = trained_all(path, runs.data)
-    assert merged["val_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert merged["val_loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5
+    )
     assert merged["largest_logit"] == pytest.approx(logits.abs().max().item(), rel=1e-5)
     monkeypatch.setattr(evaluate, "merge_lora", merge_too_much)  # control: a merge that is wrong is seen
     wrong = json.loads(run_main(evaluate.main, [path, "--merged", "True"], capsys)[1].splitlines()[-1])
-    assert wrong["merge_difference"] > 1e-3 and wrong["dtype"] == "float32"  # merged: in float32, a run in bfloat16 too
+    assert (
+        wrong["merge_difference"] > 1e-3 and wrong["dtype"] == "float32"
+    )  # merged: in float32, a run in bfloat16 too
     plain = json.loads(run_main(evaluate.main, [path], capsys)[1].splitlines()[-1])
     assert plain["dtype"] == "bfloat16"  # control
 
 
-@pytest.mark.parametrize("argv, words", [
-    ([], "evaluate what?"),
-    (["NOWHERE"], "neither a run with a checkpoint nor a checkpoint"),
-    (["RUN", "--data_dir", "/nowhere"], "no Fashion-MNIST under /nowhere"),
-    (["RUN", "--dataset", "imagenet"], "dataset and num_classes are the run's own"),
-    (["RUN", "--batch_size", "0"], "batch_size must be above 0"),
-    (["RUN", "--merge", "True"], "unknown flag --merge, did you mean merged?"),
-    (["--merged", "True", "RUN"], "flags come after it"),
-    (["PICKLE"], "is a pickle"),
-    (["PICKLE", "--dataset", "imagenet"], "is a pickle"),
-    (["EXPORT"], "is no run, it holds weights: give "),
-    (["EXPORT", "--dataset", "fashion_mnist"], "is no run, it holds weights: give "),
-    (["STATE"], "/meta.json is damaged: "),
-    (["timm:nope", "--dataset", "imagenet"], "timm has no model nope"),
-    (["timm:vit_tiny_patch16_224"], "say what to evaluate it on, --dataset fashion_mnist or imagenet"),
-    (["/nowhere/x.safetensors", "--dataset", "imagenet"], "/nowhere/x.safetensors is not there"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "evaluate what?"),
+        (["NOWHERE"], "neither a run with a checkpoint nor a checkpoint"),
+        (["RUN", "--data_dir", "/nowhere"], "no Fashion-MNIST under /nowhere"),
+        (["RUN", "--dataset", "imagenet"], "dataset and num_classes are the run's own"),
+        (["RUN", "--batch_size", "0"], "batch_size must be above 0"),
+        (["RUN", "--merge", "True"], "unknown flag --merge, did you mean merged?"),
+        (["--merged", "True", "RUN"], "flags come after it"),
+        (["PICKLE"], "is a pickle"),
+        (["PICKLE", "--dataset", "imagenet"], "is a pickle"),
+        (["EXPORT"], "is no run, it holds weights: give "),
+        (["EXPORT", "--dataset", "fashion_mnist"], "is no run, it holds weights: give "),
+        (["STATE"], "/meta.json is damaged: "),
+        (["timm:nope", "--dataset", "imagenet"], "timm has no model nope"),
+        (["timm:vit_tiny_patch16_224"], "say what to evaluate it on, --dataset fashion_mnist or imagenet"),
+        (["/nowhere/x.safetensors", "--dataset", "imagenet"], "/nowhere/x.safetensors is not there"),
+    ],
+)
 def test_mistakes_of_evaluate(runs, checkpoint_alone, tmp_path, capsys, argv, words):
-    places = {"RUN": runs["plain"], "NOWHERE": tmp_path / "nowhere", "PICKLE": tmp_path / "w.pt", "EXPORT": tmp_path / "export",
-              "STATE": checkpoint_alone}
+    places = {
+        "RUN": runs["plain"],
+        "NOWHERE": tmp_path / "nowhere",
+        "PICKLE": tmp_path / "w.pt",
+        "EXPORT": tmp_path / "export",
+        "STATE": checkpoint_alone,
+    }
     torch.save({"a": torch.zeros(3)}, places["PICKLE"])
     places["EXPORT"].mkdir()
     save_file({"a": torch.zeros(3)}, places["EXPORT"] / "model.safetensors")
     meta = checkpoint.read_meta(checkpoint_alone)
-    checkpoint.write_json(checkpoint_alone / "meta.json", meta | {"state": meta["state"] | {"mood": 1}})
+    write_json(checkpoint_alone / "meta.json", meta | {"state": meta["state"] | {"mood": 1}})
     status, _, err = run_main(evaluate.main, [places.get(word, word) for word in argv], capsys)
     assert status == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1, err
 
@@ -535,8 +749,21 @@ def test_a_mistake_on_two_ranks_is_said_once(on_ranks, tmp_path):
 @pytest.mark.parametrize("format", ["timm", "hf"])
 def test_evaluate_an_export(runs, tmp_path, capsys, format):
     out = make(runs["plain"], tmp_path / "out", format=format)
-    results = [json.loads(run_main(evaluate.main, argv, capsys)[1].splitlines()[-1]) for argv in
-               ([runs["plain"]], [out / "model.safetensors", "--dataset", "fashion_mnist", "--data_dir", runs.data, "--loader", "folder"])]
+    results = [
+        json.loads(run_main(evaluate.main, argv, capsys)[1].splitlines()[-1])
+        for argv in (
+            [runs["plain"]],
+            [
+                out / "model.safetensors",
+                "--dataset",
+                "fashion_mnist",
+                "--data_dir",
+                runs.data,
+                "--loader",
+                "folder",
+            ],
+        )
+    ]
     for key in ("val_loss", "val_top1", "val_top5", "images"):
         assert results[0][key] == pytest.approx(results[1][key], rel=1e-5)
 
@@ -551,29 +778,51 @@ def deit(tmp_path, monkeypatch):
             p.add_(torch.randn_like(p), alpha=0.05)
     save_file(model.state_dict(), tmp_path / "deit.safetensors")
     get = timm.models.get_pretrained_cfg
-    monkeypatch.setattr(timm.models, "get_pretrained_cfg", lambda name: dataclasses.replace(get(name), file=str(tmp_path / "deit.safetensors")))
+    monkeypatch.setattr(
+        timm.models,
+        "get_pretrained_cfg",
+        lambda name: dataclasses.replace(get(name), file=str(tmp_path / "deit.safetensors")),
+    )
     return model
 
 
 def test_evaluate_timms_own(deit, capsys):
     """DeiT's images are normalised by ImageNet's mean and standard deviation, ours by 0.5."""
-    argv = ["timm:deit_tiny_patch16_224.fb_in1k", "--dataset", "imagenet", "--loader", "synthetic", "--batch_size", "16"]
+    argv = [
+        "timm:deit_tiny_patch16_224.fb_in1k",
+        "--dataset",
+        "imagenet",
+        "--loader",
+        "synthetic",
+        "--batch_size",
+        "16",
+    ]
     status, out, err = run_main(evaluate.main, argv, capsys)
     assert status == 0, err
     got = json.loads(out.splitlines()[-1])
-    assert got["model"] == "Ti/16" and got["images"] == 64 and "the difference is in the patch embedding now" in out
+    assert (
+        got["model"] == "Ti/16"
+        and got["images"] == 64
+        and "the difference is in the patch embedding now" in out
+    )
     loader = train.build_loader("synthetic", "imagenet", "", "val", 16, 0)
     assert deit.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
     loss = {"theirs": 0, "ours": 0}
     with torch.no_grad():
         for batch, labels in loader.epoch(0):
-            for kind, mean, std in (("theirs", deit.pretrained_cfg["mean"], deit.pretrained_cfg["std"]), ("ours", (0.5,) * 3, (0.5,) * 3)):
-                loss[kind] += torch.nn.functional.cross_entropy(deit(normalise(batch, mean, std)), labels).item() / 4
+            for kind, mean, std in (
+                ("theirs", deit.pretrained_cfg["mean"], deit.pretrained_cfg["std"]),
+                ("ours", (0.5,) * 3, (0.5,) * 3),
+            ):
+                loss[kind] += (
+                    torch.nn.functional.cross_entropy(deit(normalise(batch, mean, std)), labels).item() / 4
+                )
     assert got["val_loss"] == pytest.approx(loss["theirs"], rel=1e-5)
     assert abs(loss["ours"] - loss["theirs"]) > 1e-4 * loss["theirs"]  # control: the normalisation matters
 
 
 # ---- in: what a file may be
+
 
 class Bomb:
     def __reduce__(self):
@@ -584,7 +833,7 @@ def test_files_that_are_no_safetensors(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     good = {"a": torch.randn(10, 10), "b": torch.randn(3)}
     save_file(good, "good.safetensors")
-    read = pretrained.read_safetensors(Path("good.safetensors"))
+    read = sources.read_safetensors(Path("good.safetensors"))
     assert all(torch.equal(read[name], t) for name, t in good.items())
     whole = Path("good.safetensors").read_bytes()
     torch.save({"a": Bomb()}, "zip.safetensors")
@@ -594,21 +843,52 @@ def test_files_that_are_no_safetensors(tmp_path, monkeypatch, capsys):
     Path("cut.safetensors").write_bytes(whole[:-10])
     Path("cut_header.safetensors").write_bytes(whole[:20])
     Path("empty.safetensors").write_bytes(b"")
-    Path("lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100\n")
+    Path("lfs.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100\n"
+    )
     Path("folder.safetensors").mkdir()
-    for name, words in [("zip", "is a pickle"), ("legacy", "is a pickle"), ("plain", "is a pickle"), ("weights.pt", "is a pickle"),
-                        ("cut", "is cut short or damaged"), ("cut_header", "is cut short or damaged"), ("empty", "is no safetensors file"),
-                        ("lfs", "is no safetensors file"), ("folder", "is no file"), ("gone", "is not there")]:
+    for name, words in [
+        ("zip", "is a pickle"),
+        ("legacy", "is a pickle"),
+        ("plain", "is a pickle"),
+        ("weights.pt", "is a pickle"),
+        ("cut", "is cut short or damaged"),
+        ("cut_header", "is cut short or damaged"),
+        ("empty", "is no safetensors file"),
+        ("lfs", "is no safetensors file"),
+        ("folder", "is no file"),
+        ("gone", "is not there"),
+    ]:
         path = Path(name if "." in name else f"{name}.safetensors")
-        with pytest.raises((ValueError, FileNotFoundError)) as error:
-            pretrained.read_safetensors(path)
+        with pytest.raises(UserError) as error:
+            sources.read_safetensors(path)
         assert str(error.value).startswith(f"{path} {words}") and "\n" not in str(error.value)
-        status, _, err = run_main(train.main, ["--run_dir", "run", "--loader", "synthetic", "--dtype", "float32", "--batch_size", "16",
-                                               "--init_from", path], capsys)
-        assert status == 2 and words in err and err.startswith("error: ") and err.count("\n") == 1 and not Path("run").exists()
+        status, _, err = run_main(
+            train.main,
+            [
+                "--run_dir",
+                "run",
+                "--loader",
+                "synthetic",
+                "--dtype",
+                "float32",
+                "--batch_size",
+                "16",
+                "--init_from",
+                path,
+            ],
+            capsys,
+        )
+        assert (
+            status == 2
+            and words in err
+            and err.startswith("error: ")
+            and err.count("\n") == 1
+            and not Path("run").exists()
+        )
     save_file(good, "folder.safetensors/model.safetensors")
-    with pytest.raises(FileNotFoundError, match="is no file: give its model.safetensors"):
-        pretrained.read_safetensors(Path("folder.safetensors"))
+    with pytest.raises(UserError, match="is no file: give its model.safetensors"):
+        sources.read_safetensors(Path("folder.safetensors"))
     assert not Path("exploded").exists()
     pickle.loads(Path("plain.safetensors").read_bytes())
     assert Path("exploded").exists()  # control: it would have
@@ -627,31 +907,79 @@ def without(name):
     return lambda weights: {key: t for key, t in weights.items() if key != name}
 
 
-@pytest.mark.parametrize("weights, words", [
-    (build("small-study").state_dict(), "is a ViT of width 320, 3 blocks, patches of 14, this model of width 64, 4 blocks, patches of 7"),
-    (build(classes=7).state_dict(), "is for 7 classes, this model for 10: --fresh_head True"),
-    (without("head.bias")(without("head.weight")(build().state_dict())), "has no head: --fresh_head True starts with a new one, for 10 classes"),
-    (without("norm.bias")(build().state_dict()), "is not a ViT of this kind: it has no norm.bias"),
-    (without("cls_token")(build().state_dict()), "is not a ViT of this kind: it has no cls_token"),
-    (build().state_dict() | {"fc_norm.weight": torch.zeros(64)}, "it has a parameter that this model hasn't, fc_norm.weight"),
-    (build().state_dict() | {"pos_embed": torch.zeros(1, 16, 64)}, "pos_embed of shape (1, 16, 64) is not of a class token and a square"),
-    (build().state_dict() | {"patch_embed.proj.weight": torch.zeros(64, 1, 7, 7)}, "patch_embed.proj.weight has shape (64, 1, 7, 7)"),
-    (to_huggingface(build().state_dict()) | {"vit.embeddings.mask_token": torch.zeros(1)}, "not a parameter of a Hugging Face"),
-    ({"layer1.0.conv1.weight": torch.zeros(3)}, "is not a ViT of this kind: it has no blocks.0.attn.proj.bias"),
-    (without("head.bias")(build().state_dict()), "has half a head: --fresh_head True"),
-    (build().state_dict() | {"head.weight": torch.zeros(10, 32)}, "the head's weight and bias have shapes (10, 32) and (10,), this model's (10, 64)"),
-    (build().state_dict() | {"head.bias": torch.zeros(9)}, "the head's weight and bias have shapes (10, 64) and (9,)"),
-    (build().state_dict() | {"head.weight": torch.zeros(())}, "head.weight has shape ()"),
-    (build().state_dict() | {"cls_token": torch.zeros(())}, "cls_token has shape ()"),
-    (build().state_dict() | {"pos_embed": torch.zeros(17, 64)}, "pos_embed has shape (17, 64), this model's (1, 17, 64)"),
-    (without("vit.layers.1.attention.k_proj.weight")(to_huggingface(build().state_dict())),
-     "w.safetensors: blocks.1.attn.qkv.weight is of q, k and v, and they are not all there"),
-    (without("vit.layers.1.attention.q_proj.bias")(to_huggingface(build().state_dict())), "blocks.1.attn.qkv.bias is of q, k and v"),
-])
+@pytest.mark.parametrize(
+    "weights, words",
+    [
+        (
+            build("small-study").state_dict(),
+            "is a ViT of width 320, 3 blocks, patches of 14, this model of width 64, 4 blocks, patches of 7",
+        ),
+        (build(classes=7).state_dict(), "is for 7 classes, this model for 10: --fresh_head True"),
+        (
+            without("head.bias")(without("head.weight")(build().state_dict())),
+            "has no head: --fresh_head True starts with a new one, for 10 classes",
+        ),
+        (without("norm.bias")(build().state_dict()), "is not a ViT of this kind: it has no norm.bias"),
+        (without("cls_token")(build().state_dict()), "is not a ViT of this kind: it has no cls_token"),
+        (
+            build().state_dict() | {"fc_norm.weight": torch.zeros(64)},
+            "it has a parameter that this model hasn't, fc_norm.weight",
+        ),
+        (
+            build().state_dict() | {"pos_embed": torch.zeros(1, 16, 64)},
+            "pos_embed of shape (1, 16, 64) is not of a class token and a square",
+        ),
+        (
+            build().state_dict() | {"patch_embed.proj.weight": torch.zeros(64, 1, 7, 7)},
+            "patch_embed.proj.weight has shape (64, 1, 7, 7)",
+        ),
+        (
+            to_huggingface(build().state_dict()) | {"vit.embeddings.mask_token": torch.zeros(1)},
+            "not a parameter of a Hugging Face",
+        ),
+        (
+            {"layer1.0.conv1.weight": torch.zeros(3)},
+            "is not a ViT of this kind: it has no blocks.0.attn.proj.bias",
+        ),
+        (without("head.bias")(build().state_dict()), "has half a head: --fresh_head True"),
+        (
+            build().state_dict() | {"head.weight": torch.zeros(10, 32)},
+            "the head's weight and bias have shapes (10, 32) and (10,), this model's (10, 64)",
+        ),
+        (
+            build().state_dict() | {"head.bias": torch.zeros(9)},
+            "the head's weight and bias have shapes (10, 64) and (9,)",
+        ),
+        (build().state_dict() | {"head.weight": torch.zeros(())}, "head.weight has shape ()"),
+        (build().state_dict() | {"cls_token": torch.zeros(())}, "cls_token has shape ()"),
+        (
+            build().state_dict() | {"pos_embed": torch.zeros(17, 64)},
+            "pos_embed has shape (17, 64), this model's (1, 17, 64)",
+        ),
+        (
+            without("vit.layers.1.attention.k_proj.weight")(to_huggingface(build().state_dict())),
+            "w.safetensors: blocks.1.attn.qkv.weight is of q, k and v, and they are not all there",
+        ),
+        (
+            without("vit.layers.1.attention.q_proj.bias")(to_huggingface(build().state_dict())),
+            "blocks.1.attn.qkv.bias is of q, k and v",
+        ),
+    ],
+)
 def test_weights_of_another_model(tmp_path, capsys, weights, words):
     save_file(weights, tmp_path / "w.safetensors")
-    argv = ["--run_dir", tmp_path / "run", "--loader", "synthetic", "--dtype", "float32", "--batch_size", "16",
-            "--init_from", tmp_path / "w.safetensors"]
+    argv = [
+        "--run_dir",
+        tmp_path / "run",
+        "--loader",
+        "synthetic",
+        "--dtype",
+        "float32",
+        "--batch_size",
+        "16",
+        "--init_from",
+        tmp_path / "w.safetensors",
+    ]
     status, _, err = run_main(train.main, argv, capsys)
     assert status == 2 and words in err and err.startswith("error: ") and err.count("\n") == 1, err
     assert not (tmp_path / "run").exists()
@@ -659,7 +987,10 @@ def test_weights_of_another_model(tmp_path, capsys, weights, words):
 
 def test_what_lies_beside_a_file_is_heeded(tmp_path):
     model, mean, std = build(layer_norm_eps=1e-12), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    ours, path = VisionTransformer("tiny-debug", 28, 10, layer_norm_eps=1e-12).eval(), tmp_path / "model.safetensors"
+    ours, path = (
+        VisionTransformer("tiny-debug", 28, 10, layer_norm_eps=1e-12).eval(),
+        tmp_path / "model.safetensors",
+    )
     pixels = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8)
 
     def load(weights, **files):
@@ -678,81 +1009,179 @@ def test_what_lies_beside_a_file_is_heeded(tmp_path):
     assert (theirs - plain).abs().max() > 1e-2
     named = to_huggingface(model.state_dict())
     hf = {"model_type": "vit", "num_attention_heads": 2, "layer_norm_eps": 1e-12}
-    timms = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "pretrained_cfg": {"mean": mean, "std": std},
-             "model_args": {"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 2}}
+    timms = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 10,
+        "pretrained_cfg": {"mean": mean, "std": std},
+        "model_args": {"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 2},
+    }
     for expected, words, weights, files in [
-            (theirs, "patch embedding", named, dict(config=hf, preprocessor_config={"image_mean": mean, "image_std": std})),
-            (plain, "it does not say how", named, dict(config=hf)),
-            (plain, "it does not say how", named, {}),
-            (plain, "it does not say how", model.state_dict(), {}),
-            (plain, "it does not say how", named, dict(config=hf, preprocessor_config={"image_mean": None, "image_std": None})),
-            (theirs, "warning: its layer_norm_eps is 1e-06, this model's 1e-12: --layer_norm_eps 1e-06", model.state_dict(), dict(config=timms))]:
+        (
+            theirs,
+            "patch embedding",
+            named,
+            dict(config=hf, preprocessor_config={"image_mean": mean, "image_std": std}),
+        ),
+        (plain, "it does not say how", named, dict(config=hf)),
+        (plain, "it does not say how", named, {}),
+        (plain, "it does not say how", model.state_dict(), {}),
+        (
+            plain,
+            "it does not say how",
+            named,
+            dict(config=hf, preprocessor_config={"image_mean": None, "image_std": None}),
+        ),
+        (
+            theirs,
+            "warning: its layer_norm_eps is 1e-06, this model's 1e-12: --layer_norm_eps 1e-06",
+            model.state_dict(),
+            dict(config=timms),
+        ),
+    ]:
         got, notes = load(weights, **files)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
         assert words in notes and ("warning" in notes) == ("warning" in words)
-    in21k = {name.removeprefix("vit."): t for name, t in named.items()} | {"pooler.dense.weight": torch.zeros(64, 64)}
-    del in21k["classifier.weight"], in21k["classifier.bias"]  # a ViTModel, as google/vit-base-patch16-224-in21k is
+    in21k = {name.removeprefix("vit."): t for name, t in named.items()} | {
+        "pooler.dense.weight": torch.zeros(64, 64)
+    }
+    del (
+        in21k["classifier.weight"],
+        in21k["classifier.bias"],
+    )  # a ViTModel, as google/vit-base-patch16-224-in21k is
     save_file(in21k, path)
     found, notes = pretrained.load_pretrained(str(path), ours, DATA.mean, DATA.std, fresh_head=True)
     assert found.keys() == model.state_dict().keys() - {"head.weight", "head.bias"}
     for weights, files, words in [
-            (named, dict(config=hf | {"num_attention_heads": 4}), "has 4 attention heads, this model has 2"),
-            (named, dict(config=hf | {"hidden_act": "relu"}), "activation relu"),
-            (model.state_dict(), dict(config=timms | {"model_args": timms["model_args"] | {"num_heads": 4}}), "has 4 attention heads"),
-            (model.state_dict(), dict(config=timms | {"architecture": "vit_base_patch16_clip_quickgelu_224"}), "is not the plain ViT"),
-            (model.state_dict(), dict(config=timms | {"model_args": {"global_pool": "avg"}}), "is not the plain ViT"),
-            (model.state_dict(), dict(config=timms | {"architecture": "resnet18", "model_args": {}}), "is not the plain ViT"),
-            (model.state_dict(), dict(config=timms | {"architecture": "nope"}), "timm can't build nope"),
-            (model.state_dict(), dict(config=[1]), "config.json is damaged"),
-            (model.state_dict(), dict(config=timms | {"model_args": "none"}), "config.json is damaged: pretrained_cfg and model_args"),
-            (model.state_dict(), dict(config=timms | {"pretrained_cfg": {"mean": 0.5}}), "config.json is damaged: mean is 0.5"),
-            (model.state_dict(), dict(config=timms | {"pretrained_cfg": {"std": [1, 1, 0]}}), "config.json is damaged: std is"),
-            (named, dict(config=hf | {"layer_norm_eps": "small"}), "config.json is damaged: layer_norm_eps is 'small', not a number above 0"),
-            (named, dict(preprocessor_config={"image_mean": [0.5]}), "preprocessor_config.json is damaged: image_mean")]:
-        with pytest.raises(ValueError, match=words):
+        (named, dict(config=hf | {"num_attention_heads": 4}), "has 4 attention heads, this model has 2"),
+        (named, dict(config=hf | {"hidden_act": "relu"}), "activation relu"),
+        (
+            model.state_dict(),
+            dict(config=timms | {"model_args": timms["model_args"] | {"num_heads": 4}}),
+            "has 4 attention heads",
+        ),
+        (
+            model.state_dict(),
+            dict(config=timms | {"architecture": "vit_base_patch16_clip_quickgelu_224"}),
+            "is not the plain ViT",
+        ),
+        (
+            model.state_dict(),
+            dict(config=timms | {"model_args": {"global_pool": "avg"}}),
+            "is not the plain ViT",
+        ),
+        (
+            model.state_dict(),
+            dict(config=timms | {"architecture": "resnet18", "model_args": {}}),
+            "is not the plain ViT",
+        ),
+        (model.state_dict(), dict(config=timms | {"architecture": "nope"}), "timm can't build nope"),
+        (model.state_dict(), dict(config=[1]), "config.json is damaged"),
+        (
+            model.state_dict(),
+            dict(config=timms | {"model_args": "none"}),
+            "config.json is damaged: pretrained_cfg and model_args",
+        ),
+        (
+            model.state_dict(),
+            dict(config=timms | {"pretrained_cfg": {"mean": 0.5}}),
+            "config.json is damaged: mean is 0.5",
+        ),
+        (
+            model.state_dict(),
+            dict(config=timms | {"pretrained_cfg": {"std": [1, 1, 0]}}),
+            "config.json is damaged: std is",
+        ),
+        (
+            named,
+            dict(config=hf | {"layer_norm_eps": "small"}),
+            "config.json is damaged: layer_norm_eps is 'small', not a number above 0",
+        ),
+        (
+            named,
+            dict(preprocessor_config={"image_mean": [0.5]}),
+            "preprocessor_config.json is damaged: image_mean",
+        ),
+    ]:
+        with pytest.raises(UserError, match=words):
             load(weights, **files)
 
 
 def test_timms_weights_come_as_safetensors_or_not_at_all(monkeypatch, tmp_path):
     import huggingface_hub
-    with pytest.raises(ValueError, match="Invalid pretrained tag"):
-        pretrained.read_timm("vit_tiny_patch16_224.nope")
-    with pytest.raises(ValueError, match="vit_base_patch16_clip_quickgelu_224 is not the plain ViT"):
-        pretrained.read_timm("vit_base_patch16_clip_quickgelu_224")
+
+    with pytest.raises(UserError, match="Invalid pretrained tag"):
+        sources.read_timm("vit_tiny_patch16_224.nope")
+    with pytest.raises(UserError, match="vit_base_patch16_clip_quickgelu_224 is not the plain ViT"):
+        sources.read_timm("vit_base_patch16_clip_quickgelu_224")
     get = timm.models.get_pretrained_cfg
     with monkeypatch.context() as patch:
-        patch.setattr(timm.models, "get_pretrained_cfg", lambda name: dataclasses.replace(get(name), hf_hub_id=None))
-        with pytest.raises(ValueError, match="timm has no weights for vit_tiny_patch16_224"):
-            pretrained.read_timm("vit_tiny_patch16_224")
+        patch.setattr(
+            timm.models, "get_pretrained_cfg", lambda name: dataclasses.replace(get(name), hf_hub_id=None)
+        )
+        with pytest.raises(UserError, match="timm has no weights for vit_tiny_patch16_224"):
+            sources.read_timm("vit_tiny_patch16_224")
     asked = []
 
     def download(repo, name):
         asked.append((repo, name))
         raise ConnectionError("[Errno -2] Name or service\nnot known")
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(OSError, match="can't get vit_tiny_patch16_224 from the Hugging Face hub: .* Name or service not known"):
-        pretrained.read_timm("vit_tiny_patch16_224")
+    with pytest.raises(
+        UserError,
+        match="can't get vit_tiny_patch16_224 from the Hugging Face hub: .* Name or service not known",
+    ):
+        sources.read_timm("vit_tiny_patch16_224")
     assert asked == [("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")]
 
 
 def test_positions_are_interpolated_as_timm_does(tmp_path):
     from timm.layers import resample_abs_pos_embed
+
     for size in (14, 42, 63):
         weights = build(size=size).state_dict()
         fitted, notes = pretrained.fit_weights(weights, build(), "w")
         expected = resample_abs_pos_embed(weights["pos_embed"], [4, 4], num_prefix_tokens=1)
-        assert torch.equal(fitted["pos_embed"], expected) and f"from {size // 7} × {size // 7} to 4 × 4" in notes[0]
+        assert (
+            torch.equal(fitted["pos_embed"], expected)
+            and f"from {size // 7} × {size // 7} to 4 × 4" in notes[0]
+        )
     same, notes = pretrained.fit_weights(build().state_dict(), build(), "w")
     assert torch.equal(same["pos_embed"], build().pos_embed) and not notes
 
 
 # ---- in: training from it
 
+
 def start(tmp_path, source, *flags, run_dir="run", status=0):
     """train.py from weights, one step that changes nothing; what it saved."""
-    argv = ["--run_dir", tmp_path / run_dir, "--loader", "synthetic", "--train_samples", 64, "--batch_size", 16, "--dtype", "float32",
-            "--compile", False, "--epochs", 9, "--max_steps", 1, "--lr", ZERO, "--lr_warmup_steps", 0, "--rank_max", 32, "--init_from", source,
-            *flags]
+    argv = [
+        "--run_dir",
+        tmp_path / run_dir,
+        "--loader",
+        "synthetic",
+        "--train_samples",
+        64,
+        "--batch_size",
+        16,
+        "--dtype",
+        "float32",
+        "--compile",
+        False,
+        "--epochs",
+        9,
+        "--max_steps",
+        1,
+        "--lr",
+        ZERO,
+        "--lr_warmup_steps",
+        0,
+        "--rank_max",
+        32,
+        "--init_from",
+        source,
+        *flags,
+    ]
     assert train.main([str(a) for a in argv]) == status
     return stored(checkpoint.latest(tmp_path / run_dir)) if status == 0 else None
 
@@ -766,24 +1195,37 @@ def test_a_run_starts_from_an_export(runs, tmp_path, monkeypatch, format):
     assert got.keys() == expected.keys() and all(torch.equal(t, got[name]) for name, t in expected.items())
     notes = events(tmp_path / "run", "start")[0]["notes"]
     assert not notes if format == "timm" else not any("warning" in note for note in notes), notes
-    assert json.loads((tmp_path / "run/config.json").read_text())["init_from"] == str(out / "model.safetensors")  # absolute
+    assert json.loads((tmp_path / "run/config.json").read_text())["init_from"] == str(
+        out / "model.safetensors"
+    )  # absolute
 
 
 def test_other_image_size_other_classes_and_static_lora(tmp_path, capsys):
     source = build(size=42, classes=7)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     start(tmp_path, tmp_path / "w.safetensors", status=2)
-    assert "is for 7 classes, this model for 10: --fresh_head True" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert (
+        "is for 7 classes, this model for 10: --fresh_head True" in capsys.readouterr().err
+        and not (tmp_path / "run").exists()
+    )
     for run_dir, flags in (("run", []), ("lora", ["--mode", "lora", "--dtype", "bfloat16"])):
         got = start(tmp_path, tmp_path / "w.safetensors", "--fresh_head", True, *flags, run_dir=run_dir)
         for name, t in source.state_dict().items():
             if name not in ("head.weight", "head.bias", "pos_embed"):
                 assert torch.equal(got[name], t.to(got[name].dtype)), name
         assert got["head.weight"].shape == (10, 64) and got["head.weight"].abs().max() < 1e-20
-        torch.testing.assert_close(got["pos_embed"], pretrained.interpolate_positions(source.pos_embed.detach(), 4), rtol=0, atol=0)
+        torch.testing.assert_close(
+            got["pos_embed"], pretrained.interpolate_positions(source.pos_embed.detach(), 4), rtol=0, atol=0
+        )
         notes = "\n".join(events(tmp_path / run_dir, "start")[0]["notes"])
-        assert "positions interpolated from 6 × 6 to 4 × 4" in notes and "fresh head for 10 classes instead of its own for 7" in notes
-    assert got["blocks.0.attn.qkv.weight"].dtype == torch.bfloat16 and got["blocks.0.attn.qkv.lora_B.0"].abs().max() < 1e-20
+        assert (
+            "positions interpolated from 6 × 6 to 4 × 4" in notes
+            and "fresh head for 10 classes instead of its own for 7" in notes
+        )
+    assert (
+        got["blocks.0.attn.qkv.weight"].dtype == torch.bfloat16
+        and got["blocks.0.attn.qkv.lora_B.0"].abs().max() < 1e-20
+    )
     assert got["blocks.0.attn.qkv.lora_A"].any()
 
 
@@ -796,8 +1238,13 @@ def test_a_resumed_run_has_its_own_weights(tmp_path, capsys):
     def resume(*flags):
         argv = ["--run_dir", tmp_path / "run", "--resume", True, "--max_steps", 2, *flags]
         return run_main(train.main, argv, capsys)
+
     status, _, err = resume("--init_from", tmp_path / "other.safetensors")
-    assert status == 2 and f"was trained with init_from = {tmp_path}/w.safetensors, it can't go on with {tmp_path}/other" in err
+    assert (
+        status == 2
+        and f"was trained with init_from = {tmp_path}/w.safetensors, it can't go on with {tmp_path}/other"
+        in err
+    )
     assert resume("--fresh_head", True)[0] == 2
     assert resume("--init_from", tmp_path / "w.safetensors")[0] == 0
     again = stored(checkpoint.latest(tmp_path / "run"))
@@ -807,20 +1254,42 @@ def test_a_resumed_run_has_its_own_weights(tmp_path, capsys):
 
 def test_an_empty_run_dir_starts_from_weights_under_resume_too(tmp_path):
     save_file(build().state_dict(), tmp_path / "w.safetensors")
-    assert torch.equal(start(tmp_path, tmp_path / "w.safetensors", "--resume", True)["pos_embed"], build().pos_embed)
+    assert torch.equal(
+        start(tmp_path, tmp_path / "w.safetensors", "--resume", True)["pos_embed"], build().pos_embed
+    )
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--init_from", ""], "init_from is empty"),
-    (["--init_from", "timm:"], "init_from is empty"),
-    (["--init_from", "timm:nope"], "timm has no model nope"),
-    (["--fresh_head", "True"], "without them every head is fresh"),
-    (["--init_from", "x.safetensors", "--fork", "RUN"], "fork starts from a run's checkpoint and init_from from other weights: choose one"),
-    (["--init_from", "timm:deit_tiny_patch16_224", "--dataset", "fashion_mnist", "--model", "Ti/16"], "can't be cut into Ti/16's patches of 16"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--init_from", ""], "init_from is empty"),
+        (["--init_from", "timm:"], "init_from is empty"),
+        (["--init_from", "timm:nope"], "timm has no model nope"),
+        (["--fresh_head", "True"], "without them every head is fresh"),
+        (
+            ["--init_from", "x.safetensors", "--fork", "RUN"],
+            "fork starts from a run's checkpoint and init_from from other weights: choose one",
+        ),
+        (
+            ["--init_from", "timm:deit_tiny_patch16_224", "--dataset", "fashion_mnist", "--model", "Ti/16"],
+            "can't be cut into Ti/16's patches of 16",
+        ),
+    ],
+)
 def test_mistakes_of_init_from(runs, tmp_path, capsys, flags, words):
-    argv = ["--run_dir", tmp_path / "run", "--loader", "synthetic", "--dtype", "float32", "--batch_size", "16"]
-    status, _, err = run_main(train.main, argv + [runs["plain"] if word == "RUN" else word for word in flags], capsys)
+    argv = [
+        "--run_dir",
+        tmp_path / "run",
+        "--loader",
+        "synthetic",
+        "--dtype",
+        "float32",
+        "--batch_size",
+        "16",
+    ]
+    status, _, err = run_main(
+        train.main, argv + [runs["plain"] if word == "RUN" else word for word in flags], capsys
+    )
     assert status == 2 and words in err and err.count("\n") == 1 and not (tmp_path / "run").exists(), err
 
 
@@ -843,27 +1312,67 @@ def train_on_rank(argv):
 @pytest.mark.parametrize("flags", [["--dp_shard", "2"], ["--dp_shard", "1", "--mode", "lora"]])
 def test_on_two_ranks_from_rank_0s_file(on_ranks, tmp_path, flags):
     save_file(build().state_dict(), tmp_path / "w.safetensors")
-    argv = ["--run_dir", tmp_path / "run", "--loader", "synthetic", "--train_samples", 64, "--batch_size", 16, "--dtype", "float32", "--compile",
-            False, "--epochs", 9, "--max_steps", 1, "--lr", ZERO, "--lr_warmup_steps", 0, "--rank_max", 32, "--init_from",
-            tmp_path / "w.safetensors", *flags]
+    argv = [
+        "--run_dir",
+        tmp_path / "run",
+        "--loader",
+        "synthetic",
+        "--train_samples",
+        64,
+        "--batch_size",
+        16,
+        "--dtype",
+        "float32",
+        "--compile",
+        False,
+        "--epochs",
+        9,
+        "--max_steps",
+        1,
+        "--lr",
+        ZERO,
+        "--lr_warmup_steps",
+        0,
+        "--rank_max",
+        32,
+        "--init_from",
+        tmp_path / "w.safetensors",
+        *flags,
+    ]
     assert [status for status, _ in on_ranks(2, train_on_rank, argv)] == [0, 0]
     got = stored(checkpoint.latest(tmp_path / "run"))
     assert all(torch.equal(got[name], t) for name, t in build().state_dict().items())
     (tmp_path / "w.safetensors").write_bytes(b"no")
     argv[1] = tmp_path / "second"
     answers = on_ranks(2, train_on_rank, argv)
-    assert [status for status, _ in answers] == [2, 2] and "is no safetensors file" in answers[0][1] and not argv[1].exists()
+    assert (
+        [status for status, _ in answers] == [2, 2]
+        and "is no safetensors file" in answers[0][1]
+        and not argv[1].exists()
+    )
 
 
 def test_submit_takes_the_file_along(tmp_path, monkeypatch, capsys):
     from launch import submit
+
     monkeypatch.chdir(tmp_path)
     save_file(build().state_dict(), "w.safetensors")
-    argv = ["--dry_run", "--gpus_per_node", "1", str(REPO / "config/debug.py"), "--loader", "synthetic", "--run_dir", "run"]
+    argv = [
+        "--dry_run",
+        "--gpus_per_node",
+        "1",
+        str(REPO / "config/debug.py"),
+        "--loader",
+        "synthetic",
+        "--run_dir",
+        "run",
+    ]
     _, (run,) = submit.parse([*argv, "--init_from", "w.safetensors"])
     asked = run.get_argv(None)
     assert asked[-2:] == ["--init_from", str(tmp_path / "w.safetensors")]
-    assert submit.main([*argv, "--init_from", "w.safetensors"]) == 0 and "warning" not in capsys.readouterr().err
+    assert (
+        submit.main([*argv, "--init_from", "w.safetensors"]) == 0 and "warning" not in capsys.readouterr().err
+    )
     assert submit.main([*argv, "--init_from", "gone.safetensors"]) == 0
     assert f"warning: {tmp_path}/gone.safetensors is not there" in capsys.readouterr().err
     _, (run,) = submit.parse([*argv, "--init_from", "timm:deit_tiny_patch16_224"])
@@ -872,13 +1381,38 @@ def test_submit_takes_the_file_along(tmp_path, monkeypatch, capsys):
 
 # ---- full size
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["timm", "hf"])
 def test_the_papers_model(tmp_path, format):
     """ViT-L/16 at 224 with adapters of rank 64 that matter, as a checkpoint of its lora phase in bfloat16; in timm under its own name."""
     run_dir = tmp_path / "run"
-    argv = ["--model", "L/16", "--dataset", "imagenet", "--loader", "synthetic", "--train_samples", 2, "--batch_size", 2, "--epochs", 9,
-            "--max_steps", 1, "--lr", 1e-3, "--lr_warmup_steps", 0, "--mode", "lora", "--compile", False, "--run_dir", run_dir]
+    argv = [
+        "--model",
+        "L/16",
+        "--dataset",
+        "imagenet",
+        "--loader",
+        "synthetic",
+        "--train_samples",
+        2,
+        "--batch_size",
+        2,
+        "--epochs",
+        9,
+        "--max_steps",
+        1,
+        "--lr",
+        1e-3,
+        "--lr_warmup_steps",
+        0,
+        "--mode",
+        "lora",
+        "--compile",
+        False,
+        "--run_dir",
+        run_dir,
+    ]
     assert train.main([str(a) for a in argv]) == 0
     out = make(run_dir, tmp_path / "out", "--images", 4, format=format)
     config = json.loads((out / "config.json").read_text())

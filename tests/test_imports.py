@@ -1,45 +1,143 @@
-"""Who may import whom: model, lora, monitor and data know third parties and themselves, no other and never train."""
+"""Who may import whom, read from the sources: leaves know nothing of each other, nobody imports in a
+circle."""
 
 import ast
+import graphlib
+import subprocess
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 LEAVES = ("model", "lora", "monitor", "data")
-HOUSE = {*LEAVES, "train", "evaluate", "export", "replay", "bench", "benchmarks", "launch", "config", "tests"}
+NEUTRAL = {"errors", "files"}  # what everybody may import
+# Beyond the leaves: a file or folder, and what of this repository it may import besides them.
+UPPER = {
+    "config": {"config"},
+    "start": {"config", "launch"},
+    "train": {"config", "launch", "start"},
+    "launch": {"config", "launch", "start", "train"},
+}
 
 
-def violations(source, package):
-    """Modules of this repository outside `package` that the source imports, wherever in it."""
+def get_sources() -> dict[str, Path]:
+    """Module name -> file, of everything in git but the tests; a package's __init__ under the package's
+    name."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    files = [Path(name) for name in listed.stdout.split() if (ROOT / name).is_file()]
+    modules = {}
+    for file in files:
+        if file.parts[0] != "tests":
+            parts = file.with_suffix("").parts
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ROOT / file
+    return modules
+
+
+SOURCES = get_sources()
+HOUSE = {name.split(".")[0] for name in SOURCES} | {"tests"}
+
+
+def get_imports(source: str, package: str = "") -> list[str]:
+    """The modules that a source imports, wherever in it; `from a import b` as a.b, which is a module or a
+    name of a's."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.append(node.module)
-        elif isinstance(node, ast.ImportFrom) and node.level > 1:  # one dot stays inside a flat package
-            names.append("train")
-    return [name for name in names if name.split(".")[0] in HOUSE - {package}]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            where = ".".join(filter(None, [*above, node.module]))
+            names += [f"{where}.{alias.name}" if where else alias.name for alias in node.names]
+    return names
 
 
-@pytest.mark.parametrize("path", [path for leaf in LEAVES for path in sorted((ROOT / leaf).rglob("*.py"))],
-                         ids=lambda path: str(path.relative_to(ROOT)))
-def test_leaves_know_nothing_of_each_other(path):
-    assert violations(path.read_text(), path.relative_to(ROOT).parts[0]) == []
+def violations(source: str, package: str, allowed: set[str] = frozenset()) -> list[str]:
+    """Of this house's modules those that the source, in `package`, may not import."""
+    there = HOUSE - {package} - NEUTRAL - allowed
+    return [name for name in get_imports(source, package) if name.split(".")[0] in there]
 
 
-def test_every_leaf_is_looked_at():
-    assert all(list((ROOT / leaf).glob("[a-z]*.py")) for leaf in LEAVES)
+def find_circle(imports: dict[str, list[str]]) -> list[str]:
+    """Modules that import each other in a circle, [] where there is none. `imports`: module -> names it
+    imports."""
+    graph = {}
+    for module, names in imports.items():
+        known = {name if name in imports else name.rpartition(".")[0] for name in names}
+        graph[module] = (known & imports.keys()) - {module}
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
 
 
-@pytest.mark.parametrize("source, found", [
-    ("import torch\nfrom lora.layers import LoRALinear\nfrom . import ranks\nimport modeling", []),
-    ("from model.vit import VisionTransformer", ["model.vit"]),
-    ("def late():\n    import train", ["train"]),
-    ("import torch, monitor.norms as norms", ["monitor.norms"]),
-    ("try:\n    from data import loader\nexcept ImportError:\n    pass", ["data"]),
-    ("from ..model import vit", ["train"]),
-])
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.split(".")[0] in LEAVES])
+def test_leaves_know_nothing_of_each_other(module):
+    assert violations(SOURCES[module].read_text(), module.split(".")[0]) == []
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.split(".")[0] in UPPER])
+def test_who_stands_above_whom(module):
+    top = module.split(".")[0]
+    assert violations(SOURCES[module].read_text(), top, UPPER[top] | set(LEAVES)) == []
+
+
+def test_no_import_goes_in_a_circle():
+    packages = {name: path.name == "__init__.py" for name, path in SOURCES.items()}
+    imports = {}
+    for name, path in SOURCES.items():
+        imports[name] = get_imports(path.read_text(), name if packages[name] else name.rpartition(".")[0])
+    assert find_circle(imports) == []
+
+
+def test_everything_is_looked_at():
+    assert all(any(name.startswith(f"{leaf}.") for name in SOURCES) for leaf in LEAVES)
+    assert {
+        "train",
+        "start",
+        "study",
+        "bench",
+        "evaluate",
+        "export",
+        "replay",
+        "errors",
+        "files",
+    } <= SOURCES.keys()
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("import torch\nfrom lora.layers import LoRALinear\nfrom . import ranks\nimport modeling", []),
+        ("from errors import UserError\nfrom files import read_json", []),
+        ("from model.vit import VisionTransformer", ["model.vit.VisionTransformer"]),
+        ("def late():\n    import train", ["train"]),
+        ("import study", ["study"]),
+        ("import torch, monitor.norms as norms", ["monitor.norms"]),
+        ("try:\n    from data import loader\nexcept ImportError:\n    pass", ["data.loader"]),
+        ("from ..model import vit", ["model.vit"]),
+    ],
+)
 def test_control(source, found):
     assert violations(source, "lora") == found
+
+
+@pytest.mark.parametrize(
+    "imports, circle",
+    [
+        ({"a": ["b.name"], "b": ["c"], "c": []}, set()),
+        ({"a": ["b.name"], "b": ["a"]}, {"a", "b"}),
+        (
+            {"data.x": ["data.y.f"], "data.y": ["data.z"], "data.z": ["data.x"]},
+            {"data.x", "data.y", "data.z"},
+        ),
+    ],
+)
+def test_control_of_circles(imports, circle):
+    assert set(find_circle(imports)) == circle

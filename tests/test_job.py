@@ -1,7 +1,17 @@
 """launch/job.py and launch/logs.py: a process's environment, its end, and what the logs of a job say."""
 
-HEAD
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+from test_train import REPO
+
+from errors import UserError
+from launch import job, logs
 
 # ---- a rank's environment
 
@@ -121,7 +131,10 @@ def test_environment_that_is_no_launchers():
 # ---- a rank's end
 
 SCONTROL = """#!/bin/sh
-[ "$1" = show ] && { echo "JobId=7 JobState=%(state)s Reason=None Requeue=1 Restarts=%(restarts)d BatchFlag=1"; exit 0; }
+[ "$1" = show ] && {
+    echo "JobId=7 JobState=%(state)s Reason=None Requeue=1 Restarts=%(restarts)d BatchFlag=1"
+    exit 0
+}
 [ %(fails)d = 1 ] && { echo "Requested operation is presently disabled for job 7" >&2; exit 1; }
 echo "$@" >> asked
 """
@@ -198,8 +211,10 @@ def test_job_ids_are_submitits():
 
 def test_failures_are_those_since_the_last_start(tmp_path):
     (tmp_path / "9_0_log.out").write_text(
-        "rank 0 of 3 on n1: start 0\nerror: an old one\nrank 0 of 3 on n1: start 1\n 5%|bar\rerror: rank 2 did not join broadcast\n"
-        " 6%|barsrun: error: n2: task 2: Killed\nsrun: Terminating StepId=9.0\nsrun: error: n1: task 0: Killed\n"
+        "rank 0 of 3 on n1: start 0\nerror: an old one\nrank 0 of 3 on n1: start 1\n"
+        " 5%|bar\rerror: rank 2 did not join broadcast\n"
+        " 6%|barsrun: error: n2: task 2: Killed\n"
+        "srun: Terminating StepId=9.0\nsrun: error: n1: task 0: Killed\n"
     )
     (tmp_path / "9_1_log.out").write_text(
         "rank 1 of 3 on n1: start 1\nTraceback\n  raise x\nValueError: x\nrank 1: error: ValueError: x\n"

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import linear
 from model.linear import Linear
-from model.vit import VARIANTS, VisionTransformer
+from model.variants import VARIANTS
+from model.vit import VisionTransformer
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +39,9 @@ def run(module, x, weights, wanted):
     for name, p in module.named_parameters():
         p.requires_grad_(name in wanted)
     y = module(x)
-    return y, torch.autograd.grad((y * weights).sum(), [x] * ("x" in wanted) + [p for p in module.parameters() if p.requires_grad])
+    return y, torch.autograd.grad(
+        (y * weights).sum(), [x] * ("x" in wanted) + [p for p in module.parameters() if p.requires_grad]
+    )
 
 
 def assert_same(got, expected):
@@ -53,7 +56,10 @@ def test_function_and_gradients_are_nn_linear_s(shape, wanted, onednn):
     ours, theirs = build()
     x, weights = torch.randn(shape), torch.randn(*shape[:-1], 36)
     with torch.backends.mkldnn.flags(enabled=onednn):
-        (y, gradients), (expected, theirs) = run(ours, x, weights, wanted.split()), run(theirs, x, weights, wanted.split())
+        (y, gradients), (expected, theirs) = (
+            run(ours, x, weights, wanted.split()),
+            run(theirs, x, weights, wanted.split()),
+        )
     assert_same(y, expected)
     for mine, other in zip(gradients, theirs, strict=True):
         assert other.any() and mine.is_contiguous()
@@ -64,14 +70,21 @@ def test_function_and_gradients_are_nn_linear_s(shape, wanted, onednn):
 def test_without_bias_and_with_slices(rows):
     ours, theirs = build(bias=False)
     x, weights = torch.randn(rows, 60)[:, 11:35], torch.randn(36, 2 * rows).t()[::2]
-    (y, gradients), (expected, theirs) = run(ours, x, weights, ["x", "weight"]), run(theirs, x, weights, ["x", "weight"])
+    (y, gradients), (expected, theirs) = (
+        run(ours, x, weights, ["x", "weight"]),
+        run(theirs, x, weights, ["x", "weight"]),
+    )
     for mine, other in zip([y, *gradients], [expected, *theirs], strict=True):
         assert mine.shape == other.shape and torch.allclose(mine, other, rtol=1e-5, atol=1e-5)
 
 
 def test_products_of_slices_and_of_one_value():
     x, dy = torch.randn(40, 60), torch.randn(40, 50)
-    for a, b in ((x[:, 3:27], dy[:, 5:20]), (x, torch.ones(()).expand(40, 15)), (x.t().contiguous().t(), dy[:, :1])):
+    for a, b in (
+        (x[:, 3:27], dy[:, 5:20]),
+        (x, torch.ones(()).expand(40, 15)),
+        (x.t().contiguous().t(), dy[:, :1]),
+    ):
         assert_same(linear.weight_gradient(b, a), b.t() @ a)
         assert_same(linear.mm(a.t(), b), a.t() @ b)
         assert linear.weight_gradient(b, a).is_contiguous() and linear.mm(a.t(), b).is_contiguous()
@@ -79,7 +92,9 @@ def test_products_of_slices_and_of_one_value():
 
 def test_gradients_by_differences(monkeypatch):
     ours, _ = build(dtype=torch.float64)
-    monkeypatch.setattr(Linear, "forward", lambda self, x: linear.linear(x, self.weight, self.bias))  # float64 would go past the operator
+    monkeypatch.setattr(
+        Linear, "forward", lambda self, x: linear.linear(x, self.weight, self.bias)
+    )  # float64 would go past the operator
     x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: ours(x), (x, *ours.parameters()), fast_mode=True)
 
@@ -95,6 +110,7 @@ def test_who_multiplies(monkeypatch):
         called.clear()
         module(x).float().sum().backward()
         return [*called]
+
     x.requires_grad_()
     assert calls(ours, x) == [] and calls(theirs, x) == ["linear"]
     with torch.backends.mkldnn.flags(enabled=False):
@@ -147,21 +163,38 @@ print(model.blocks[-1].mlp.fc2.weight.grad.norm().item())
 @pytest.mark.slow
 def test_an_edit_of_an_operator_s_backward_reaches_the_compiled_model(tmp_path):
     """Of a custom operator torch.compile's cache knows no more than its name."""
+
     def run_edited(edits, cache):
         code = tmp_path / "code"
         shutil.rmtree(code, ignore_errors=True)
-        shutil.copytree(ROOT, code, ignore=shutil.ignore_patterns(".*", "runs", "datasets", "tests", "__pycache__"))
+        shutil.copytree(
+            ROOT, code, ignore=shutil.ignore_patterns(".*", "runs", "datasets", "tests", "__pycache__")
+        )
         for name, old, new in edits:
             text = (code / name).read_text()
             assert old in text
             (code / name).write_text(text.replace(old, new))
-        done = subprocess.run([sys.executable, "-c", EDITED], cwd=code, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", EDITED],
+            cwd=code,
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         return float(done.stdout)
-    doubled = ("model/linear.py", "weight_gradient(dy, x) if need_weight", "2 * weight_gradient(dy, x) if need_weight")
+
+    doubled = (
+        "model/linear.py",
+        "weight_gradient(dy, x) if need_weight",
+        "2 * weight_gradient(dy, x) if need_weight",
+    )
     norm = run_edited([], tmp_path / "cache")
     assert run_edited([doubled], tmp_path / "cache") == pytest.approx(2 * norm) and norm > 0
-    blind = ("model/linear.py", "torch.compiler.config.cache_key_tag += ", "ignored = ")  # control: so it is with torch's own key
+    blind = (
+        "model/linear.py",
+        "torch.compiler.config.cache_key_tag += ",
+        "ignored = ",
+    )  # control: so it is with torch's own key
     norm = run_edited([blind], tmp_path / "blind")
     assert run_edited([blind, doubled], tmp_path / "blind") == pytest.approx(norm)

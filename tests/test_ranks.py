@@ -29,9 +29,13 @@ def test_negative_changes_count_by_magnitude():
     assert transcription([Fraction(c) for c in (-2.0, 0.5, -1.0, 1.5)], 8, 64, magnitude=False)[0] == 8
 
 
-@pytest.mark.parametrize("changes", [[0.7], [-0.7], [0.0], [0.3, 0.3, 0.3], [0.3, -0.3], [0.0, 0.0], [0.1 + 0.2, 0.3]])
+@pytest.mark.parametrize(
+    "changes", [[0.7], [-0.7], [0.0], [0.3, 0.3, 0.3], [0.3, -0.3], [0.0, 0.0], [0.1 + 0.2, 0.3]]
+)
 def test_single_layer_and_equal_layers_get_rank_min(changes):
-    assert assign_ranks({"q": changes}, 4, 32) == {"q": [4] * len(changes)}  # 0/0; the last: equal up to rounding
+    assert assign_ranks({"q": changes}, 4, 32) == {
+        "q": [4] * len(changes)
+    }  # 0/0; the last: equal up to rounding
 
 
 def test_equal_rank_min_and_max():
@@ -46,7 +50,9 @@ def test_two_ranks():
 def test_bucket_edges_belong_to_the_lower_bucket():
     # v = 0, 1/4, 2/4, 3/4, 1, so v·4 = 0, 1, 2, 3, 4 without rounding; index 0 (v = 0), 0, 1, 2, 3
     assert assign_ranks({"q": [0.0, 1.0, 2.0, 3.0, 4.0]}, 8, 64) == {"q": [8, 8, 16, 32, 64]}
-    assert assign_ranks({"q": [0.0, 1.0000001, 2.0, 3.0, 4.0]}, 8, 64) == {"q": [8, 16, 16, 32, 64]}  # just above one
+    assert assign_ranks({"q": [0.0, 1.0000001, 2.0, 3.0, 4.0]}, 8, 64) == {
+        "q": [8, 16, 16, 32, 64]
+    }  # just above one
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.01, 0.7, 1.1])
@@ -98,12 +104,14 @@ def test_random_inputs_against_the_transcription(seed):
     for _ in range(50):
         count = rng.randint(1, 24)
         low = rng.randint(0, 5)
-        rank_min, rank_max = 2 ** low, 2 ** rng.randint(low, 7)
+        rank_min, rank_max = 2**low, 2 ** rng.randint(low, 7)
         # whole numbers hit the buckets' edges all the time, floats never
         draw = (lambda: rng.randint(-16, 16) / 64) if rng.random() < 0.5 else (lambda: rng.gauss(0, 1))
         changes = {family: [draw() for _ in range(count)] for family in ("q", "fc1")}
-        expected = {family: transcription(list(map(Fraction, layers)), rank_min, rank_max)
-                    for family, layers in changes.items()}
+        expected = {
+            family: transcription(list(map(Fraction, layers)), rank_min, rank_max)
+            for family, layers in changes.items()
+        }
         got = assign_ranks(changes, rank_min, rank_max)
         assert got == expected
         assert all(type(r) is int and rank_min <= r <= rank_max for ranks in got.values() for r in ranks)
@@ -125,17 +133,23 @@ def test_uniform_by_hand(budget, rank):
     assert uniform_ranks(CHANGES, COSTS, budget, 4, 32) == {"q": [rank] * 3, "fc1": [rank] * 3}
 
 
-@pytest.mark.parametrize("budget, expected", [
-    (84, {"q": [4, 4, 4], "fc1": [4, 4, 4]}),
-    (91, {"q": [4, 4, 4], "fc1": [4, 4, 4]}),  # the first step, q's last layer to 8 at λ = 2/4, costs 8
-    (92, {"q": [4, 4, 8], "fc1": [4, 4, 4]}),
-    (111, {"q": [4, 4, 8], "fc1": [4, 4, 4]}),  # the next is fc1's last to 8 at λ = 2/3, 20; nothing cheaper goes before it
-    (112, {"q": [4, 4, 8], "fc1": [4, 4, 8]}),
-    (120, {"q": [4, 4, 12], "fc1": [4, 4, 8]}),  # 3/4
-    # λ = 1: 4·⌊change⌋ = 4, 8, 16 and 4 (clipped), 4, 12
-    (2 * 28 + 5 * 20, {"q": [4, 8, 16], "fc1": [4, 4, 12]}),
-    (10**6, {"q": [32] * 3, "fc1": [32] * 3}),
-])
+@pytest.mark.parametrize(
+    "budget, expected",
+    [
+        (84, {"q": [4, 4, 4], "fc1": [4, 4, 4]}),
+        (91, {"q": [4, 4, 4], "fc1": [4, 4, 4]}),  # the first step, q's last layer to 8 at λ = 2/4, costs 8
+        (92, {"q": [4, 4, 8], "fc1": [4, 4, 4]}),
+        (
+            111,
+            {"q": [4, 4, 8], "fc1": [4, 4, 4]},
+        ),  # the next is fc1's last to 8 at λ = 2/3, 20; nothing cheaper goes before it
+        (112, {"q": [4, 4, 8], "fc1": [4, 4, 8]}),
+        (120, {"q": [4, 4, 12], "fc1": [4, 4, 8]}),  # 3/4
+        # λ = 1: 4·⌊change⌋ = 4, 8, 16 and 4 (clipped), 4, 12
+        (2 * 28 + 5 * 20, {"q": [4, 8, 16], "fc1": [4, 4, 12]}),
+        (10**6, {"q": [32] * 3, "fc1": [32] * 3}),
+    ],
+)
 def test_budget_by_hand(budget, expected):
     ranks = budget_ranks(CHANGES, COSTS, budget, 4, 32)
     assert ranks == expected
@@ -164,8 +178,12 @@ def test_budget_is_the_largest_proportion_that_fits(seed):
     changes = {family: [rng.uniform(-3, 3) for _ in range(5)] for family in ("q", "fc1")}
     costs = {"q": [2] * 5, "fc1": [5] * 5}
     budget = rng.randrange(4 * 35, 32 * 35)
-    at = lambda scale: {f: [4 * min(max(int(scale * abs(c)), 1), 8) for c in layers] for f, layers in changes.items()}
-    scales = sorted(n / abs(c) * (1 + 1e-12) for layers in changes.values() for c in layers for n in range(1, 9))
+    at = lambda scale: {
+        f: [4 * min(max(int(scale * abs(c)), 1), 8) for c in layers] for f, layers in changes.items()
+    }
+    scales = sorted(
+        n / abs(c) * (1 + 1e-12) for layers in changes.values() for c in layers for n in range(1, 9)
+    )
     fits = [at(scale) for scale in scales if count_parameters(at(scale), costs) <= budget]
     ranks = budget_ranks(changes, costs, budget, 4, 32)
     assert count_parameters(ranks, costs) <= budget and ranks == fits[-1]

@@ -31,19 +31,39 @@ def test_replay_agrees_with_what_runs_do(small, baseline, tmp_path, capsys):
     epochs = events(baseline, "epoch")
     loss = [abs(b["train_loss"] / a["train_loss"] - 1) * 100 for a, b in zip(epochs, epochs[1:])]
     zetas = [sorted(loss[1:])[1] + 1e-3, 90]
-    rows = rows_of(baseline, "--tau", 90, "--zeta", *zetas, "--window_epochs", 1, 2, "--rank_rule", "minmax", "budget")
+    rows = rows_of(
+        baseline, "--tau", 90, "--zeta", *zetas, "--window_epochs", 1, 2, "--rank_rule", "minmax", "budget"
+    )
     assert len(rows) == 8 and len({row["switch_epoch"] for row in rows}) >= 3
     for i, row in enumerate(rows):
         flags = [f"--{name}={row[name]}" for name in replay.SETTINGS]
         if row["switch_epoch"]:
             flags += ["--max_steps", 12 * int(row["switch_epoch"]) + 1]
-        did = run(small, tmp_path / str(i), "--mode", "prelora", "--fork", f"{baseline}@2", "--epochs", 9, "--eval_every", 9, *flags)
+        did = run(
+            small,
+            tmp_path / str(i),
+            "--mode",
+            "prelora",
+            "--fork",
+            f"{baseline}@2",
+            "--epochs",
+            9,
+            "--eval_every",
+            9,
+            *flags,
+        )
         switches = [r for r in did if r["event"] == "switch"]
-        assert [s["epoch"] for s in switches[:1]] == ([int(row["switch_epoch"])] if row["switch_epoch"] else [])
+        assert [s["epoch"] for s in switches[:1]] == (
+            [int(row["switch_epoch"])] if row["switch_epoch"] else []
+        )
         if switches:
             assert switches[0]["ranks"] == json.loads(row["ranks"])
             base = epochs[0]["trainable_params"]
-            assert switches[0]["trainable_params"] - base == int(row["adapter_params"]) == pytest.approx(float(row["share"]) / 100 * base)
+            assert (
+                switches[0]["trainable_params"] - base
+                == int(row["adapter_params"])
+                == pytest.approx(float(row["share"]) / 100 * base)
+            )
 
 
 def test_the_switch_by_hand(baseline, tmp_path, capsys):
@@ -52,7 +72,9 @@ def test_the_switch_by_hand(baseline, tmp_path, capsys):
     norm = [100, 100, 110, 112, 113, 113.1, 113.1, 113.1, 113.1]  # changes in %: 0, 10, 1.8, 0.89, 0.09, 0 …
     loss = [9, 8, 7, 6, 5.9, 5.8, 5.5, 5.4, 5.3]  # -11, -13, -14, -1.7, -1.7, -5.2, -1.8, -1.9
     for e, n, value in zip(lines, norm, loss):
-        e["weight_norms"] = {family: [n] * 4 for family in e["weight_norms"]} | {"v": [n, n, n, n * (1 + 0.001 * (e["epoch"] >= 5))]}
+        e["weight_norms"] = {family: [n] * 4 for family in e["weight_norms"]} | {
+            "v": [n, n, n, n * (1 + 0.001 * (e["epoch"] >= 5))]
+        }
         e["train_loss"] = value
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -60,28 +82,63 @@ def test_the_switch_by_hand(baseline, tmp_path, capsys):
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines))
     rows = rows_of(run_dir, "--tau", 1, 2, "--zeta", 2, 15, "--num_windows", 2, 3)
     found = {(float(r["tau"]), float(r["zeta"]), int(r["num_windows"])): r["switch_epoch"] for r in rows}
-    assert found == {(1, 2, 2): "5", (1, 2, 3): "6", (1, 15, 2): "5", (1, 15, 3): "6",
-                     (2, 2, 2): "5", (2, 2, 3): "6", (2, 15, 2): "4", (2, 15, 3): "5"}
+    assert found == {
+        (1, 2, 2): "5",
+        (1, 2, 3): "6",
+        (1, 15, 2): "5",
+        (1, 15, 3): "6",
+        (2, 2, 2): "5",
+        (2, 2, 3): "6",
+        (2, 15, 2): "4",
+        (2, 15, 3): "5",
+    }
     never = rows_of(run_dir, "--tau", 1e-6, "--zeta", 1e-6)
     assert never[0]["switch_epoch"] == never[0]["ranks"] == "" and "not by 9" in capsys.readouterr().out
     # of v's layers the last changed more between epochs 4 and 5
-    assert json.loads(rows[0]["ranks"]) == {family: [4] * 3 + [32 if family == "v" else 4] for family in lines[0]["weight_norms"]}
+    assert json.loads(rows[0]["ranks"]) == {
+        family: [4] * 3 + [32 if family == "v" else 4] for family in lines[0]["weight_norms"]
+    }
 
 
 def test_past_its_own_switch_a_log_is_refused(small, baseline, tmp_path, capsys):
     switched = tmp_path / "run"
-    run(small, switched, "--fork", f"{baseline}@3", "--mode", "prelora", "--switch_epoch", 4, "--epochs", 9, "--max_steps", 84,
-        "--lora_warmup_epochs", 1)
+    run(
+        small,
+        switched,
+        "--fork",
+        f"{baseline}@3",
+        "--mode",
+        "prelora",
+        "--switch_epoch",
+        4,
+        "--epochs",
+        9,
+        "--max_steps",
+        84,
+        "--lora_warmup_epochs",
+        1,
+    )
     capsys.readouterr()
     assert replay.main([str(switched), "--tau", "90", "1e-6"]) == 1
     out, err = capsys.readouterr()
-    assert "not by 4" in out and err.count("\n") == 1 and "has switched after epoch 4" in err and "use a baseline's" in err
-    rows = rows_of(switched, "--tau", 90)  # before it the log is as good as the baseline's, and it has timed all phases
+    assert (
+        "not by 4" in out
+        and err.count("\n") == 1
+        and "has switched after epoch 4" in err
+        and "use a baseline's" in err
+    )
+    rows = rows_of(
+        switched, "--tau", 90
+    )  # before it the log is as good as the baseline's, and it has timed all phases
     assert rows[0]["switch_epoch"] == "3"
-    seconds = {e["phase"]: [f["epoch_seconds"] for f in events(switched, "epoch") if f["phase"] == e["phase"]]
-               for e in events(switched, "epoch")}
+    seconds = {
+        e["phase"]: [f["epoch_seconds"] for f in events(switched, "epoch") if f["phase"] == e["phase"]]
+        for e in events(switched, "epoch")
+    }
     full, warmup, lora = (np.median(seconds[phase]) for phase in ("full", "warmup", "lora"))
-    assert float(rows[0]["time_saved"]) == pytest.approx(100 * (1 - (3 * full + warmup + 5 * lora) / (9 * full)))
+    assert float(rows[0]["time_saved"]) == pytest.approx(
+        100 * (1 - (3 * full + warmup + 5 * lora) / (9 * full))
+    )
     assert rows_of(baseline, "--tau", 90)[0]["time_saved"] == ""
     assert rows_of(baseline, "--tau", 90, "--times", switched)[0]["time_saved"] != ""
 
@@ -97,28 +154,37 @@ def test_ttest_by_hand(baseline, tmp_path, capsys):
             for e in events(baseline, "epoch"):
                 after = e["epoch"] > 4
                 losses = [2 + offset * after, 3 + offset * after, 4 + offset * after]
-                file.write(json.dumps(e | {"phase": phase if after else "full", "step_losses": losses}) + "\n")
+                file.write(
+                    json.dumps(e | {"phase": phase if after else "full", "step_losses": losses}) + "\n"
+                )
     rows = replay.compare_losses(str(copies["full"]), str(copies["lora"]), 2)
     assert [(r["first"], r["last"]) for r in rows] == [(5, 6), (7, 8)]  # epoch 9 fills no window
     # two samples of 2, 3, 4, 2, 3, 4: variance 0.8, so t = -0.5 / sqrt(2 · 0.8 / 6)
-    assert rows[0]["t"] == pytest.approx(-0.5 / math.sqrt(1.6 / 6)) and rows[0]["p"] == pytest.approx(0.3559, abs=1e-3)
+    assert rows[0]["t"] == pytest.approx(-0.5 / math.sqrt(1.6 / 6)) and rows[0]["p"] == pytest.approx(
+        0.3559, abs=1e-3
+    )
     assert replay.compare_losses(str(copies["full"]), str(copies["same"]), 2)[0]["p"] == 1
     assert replay.main(["--ttest", str(copies["full"]), str(copies["lora"]), "--window_epochs", "5"]) == 0
     assert "    5-9     3.0000     3.5000" in capsys.readouterr().out
-    assert replay.main(["--ttest", str(copies["full"]), str(copies["full"])]) == 2  # a full run has no LoRA phase
+    assert (
+        replay.main(["--ttest", str(copies["full"]), str(copies["full"])]) == 2
+    )  # a full run has no LoRA phase
     assert "share 0 epochs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, reason", [
-    (["nowhere"], "no run directory nowhere"),
-    ([], "which run?"),
-    (["{}", "--tau", "0"], "tau must be above 0"),
-    (["{}", "--num_windows", "1"], "num_windows must be at least 2"),
-    (["{}", "--rank_rule", "best"], "rank_rule"),
-    (["{}", "--taus", "1"], "unknown flag --taus"),
-    (["{}", "--times", "{}"], "has timed only: full"),
-    (["--ttest", "{}"], "two runs"),
-])
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["nowhere"], "no run directory nowhere"),
+        ([], "which run?"),
+        (["{}", "--tau", "0"], "tau must be above 0"),
+        (["{}", "--num_windows", "1"], "num_windows must be at least 2"),
+        (["{}", "--rank_rule", "best"], "rank_rule"),
+        (["{}", "--taus", "1"], "unknown flag --taus"),
+        (["{}", "--times", "{}"], "has timed only: full"),
+        (["--ttest", "{}"], "two runs"),
+    ],
+)
 def test_bad_input_is_one_line(baseline, capsys, flags, reason):
     assert replay.main([flag.format(baseline) for flag in flags]) == 2
     err = capsys.readouterr().err

@@ -27,15 +27,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-
-import train
-from model import checkpoint, distributed
-from model.optim import get_optimizer_state
-from model.parallel import reshard, to_plain
-from model.vit import VARIANTS
-from monitor import logger
 from test_parallel import PLAIN, watching
 from test_train import REPO, assert_same, events, weights, without_times
+
+import train
+from launch import distributed
+from model import checkpoint
+from model.optim import get_optimizer_state
+from model.parallel import reshard, to_plain
+from model.variants import VARIANTS
+from monitor import logger
 
 # 4 steps an epoch, 20 in all: full 1-3 (the test decides), warmup 4, lora 5.
 RUN = [*PLAIN, "--epochs", "5", "--lora_warmup_epochs", "1"]
@@ -52,11 +53,14 @@ def tiny(small, tmp_path_factory):
     for file in (small / "FashionMNIST" / "raw").iterdir():
         n, data = 64 if "train" in file.name else 18, file.read_bytes()
         header, size = (16, 28 * 28) if "images" in file.name else (8, 1)
-        (raw / file.name).write_bytes(data[:4] + n.to_bytes(4, "big") + data[8:header] + data[header:][:n * size])
+        (raw / file.name).write_bytes(
+            data[:4] + n.to_bytes(4, "big") + data[8:header] + data[header:][: n * size]
+        )
     return raw.parent.parent
 
 
 # ---- train.py as one rank, watched
+
 
 def go(argv, fault=contextlib.nullcontext, *fault_args):
     """train.py on this rank: its status and console, every step's loss, the images of every micro-batch."""
@@ -70,15 +74,25 @@ def go(argv, fault=contextlib.nullcontext, *fault_args):
                 status = 1
             if dist.is_initialized():  # it failed: a process would end here
                 dist.destroy_process_group()
-    return {"status": status, "console": console[0], "losses": seen["losses"], "images": images, "extra": extra}
+    return {
+        "status": status,
+        "console": console[0],
+        "losses": seen["losses"],
+        "images": images,
+        "extra": extra,
+    }
 
 
 @contextlib.contextmanager
 def lean():
     """Two blocks, no figures, no FLOPs: what takes time and matters to none of these tests."""
-    with mock.patch.dict(VARIANTS["tiny-debug"], depth=2), mock.patch.object(train, "count_flops", lambda *a: 0), \
-            mock.patch.object(logger, "change_heatmap"), mock.patch.object(logger, "rank_heatmap"), \
-            mock.patch.object(logger.SummaryWriter, "add_figure"):
+    with (
+        mock.patch.dict(VARIANTS["tiny-debug"], depth=2),
+        mock.patch.object(train, "count_flops", lambda *a: 0),
+        mock.patch.object(logger, "change_heatmap"),
+        mock.patch.object(logger, "rank_heatmap"),
+        mock.patch.object(logger.SummaryWriter, "add_figure"),
+    ):
         yield
 
 
@@ -95,8 +109,14 @@ def recording(images):
     def watched(batches):
         with contextlib.closing(batches):
             for batch, labels in batches:
-                images.append([(zlib.crc32(image.contiguous().numpy()), int(label)) for image, label in zip(batch, labels)])
+                images.append(
+                    [
+                        (zlib.crc32(image.contiguous().numpy()), int(label))
+                        for image, label in zip(batch, labels)
+                    ]
+                )
                 yield batch, labels
+
     with mock.patch.object(train, "build_loader", building):
         yield
 
@@ -122,7 +142,12 @@ def captured():
 
 def images_of(ranks):
     """What the ranks saw, in the run's order: micro-batch by micro-batch, rank by rank."""
-    return [image for micro_batches in zip(*(r["images"] for r in ranks), strict=True) for batch in micro_batches for image in batch]
+    return [
+        image
+        for micro_batches in zip(*(r["images"] for r in ranks), strict=True)
+        for batch in micro_batches
+        for image in batch
+    ]
 
 
 class Runs:
@@ -153,6 +178,7 @@ def whole(runs, tmp_path_factory):
             run_dir = tmp_path_factory.mktemp("whole") / "run"
             made[ranks, flags] = run_dir, runs(ranks, run_dir, *flags)
         return made[ranks, flags]
+
     return make
 
 
@@ -178,7 +204,13 @@ class Launcher:
     def start(self, ranks, folder, argv, *fault):
         """Start train.py; rank 1 prints to folder/console_1. Returns the pids, each also the number of a process group."""
         folder.mkdir(exist_ok=True)
-        return self.ask("start", [torchrun_environment(ranks, rank) for rank in range(ranks)], folder, [str(a) for a in argv], fault)
+        return self.ask(
+            "start",
+            [torchrun_environment(ranks, rank) for rank in range(ranks)],
+            folder,
+            [str(a) for a in argv],
+            fault,
+        )
 
     def statuses(self, pids):
         """Exit statuses, None of those that run, -9 of those killed."""
@@ -205,8 +237,14 @@ def torchrun_environment(ranks, rank, port={}):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port[0] = s.getsockname()[1]
-    return {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port[0]),
-            "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    return {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port[0]),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
 
 
 def launch(pipe):
@@ -241,7 +279,9 @@ def fork(environment, folder, argv, fault):
         os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans where the tests are interrupted
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # as in any process that was not spawned: for the loader's workers
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as in any process that was not spawned: for the loader's workers
     console = os.open(folder / f"console_{environment['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(console, 1), os.dup2(console, 2)
     try:
@@ -265,6 +305,7 @@ def launcher():
 
 # ---- faults: context managers that both ways of starting enter
 
+
 @contextlib.contextmanager
 def before_step(rank, step, do, *args):
     """On one rank, do(*args) as optimiser step `step`, counted from 0, begins."""
@@ -274,14 +315,17 @@ def before_step(rank, step, do, *args):
         if at == step and todo:
             todo.pop()(*args)
         return get_lr(at, *rest)
+
     with mock.patch.object(train, "get_lr", watched if int(os.environ["RANK"]) == rank else get_lr):
         yield
 
 
-
 # ---- resume
 
-@pytest.mark.parametrize("point", [p if p in ("full", "freeze") else pytest.param(p, marks=slow) for p in POINTS])
+
+@pytest.mark.parametrize(
+    "point", [p if p in ("full", "freeze") else pytest.param(p, marks=slow) for p in POINTS]
+)
 def test_resumed_on_as_many_ranks_is_the_same_to_the_bit(runs, whole, tmp_path, point):
     reference, seen = whole(2, *RANDOM)
     step = POINTS[point]
@@ -298,12 +342,21 @@ def test_resumed_compiled_in_bfloat16_is_the_same_to_the_bit(runs, tmp_path):
     flags = [*RANDOM, "--compile", True, "--dtype", "bfloat16", "--mode", "lora", "--epochs", 3]
     whole = runs(2, tmp_path / "whole", *flags)
     runs(2, tmp_path / "run", *flags, "--max_steps", 6)
-    assert runs(2, tmp_path / "run", *flags, "--resume", True, "--max_steps", None)[1]["losses"] == whole[1]["losses"][6:]
+    assert (
+        runs(2, tmp_path / "run", *flags, "--resume", True, "--max_steps", None)[1]["losses"]
+        == whole[1]["losses"][6:]
+    )
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("point, ranks", [(p, r) if (p, r) in [("full", 1), ("switch", 4)] else pytest.param(p, r, marks=slow)
-                                         for p in POINTS for r in (1, 4)])
+@pytest.mark.parametrize(
+    "point, ranks",
+    [
+        (p, r) if (p, r) in [("full", 1), ("switch", 4)] else pytest.param(p, r, marks=slow)
+        for p in POINTS
+        for r in (1, 4)
+    ],
+)
 def test_resumed_on_another_number_of_ranks_goes_on_within_rounding(runs, whole, tmp_path, point, ranks):
     reference, seen = whole(2)
     step, losses = POINTS[point], seen[0]["losses"]
@@ -311,7 +364,11 @@ def test_resumed_on_another_number_of_ranks_goes_on_within_rounding(runs, whole,
     after = runs(ranks, tmp_path / "run", "--resume", True, "--max_steps", None)
     assert images_of(before) + images_of(after) == images_of(seen)
     assert all(r["losses"] == after[0]["losses"] for r in after) and len(after[0]["losses"]) == 20 - step
-    assert after[0]["losses"][0] == pytest.approx(losses[step], rel=1e-6) != pytest.approx(losses[step - 1], rel=1e-6)
+    assert (
+        after[0]["losses"][0]
+        == pytest.approx(losses[step], rel=1e-6)
+        != pytest.approx(losses[step - 1], rel=1e-6)
+    )
     assert after[0]["losses"] == pytest.approx(losses[step:], rel=1e-4)
     assert [e["epoch"] for e in events(tmp_path / "run", "epoch")] == [1, 2, 3, 4, 5]
     assert events(tmp_path / "run", "switch")[0]["ranks"] == events(reference, "switch")[0]["ranks"]
@@ -324,21 +381,34 @@ def test_forked_on_two_ranks_is_the_same_to_the_bit(runs, whole, tmp_path):
         assert a["losses"] == b["losses"][12:] and len(a["losses"]) == 8
     assert_same_run(tmp_path / "run", reference)
     bad = runs(2, tmp_path / "bad", "--fork", f"{reference}@2", status=2)
-    assert "keeps no checkpoint of epoch 2" in bad[0]["console"] and bad[0]["console"].count("error:") == 1 and not bad[1]["console"]
+    assert (
+        "keeps no checkpoint of epoch 2" in bad[0]["console"]
+        and bad[0]["console"].count("error:") == 1
+        and not bad[1]["console"]
+    )
 
 
 def test_the_same_micro_batches_and_draws_however_they_are_divided(runs, tmp_path):
     """With everything random on: dropout and mixup are drawn by a micro-batch's number."""
-    seen = {(ranks, accum): runs(ranks, tmp_path / f"{ranks}x{accum}", *RANDOM, "--grad_accum_steps", accum, "--max_steps", 5)
-            for ranks, accum in [(4, 1), (2, 2), (1, 4), (2, 1)]}
+    seen = {
+        (ranks, accum): runs(
+            ranks, tmp_path / f"{ranks}x{accum}", *RANDOM, "--grad_accum_steps", accum, "--max_steps", 5
+        )
+        for ranks, accum in [(4, 1), (2, 2), (1, 4), (2, 1)]
+    }
     losses = {key: ranks[0]["losses"] for key, ranks in seen.items()}
-    assert losses[2, 2] == pytest.approx(losses[1, 4], rel=1e-5) and losses[4, 1] == pytest.approx(losses[1, 4], rel=1e-5)
+    assert losses[2, 2] == pytest.approx(losses[1, 4], rel=1e-5) and losses[4, 1] == pytest.approx(
+        losses[1, 4], rel=1e-5
+    )
     assert losses[2, 1] != pytest.approx(losses[1, 4], rel=1e-5)  # the control: micro-batches of 8, not 4
     images = images_of(seen[1, 4])
-    assert len(set(images)) > 64 and all(images_of(ranks) == images for ranks in seen.values())  # in two epochs, augmented anew
+    assert len(set(images)) > 64 and all(
+        images_of(ranks) == images for ranks in seen.values()
+    )  # in two epochs, augmented anew
 
 
 # ---- a save that is killed, at every point
+
 
 class Killed(BaseException):
     pass
@@ -355,6 +425,7 @@ def save_killed_at(point, save):
                 raise Killed
             left[0] -= 1
             return function(*args, **kw)
+
         return cutting
 
     def half_removed(path, **kw):
@@ -364,10 +435,18 @@ def save_killed_at(point, save):
     def half_saved(tensors, checkpoint_id, **kw):
         checkpoint_id.mkdir()
         (checkpoint_id / "__0_0.distcp").write_bytes(b"PK")
+
     nothing = lambda *args, **kw: None
-    with mock.patch.object(os, "replace", cut(os.replace, nothing)), mock.patch.object(dcp, "save", cut(dcp.save, half_saved)), \
-            mock.patch.object(shutil, "rmtree", cut(shutil.rmtree, half_removed)), \
-            mock.patch.object(Path, "write_text", cut(Path.write_text, lambda path, text: path.open("w").write(text[:len(text) // 2]))):
+    with (
+        mock.patch.object(os, "replace", cut(os.replace, nothing)),
+        mock.patch.object(dcp, "save", cut(dcp.save, half_saved)),
+        mock.patch.object(shutil, "rmtree", cut(shutil.rmtree, half_removed)),
+        mock.patch.object(
+            Path,
+            "write_text",
+            cut(Path.write_text, lambda path, text: path.open("w").write(text[: len(text) // 2])),
+        ),
+    ):
         try:
             save()
         except Killed:
@@ -379,17 +458,22 @@ def steps_in(run_dir):
     return sorted(int(d.name[5:]) for d in (run_dir / "checkpoints").glob("step_????????"))
 
 
-@pytest.mark.parametrize("first, then, kept", [
-    ([1, 2, 3], 4, [3, 4]),
-    ([1, 2, 3], 3, [2, 3]),  # an epoch's end, after a signal had saved its last step
-    ([1, 2, 3, "damaged"], 3, [2, 3]),  # resumed from 2
-    ([1, 2, 3, "damaged"], 4, [2, 3, 4]),  # two intact ones stay
-    ([1, 2, 3, 4, "back to 2"], 3, [2, 3, 4]),
-])
+@pytest.mark.parametrize(
+    "first, then, kept",
+    [
+        ([1, 2, 3], 4, [3, 4]),
+        ([1, 2, 3], 3, [2, 3]),  # an epoch's end, after a signal had saved its last step
+        ([1, 2, 3, "damaged"], 3, [2, 3]),  # resumed from 2
+        ([1, 2, 3, "damaged"], 4, [2, 3, 4]),  # two intact ones stay
+        ([1, 2, 3, 4, "back to 2"], 3, [2, 3, 4]),
+    ],
+)
 def test_no_moment_of_a_save_loses_the_last_complete_checkpoint(tmp_path, first, then, kept):
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    save = lambda run_dir, step, mark: checkpoint.save(run_dir, model, optimizer, {"step": step, "mark": mark}, pinned=False)
+    save = lambda run_dir, step, mark: checkpoint.save(
+        run_dir, model, optimizer, {"step": step, "mark": mark}, pinned=False
+    )
     start = tmp_path / "start"
     for step in first:
         if step == "damaged":
@@ -411,13 +495,20 @@ def test_no_moment_of_a_save_loses_the_last_complete_checkpoint(tmp_path, first,
         if not killed:
             break
         save(run_dir, then, "again")  # what the resumed run will do
-        assert checkpoint.find(run_dir)[1]["mark"] == "again" and checkpoint.latest(run_dir).name == f"step_{then:08d}"
+        assert (
+            checkpoint.find(run_dir)[1]["mark"] == "again"
+            and checkpoint.latest(run_dir).name == f"step_{then:08d}"
+        )
         assert steps_in(run_dir) == kept
-        assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"latest", *(f"step_{s:08d}" for s in kept)}
+        assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {
+            "latest",
+            *(f"step_{s:08d}" for s in kept),
+        }
     assert point > 3 and meta["mark"] == "new"
 
 
 # ---- damaged checkpoints
+
 
 def cut(file):
     file.write_bytes(file.read_bytes()[:-9])
@@ -464,7 +555,12 @@ def test_a_damaged_checkpoint_is_passed_over(stopped, tmp_path, damage):
     DAMAGES[damage](run_dir / "checkpoints/step_00000010")
     found, meta, warnings = checkpoint.find(run_dir)
     assert found.name == "step_00000008" and meta["step"] == 8
-    assert len(warnings) == 1 and "passed over a damaged checkpoint" in warnings[0] and "step_00000010" in warnings[0] and "\n" not in warnings[0]
+    assert (
+        len(warnings) == 1
+        and "passed over a damaged checkpoint" in warnings[0]
+        and "step_00000010" in warnings[0]
+        and "\n" not in warnings[0]
+    )
 
 
 @pytest.mark.parametrize("damage", LATEST)
@@ -472,7 +568,11 @@ def test_a_damaged_latest_is_no_fresh_start(stopped, tmp_path, damage):
     run_dir = shutil.copytree(stopped, tmp_path / "run")
     LATEST[damage](run_dir / "checkpoints/latest")
     found, meta, warnings = checkpoint.find(run_dir)
-    assert found.name == "step_00000010" and len(warnings) == 1 and f"{run_dir}/checkpoints/latest" in warnings[0]
+    assert (
+        found.name == "step_00000010"
+        and len(warnings) == 1
+        and f"{run_dir}/checkpoints/latest" in warnings[0]
+    )
     shutil.rmtree(found.with_name("step_00000010")), shutil.rmtree(found.with_name("step_00000008"))
     if damage != "missing":
         with pytest.raises(ValueError, match="no intact checkpoint"):
@@ -487,10 +587,12 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(runs, whole, sto
         LATEST["before"](run_dir / "checkpoints/latest")
     else:
         DAMAGES[damage](run_dir / "checkpoints/step_00000010")
-    after, = runs(1, run_dir, "--resume", True, "--max_steps", 12)
-    assert after["losses"] == seen[0]["losses"][10 if damage == "latest" else 8:12]
-    warning, = events(run_dir, "warning")
-    assert after["console"].count(f"warning: {warning['message']}\n") == 1 and warning["step"] == 12 - len(after["losses"])
+    (after,) = runs(1, run_dir, "--resume", True, "--max_steps", 12)
+    assert after["losses"] == seen[0]["losses"][10 if damage == "latest" else 8 : 12]
+    (warning,) = events(run_dir, "warning")
+    assert after["console"].count(f"warning: {warning['message']}\n") == 1 and warning["step"] == 12 - len(
+        after["losses"]
+    )
     step = "checkpoints/step_00000012"
     assert_same(weights(run_dir, run_dir / step), weights(reference, reference / step))
 
@@ -513,12 +615,16 @@ def test_all_checkpoints_damaged_is_one_error_and_nothing_is_deleted(runs, stopp
     cut(run_dir / "checkpoints/step_00000010/__0_0.distcp")
     before = files_of(run_dir)
     first, *others = runs(ranks, run_dir, "--resume", True, status=2)
-    assert first["console"].startswith(f"error: no intact checkpoint in {run_dir}/checkpoints: ") and first["console"].count("\n") == 1
+    assert (
+        first["console"].startswith(f"error: no intact checkpoint in {run_dir}/checkpoints: ")
+        and first["console"].count("\n") == 1
+    )
     assert [r["console"] for r in others] == [""] * (ranks - 1)
     assert files_of(run_dir) == before
 
 
 # ---- full disks
+
 
 @contextlib.contextmanager
 def full_disk(rank, step, what):
@@ -539,6 +645,7 @@ def full_disk(rank, step, what):
         if what == "meta.json" and path.name == what and value["step"] == step:
             fill()
         return write_json(path, value)
+
     if int(os.environ["RANK"]) != rank:
         yield
         return
@@ -549,13 +656,17 @@ def full_disk(rank, step, what):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("rank, what", [(1, "shards"), pytest.param(0, "shards", marks=slow), (0, "meta.json")])
+@pytest.mark.parametrize(
+    "rank, what", [(1, "shards"), pytest.param(0, "shards", marks=slow), (0, "meta.json")]
+)
 def test_a_full_disk_stops_all_ranks_and_keeps_the_checkpoint_before(runs, whole, tmp_path, rank, what):
     reference, _ = whole(2, *RANDOM)
     run_dir = tmp_path / "run"
     first, second = runs(2, run_dir, *RANDOM, fault=(full_disk, rank, 8, what), status=1)
     errors = [line for line in first["console"].splitlines() if "error" in line]
-    assert len(errors) == 1 and errors[0].startswith("error: ") and "File too large" in errors[0], first["console"]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and "File too large" in errors[0], first[
+        "console"
+    ]
     assert "Traceback" not in first["console"] and second["console"] == ""
     assert "File too large" in (run_dir / f"logs/rank_000{1 - rank}.log").read_text()
     assert checkpoint.find(run_dir)[0].name == "step_00000004" and steps_in(run_dir) == [4]
@@ -569,15 +680,21 @@ def test_a_disk_that_is_full_for_everything(runs, whole, tmp_path):
     reference, _ = whole(2, *RANDOM)
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small disk needs root")
     try:
         first, second = runs(2, disk / "run", *RANDOM, status=1)
         errors = [line for line in first["console"].splitlines() if "rror" in line]
-        assert len(errors) == 1 and errors[0].startswith("error: ") and "No space left on device" in errors[0], first["console"]
+        assert (
+            len(errors) == 1 and errors[0].startswith("error: ") and "No space left on device" in errors[0]
+        ), first["console"]
         assert "Traceback" not in first["console"] and second["console"] == ""
         step = checkpoint.find(disk / "run")[1]["step"]
-        assert steps_in(disk / "run")[-1] == step < 20 and "No space" not in "".join(map(str, events(disk / "run")))
+        assert steps_in(disk / "run")[-1] == step < 20 and "No space" not in "".join(
+            map(str, events(disk / "run"))
+        )
         subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
         runs(2, disk / "run", "--resume", True)
         assert_same_run(disk / "run", reference)
@@ -586,6 +703,7 @@ def test_a_disk_that_is_full_for_everything(runs, whole, tmp_path):
 
 
 # ---- NaN on one rank
+
 
 @contextlib.contextmanager
 def poisoned(rank, step):
@@ -603,27 +721,52 @@ def poisoned(rank, step):
 
     def finishing():  # while all ranks are still there
         reshard(current[0])
-        memory.update({f"model.{name}": to_plain(t.detach()).clone() for name, t in current[0].state_dict().items()})
+        memory.update(
+            {f"model.{name}": to_plain(t.detach()).clone() for name, t in current[0].state_dict().items()}
+        )
         for name, state in get_optimizer_state(*current).items():
             memory.update({f"optimizer.{name}.{key}": to_plain(t).clone() for key, t in state.items()})
         finish()
+
     bad = [False]
-    with before_step(rank, step, lambda: bad.__setitem__(0, True)), mock.patch.object(train, "build_optimizer", building), \
-            mock.patch.object(train, "normalise", normalising), mock.patch.object(dist, "destroy_process_group", finishing):
+    with (
+        before_step(rank, step, lambda: bad.__setitem__(0, True)),
+        mock.patch.object(train, "build_optimizer", building),
+        mock.patch.object(train, "normalise", normalising),
+        mock.patch.object(dist, "destroy_process_group", finishing),
+    ):
         yield memory
 
 
-@pytest.mark.parametrize("step, mesh", [(18, ""), *(pytest.param(*case, marks=slow) for case in [
-    (6, ""), (14, ""), (14, "--dp_shard 1"), (18, "--dp_shard 1"), (18, "--frozen_base shard")])])
+@pytest.mark.parametrize(
+    "step, mesh",
+    [
+        (18, ""),
+        *(
+            pytest.param(*case, marks=slow)
+            for case in [
+                (6, ""),
+                (14, ""),
+                (14, "--dp_shard 1"),
+                (18, "--dp_shard 1"),
+                (18, "--frozen_base shard"),
+            ]
+        ),
+    ],
+)
 def test_a_nan_on_one_rank_stops_all_before_the_step(runs, tmp_path, step, mesh):
     flags = [*RANDOM, *mesh.split()]
     clean = runs(2, tmp_path / "clean", *flags, "--max_steps", step)
     seen = runs(2, tmp_path / "run", *flags, fault=(poisoned, 1, step), status=1)
     first, second = seen
-    error, = [line for line in first["console"].splitlines() if "error" in line]
+    (error,) = [line for line in first["console"].splitlines() if "error" in line]
     last = tmp_path / f"run/checkpoints/step_{step // 4 * 4:08d}"
-    assert error.startswith(f"error: non-finite loss or gradient norm at step {step + 1}, epoch {step // 4 + 1}, ") and error.endswith(f" {last}")
-    assert second["console"] == "" and error.split(", ")[1] in (tmp_path / "run/logs/rank_0001.log").read_text()
+    assert error.startswith(
+        f"error: non-finite loss or gradient norm at step {step + 1}, epoch {step // 4 + 1}, "
+    ) and error.endswith(f" {last}")
+    assert (
+        second["console"] == "" and error.split(", ")[1] in (tmp_path / "run/logs/rank_0001.log").read_text()
+    )
     assert first["losses"][:-1] == clean[0]["losses"]
     for rank in seen:
         assert_same(rank["extra"], weights(tmp_path / "clean"))
@@ -634,13 +777,21 @@ def test_a_nan_on_one_rank_stops_all_before_the_step(runs, tmp_path, step, mesh)
 
 # ---- signals
 
+
 def signalled(rank, step, number):
     return before_step(rank, step, os.kill, os.getpid(), number)
 
 
-@pytest.mark.parametrize("number, step", [
-    (signal.SIGTERM, 5), (signal.SIGUSR2, 11), pytest.param(signal.SIGUSR1, 13, marks=slow), pytest.param(signal.SIGUSR2, 18, marks=slow),
-    pytest.param(signal.SIGTERM, 19, marks=slow)])
+@pytest.mark.parametrize(
+    "number, step",
+    [
+        (signal.SIGTERM, 5),
+        (signal.SIGUSR2, 11),
+        pytest.param(signal.SIGUSR1, 13, marks=slow),
+        pytest.param(signal.SIGUSR2, 18, marks=slow),
+        pytest.param(signal.SIGTERM, 19, marks=slow),
+    ],
+)
 def test_a_signal_on_one_rank_saves_the_same_step_on_all(runs, whole, tmp_path, number, step):
     """In mid-epoch; at the last step of the epoch that ends in the switch; at the very last step."""
     reference, seen = whole(2, *RANDOM)
@@ -648,8 +799,15 @@ def test_a_signal_on_one_rank_saves_the_same_step_on_all(runs, whole, tmp_path, 
     before = runs(2, run_dir, *RANDOM, fault=(signalled, 1, step, number), status=distributed.REQUEUE)
     assert [len(r["losses"]) for r in before] == [step + 1] * 2
     meta = checkpoint.find(run_dir)[1]
-    assert meta["step"] == step + 1 and meta["state"]["epoch"] == step // 4 and meta["state"]["epoch_step"] == step % 4 + 1
-    assert f"another rank was told to stop: saved at step {step + 1}, go on with --resume True" in before[0]["console"]
+    assert (
+        meta["step"] == step + 1
+        and meta["state"]["epoch"] == step // 4
+        and meta["state"]["epoch_step"] == step % 4 + 1
+    )
+    assert (
+        f"another rank was told to stop: saved at step {step + 1}, go on with --resume True"
+        in before[0]["console"]
+    )
     assert "error" not in before[0]["console"]
     after = runs(2, run_dir, "--resume", True)
     assert images_of(before) + images_of(after) == images_of(seen)
@@ -659,7 +817,9 @@ def test_a_signal_on_one_rank_saves_the_same_step_on_all(runs, whole, tmp_path, 
 @pytest.mark.parametrize("step", [9, 11])
 def test_a_signal_to_a_single_process(runs, whole, tmp_path, step):
     reference, _ = whole(1, *RANDOM)
-    first, = runs(1, tmp_path / "run", *RANDOM, fault=(signalled, 0, step, signal.SIGTERM), status=distributed.REQUEUE)
+    (first,) = runs(
+        1, tmp_path / "run", *RANDOM, fault=(signalled, 0, step, signal.SIGTERM), status=distributed.REQUEUE
+    )
     assert f"SIGTERM: saved at step {step + 1}, go on with --resume True" in first["console"]
     runs(1, tmp_path / "run", "--resume", True)
     assert_same_run(tmp_path / "run", reference)
@@ -672,7 +832,9 @@ def test_a_signal_with_ffcv(on_ranks, small, tmp_path):
     runs = Runs(on_ranks, small)
     flags = [*RANDOM, "--loader", "ffcv", "--num_workers", 1]
     whole = runs(2, tmp_path / "whole", *flags)
-    before = runs(2, tmp_path / "run", *flags, fault=(signalled, 1, 11, signal.SIGTERM), status=distributed.REQUEUE)
+    before = runs(
+        2, tmp_path / "run", *flags, fault=(signalled, 1, 11, signal.SIGTERM), status=distributed.REQUEUE
+    )
     after = runs(2, tmp_path / "run", "--resume", True)
     assert images_of(before) + images_of(after) == images_of(whole)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -688,18 +850,29 @@ def test_a_signal_that_came_before_training_is_heeded():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_signal_to_all_processes_of_a_rank_spares_its_loader_workers(launcher, whole, tmp_path, tiny, number):
+def test_a_signal_to_all_processes_of_a_rank_spares_its_loader_workers(
+    launcher, whole, tmp_path, tiny, number
+):
     reference, _ = whole(2, *RANDOM)
     run_dir = tmp_path / "run"
     argv = [*RUN, *RANDOM, "--data_dir", tiny, "--run_dir", run_dir, "--num_workers", 2]
     pids = launcher.start(2, tmp_path, argv, slowed, 0.15)
-    while not (run_dir / "metrics.jsonl").exists() or len(events(run_dir, "epoch")) < 2 or len(processes_of(pids[1])) < 3:
+    while (
+        not (run_dir / "metrics.jsonl").exists()
+        or len(events(run_dir, "epoch")) < 2
+        or len(processes_of(pids[1])) < 3
+    ):
         assert None in launcher.statuses(pids), (tmp_path / "console_0").read_text()
         time.sleep(0.1)
     launcher.kill(pids[1:], number)
-    assert launcher.wait(pids) == [distributed.REQUEUE] * 2, [(tmp_path / f"console_{rank}").read_text() for rank in range(2)]
+    assert launcher.wait(pids) == [distributed.REQUEUE] * 2, [
+        (tmp_path / f"console_{rank}").read_text() for rank in range(2)
+    ]
     assert processes_of(pids[0]) == processes_of(pids[1]) == []
-    assert "rror" not in (run_dir / "logs/rank_0001.log").read_text() and 8 < checkpoint.find(run_dir)[1]["step"] < 20
+    assert (
+        "rror" not in (run_dir / "logs/rank_0001.log").read_text()
+        and 8 < checkpoint.find(run_dir)[1]["step"] < 20
+    )
     assert launcher.wait(launcher.start(2, tmp_path, [*argv, "--resume", True])) == [0, 0]
     assert_same_run(run_dir, reference)
 
@@ -725,6 +898,7 @@ def processes_of(group):
 
 # ---- ranks that hang or die
 
+
 @contextlib.contextmanager
 def impatient(rank, step, do, *args):
     """before_step, where collectives wait no longer than 10 seconds."""
@@ -732,12 +906,31 @@ def impatient(rank, step, do, *args):
         yield
 
 
-@pytest.mark.parametrize("ranks, rank, flags, do", [
-    (2, 1, "", os._exit), pytest.param(2, 1, "", time.sleep, marks=slow), pytest.param(2, 0, "", os._exit, marks=slow),
-    pytest.param(2, 0, "", time.sleep, marks=slow), pytest.param(4, 3, "--dp_shard 2", time.sleep, marks=slow), pytest.param(4, 3, "--dp_shard 2", os._exit, marks=slow)])
-def test_a_rank_that_hangs_or_dies_ends_the_run_and_is_named(launcher, tmp_path, tiny, ranks, rank, flags, do):
+@pytest.mark.parametrize(
+    "ranks, rank, flags, do",
+    [
+        (2, 1, "", os._exit),
+        pytest.param(2, 1, "", time.sleep, marks=slow),
+        pytest.param(2, 0, "", os._exit, marks=slow),
+        pytest.param(2, 0, "", time.sleep, marks=slow),
+        pytest.param(4, 3, "--dp_shard 2", time.sleep, marks=slow),
+        pytest.param(4, 3, "--dp_shard 2", os._exit, marks=slow),
+    ],
+)
+def test_a_rank_that_hangs_or_dies_ends_the_run_and_is_named(
+    launcher, tmp_path, tiny, ranks, rank, flags, do
+):
     run_dir = tmp_path / "run"
-    pids = launcher.start(ranks, tmp_path, [*RUN, "--data_dir", tiny, "--run_dir", run_dir, *flags.split()], impatient, rank, 5, do, 99)
+    pids = launcher.start(
+        ranks,
+        tmp_path,
+        [*RUN, "--data_dir", tiny, "--run_dir", run_dir, *flags.split()],
+        impatient,
+        rank,
+        5,
+        do,
+        99,
+    )
     others = [r for r in range(ranks) if r != rank]
     try:
         launcher.wait([pids[r] for r in others])
@@ -745,9 +938,13 @@ def test_a_rank_that_hangs_or_dies_ends_the_run_and_is_named(launcher, tmp_path,
     finally:
         launcher.kill(pids)
     consoles = [(tmp_path / f"console_{r}").read_text() for r in range(ranks)]
-    assert statuses == [99 if r == rank and do is os._exit else None if r == rank else 1 for r in range(ranks)], "\n".join(consoles)
+    assert statuses == [
+        99 if r == rank and do is os._exit else None if r == rank else 1 for r in range(ranks)
+    ], "\n".join(consoles)
     errors = [line for console in consoles for line in console.splitlines() if "error" in line]
-    assert len(errors) == 1 and re.search(rf"error: rank {rank} did not join gloo:\w+ number \d+ of group .*, shape \[", errors[0]), consoles
+    assert len(errors) == 1 and re.search(
+        rf"error: rank {rank} did not join gloo:\w+ number \d+ of group .*, shape \[", errors[0]
+    ), consoles
     assert not any("Traceback" in console for console in consoles)
     for r in others:
         assert (run_dir / f"logs/flight_recorder_{r}.json").stat().st_size > 100
@@ -760,70 +957,107 @@ def test_a_rank_that_hangs_or_dies_ends_the_run_and_is_named(launcher, tmp_path,
 def dying_in(rank, name):
     """One rank dies as it calls a function."""
     function = pkgutil.resolve_name(name)
-    with mock.patch(name, lambda *a, **kw: os._exit(99) if int(os.environ["RANK"]) == rank else function(*a, **kw)):
+    with mock.patch(
+        name, lambda *a, **kw: os._exit(99) if int(os.environ["RANK"]) == rank else function(*a, **kw)
+    ):
         yield
 
 
 @slow
-@pytest.mark.parametrize("rank, name", [(1, "torch.distributed.checkpoint.save"), (0, "model.checkpoint.complete"), (1, "train.evaluate"),
-                                        (1, "train.switch_phase"), (1, "train.build_loader"), (0, "model.checkpoint.find")])
+@pytest.mark.parametrize(
+    "rank, name",
+    [
+        (1, "torch.distributed.checkpoint.save"),
+        (0, "model.checkpoint.complete"),
+        (1, "train.evaluate"),
+        (1, "train.switch_phase"),
+        (1, "train.build_loader"),
+        (0, "model.checkpoint.find"),
+    ],
+)
 def test_a_rank_that_dies_outside_of_a_step(launcher, tmp_path, tiny, rank, name):
     argv = [*RUN, "--data_dir", tiny, "--run_dir", tmp_path / "run", "--resume", True]
     statuses = launcher.wait(launcher.start(2, tmp_path, argv, dying_in, rank, name))
     consoles = [(tmp_path / f"console_{r}").read_text() for r in range(2)]
     assert statuses == [99 if r == rank else 1 for r in range(2)], consoles
     errors = [line for line in consoles[1 - rank].splitlines() if "error" in line]
-    assert len(errors) == 1 and "Traceback" not in consoles[1 - rank] and "error" not in consoles[rank], consoles
+    assert len(errors) == 1 and "Traceback" not in consoles[1 - rank] and "error" not in consoles[rank], (
+        consoles
+    )
     early = name in ("train.build_loader", "model.checkpoint.find")
-    assert (tmp_path / "run").exists() != early and (early or f"error: rank {rank} did not join " in errors[0]), errors
+    assert (tmp_path / "run").exists() != early and (
+        early or f"error: rank {rank} did not join " in errors[0]
+    ), errors
 
 
 # ---- bad input
+
 
 @contextlib.contextmanager
 def without_data(rank):
     build_loader = train.build_loader
 
     def building(loader, dataset, data_dir, *rest):
-        return build_loader(loader, dataset, "nowhere" if int(os.environ["RANK"]) == rank else data_dir, *rest)
+        return build_loader(
+            loader, dataset, "nowhere" if int(os.environ["RANK"]) == rank else data_dir, *rest
+        )
+
     with mock.patch.object(train, "build_loader", building):
         yield
 
 
-@pytest.mark.parametrize("flags, fault, reason", [
-    ("--batch_size 15", (), "batch_size 15 is not divisible by 2 ranks × grad_accum_steps 1"),
-    ("--dp_shard 3", (), "dp_shard 3 does not divide the 2 ranks of this run"),
-    ("--data_dir nowhere", (), "no Fashion-MNIST under nowhere"),
-    ("", (without_data, 0), "rank 0: no Fashion-MNIST under nowhere"),
-    ("", (without_data, 1), "rank 1: no Fashion-MNIST under nowhere"),
-    ("--learning_rate 1", (), "unknown flag --learning_rate"),
-    ("--lr_warmup_steps 99", (), "lr_warmup_steps 99 leaves nothing of the 20 steps"),
-    ("--num_workers 99", (), "num_workers is 99"),
-    ("--run_dir /proc/nowhere", (), "/proc/nowhere"),
-])
+@pytest.mark.parametrize(
+    "flags, fault, reason",
+    [
+        ("--batch_size 15", (), "batch_size 15 is not divisible by 2 ranks × grad_accum_steps 1"),
+        ("--dp_shard 3", (), "dp_shard 3 does not divide the 2 ranks of this run"),
+        ("--data_dir nowhere", (), "no Fashion-MNIST under nowhere"),
+        ("", (without_data, 0), "rank 0: no Fashion-MNIST under nowhere"),
+        ("", (without_data, 1), "rank 1: no Fashion-MNIST under nowhere"),
+        ("--learning_rate 1", (), "unknown flag --learning_rate"),
+        ("--lr_warmup_steps 99", (), "lr_warmup_steps 99 leaves nothing of the 20 steps"),
+        ("--num_workers 99", (), "num_workers is 99"),
+        ("--run_dir /proc/nowhere", (), "/proc/nowhere"),
+    ],
+)
 def test_bad_input_is_one_line_of_rank_0(runs, tmp_path, flags, fault, reason):
     first, second = runs(2, tmp_path / "run", *flags.split(), fault=fault, status=2)
-    assert first["console"].startswith("error: ") and reason in first["console"] and first["console"].count("\n") == 1
+    assert (
+        first["console"].startswith("error: ")
+        and reason in first["console"]
+        and first["console"].count("\n") == 1
+    )
     assert second["console"] == "" and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flags, reason", [
-    ("", "already holds a run: continue it with --resume True or choose another --run_dir"),
-    ("--resume True --seed 1", "was trained with seed = 0, it can't go on with 1"),
-    ("--resume True --lora_alpha 8 --batch_size 32", "was trained with batch_size = 16, it can't go on with 32"),
-    ("--resume True --train_samples 63", "was trained with train_samples = 64, it can't go on with 63"),
-    ("--resume True --dp_shard 3", "dp_shard 3 does not divide the 2 ranks"),
-    ("--resume True --epochs 2", "is past the end of 2 epochs"),
-])
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ("", "already holds a run: continue it with --resume True or choose another --run_dir"),
+        ("--resume True --seed 1", "was trained with seed = 0, it can't go on with 1"),
+        (
+            "--resume True --lora_alpha 8 --batch_size 32",
+            "was trained with batch_size = 16, it can't go on with 32",
+        ),
+        ("--resume True --train_samples 63", "was trained with train_samples = 64, it can't go on with 63"),
+        ("--resume True --dp_shard 3", "dp_shard 3 does not divide the 2 ranks"),
+        ("--resume True --epochs 2", "is past the end of 2 epochs"),
+    ],
+)
 def test_a_run_that_is_there_is_left_alone(runs, stopped, tmp_path, flags, reason):
     run_dir = shutil.copytree(stopped, tmp_path / "run")
     before = files_of(run_dir)
     first, second = runs(2, run_dir, *flags.split(), status=2)
-    assert first["console"].startswith("error: ") and reason in first["console"] and first["console"].count("\n") == 1
+    assert (
+        first["console"].startswith("error: ")
+        and reason in first["console"]
+        and first["console"].count("\n") == 1
+    )
     assert second["console"] == "" and files_of(run_dir) == before
 
 
 # ---- what a checkpoint says
+
 
 def test_meta_json_says_where_a_run_stands(runs, tmp_path):
     run_dir = tmp_path / "run"
@@ -834,24 +1068,36 @@ def test_meta_json_says_where_a_run_stands(runs, tmp_path):
     assert (state["epoch"], state["epoch_step"], state["phase_epochs"]) == (3, 2, 0)
     assert meta["order"] == {"seed": 0, "epoch": 3, "next_image": 32}
     assert meta["rng"] == {"seed": 0, "step": 14, "micro_batches_per_step": 4}
-    assert meta["loader"] == "folder" and meta["train_images"] == 64 and meta["world_size"] == 2 and meta["mesh"] == {"dp_shard": 2}
-    assert meta["config"].keys() == {f.name for f in dataclasses.fields(train.Config)} and meta["config"]["batch_size"] == 16
+    assert (
+        meta["loader"] == "folder"
+        and meta["train_images"] == 64
+        and meta["world_size"] == 2
+        and meta["mesh"] == {"dp_shard": 2}
+    )
+    assert (
+        meta["config"].keys() == {f.name for f in dataclasses.fields(train.Config)}
+        and meta["config"]["batch_size"] == 16
+    )
     assert meta["versions"]["torch"] == torch.__version__ and {"python", "cuda"} <= meta["versions"].keys()
     epochs = events(run_dir, "epoch")
-    windows = json.dumps(meta["monitor"])
-    assert len(epochs) == 3 and all(str(e["train_loss"]) in windows for e in epochs[-2:]), windows
+    assert len(epochs) == 3 and "monitor" not in meta  # the log is its state
     assert meta["state"]["metrics_bytes"] == (run_dir / "metrics.jsonl").stat().st_size
 
 
 # ---- kills
+
 
 def after_a_kill(run_dir):
     """(step of the last complete checkpoint, whether a save was under way), having checked what must be there: saves come every
     4 steps, those of 12 and 16 stay, and so do the last two."""
     found, meta, warnings = checkpoint.find(run_dir)
     last, steps, folder = meta["step"] if found else 0, steps_in(run_dir), run_dir / "checkpoints"
-    assert {step for step in (last, last - 4, 12, 16) if 0 < step <= last} <= set(steps) and (found is None or found == checkpoint.latest(run_dir))
-    assert warnings == [] and all(checkpoint.verify(folder / f"step_{step:08d}")["step"] == step for step in steps)
+    assert {step for step in (last, last - 4, 12, 16) if 0 < step <= last} <= set(steps) and (
+        found is None or found == checkpoint.latest(run_dir)
+    )
+    assert warnings == [] and all(
+        checkpoint.verify(folder / f"step_{step:08d}")["step"] == step for step in steps
+    )
     return last, bool(list(folder.glob("step_*.tmp"))) or last < max(steps, default=0)
 
 
@@ -900,11 +1146,20 @@ def modified(path):
 
 @slow
 def test_killed_and_told_to_stop_under_torchrun(tiny, tmp_path):
-    run_dir, torchrun = tmp_path / "run", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "train.py"]
+    run_dir, torchrun = (
+        tmp_path / "run",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "train.py"],
+    )
     argv = [*RUN, *RANDOM, "--data_dir", str(tiny), "--resume", "True", "--run_dir"]
 
     def start(path):
-        return subprocess.Popen([*torchrun, *argv, str(path)], cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [*torchrun, *argv, str(path)],
+            cwd=REPO,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def wait_for(condition):
         while not condition():
@@ -934,9 +1189,14 @@ def test_killed_and_told_to_stop_under_torchrun(tiny, tmp_path):
     process = start(run_dir)  # torchrun hands SIGTERM on
     wait_for(lambda: len(events(run_dir, "epoch")) > 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait() != 0 and "rror" not in (run_dir / "logs/rank_0001.log").read_text().split("starts on")[-1]
+    assert (
+        process.wait() != 0
+        and "rror" not in (run_dir / "logs/rank_0001.log").read_text().split("starts on")[-1]
+    )
     third = checkpoint.find(run_dir)[1]["step"]
-    assert third >= 12 and checkpoint.read_meta(checkpoint.latest(run_dir))["state"]["epoch_step"] == (third % 4 or 4)
+    assert third >= 12 and checkpoint.read_meta(checkpoint.latest(run_dir))["state"]["epoch_step"] == (
+        third % 4 or 4
+    )
 
     process = start(run_dir)
     assert process.wait() == 0, process.stderr.read()

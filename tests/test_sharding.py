@@ -13,27 +13,40 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import sharding as bench
+from launch import distributed
 from lora.inject import init_adapters
-from model import distributed, parallel
+from model import parallel
 from model.optim import build_optimizer
 from model.parallel import build_mesh
-from model.vit import VARIANTS
+from model.variants import VARIANTS
 from train import Config, build_model
 
 CASES = list(bench.CASES)
 RANKS = {"64": bench.uniform_ranks, "mixed": bench.mixed_ranks}
 TINY = VARIANTS["tiny-debug"] | {"depth": 2}
-with_tiny = mock.patch.dict(VARIANTS, {"tiny/2": TINY, "tiny/3": TINY | {"depth": 3}})  # in the processes that run ranks only
+with_tiny = mock.patch.dict(
+    VARIANTS, {"tiny/2": TINY, "tiny/3": TINY | {"depth": 3}}
+)  # in the processes that run ranks only
 
 
 def make_config(model, case, **options):
-    options = {"dataset": "fashion_mnist" if model.startswith("tiny") else "imagenet", "compile": False, **options}
+    options = {
+        "dataset": "fashion_mnist" if model.startswith("tiny") else "imagenet",
+        "compile": False,
+        **options,
+    }
     return Config(model=model, frozen_base=bench.CASES[case][1], **options)
 
 
 def build_real(cfg, case, ranks, shards):
     """On the ranks that are really there, with weights."""
-    model = build_model(cfg, bench.CASES[case][0], RANKS[ranks](cfg.model), "cpu", build_mesh(shards, "cpu"))
+    model = build_model(
+        cfg,
+        bench.CASES[case][0],
+        RANKS[ranks](cfg.model),
+        "cpu",
+        build_mesh(shards, "cpu", distributed.TIMEOUT),
+    )
     model.init_weights(0)
     init_adapters(model, 0)
     return model
@@ -48,6 +61,7 @@ def shard_size(p, shards):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # on the wire
 
+
 def wire_by_arithmetic(model, shards, copies):
     """Bytes one rank sends in a step, from the shapes."""
     gathered = reduced = norms = 0
@@ -59,24 +73,42 @@ def wire_by_arithmetic(model, shards, copies):
             reduced += 4 * size * p.requires_grad
             norms += 4 * p.requires_grad  # a partial norm each
     of_all = (shards - 1) / shards
-    return {"all-gather": gathered * of_all, "reduce-scatter": reduced * of_all,
-            "all-reduce": 2 * reduced / shards * (copies - 1) / copies + 2 * norms * of_all}
+    return {
+        "all-gather": gathered * of_all,
+        "reduce-scatter": reduced * of_all,
+        "all-reduce": 2 * reduced / shards * (copies - 1) / copies + 2 * norms * of_all,
+    }
 
 
 @with_tiny
 def fake_wire(model, world_size, asked, by_rows=False):
     """[(counted, by arithmetic)] of each (dp_shard, case, ranks) asked. `by_rows`: sharded along dim 0, as FSDP does by itself."""
+
     def fully_shard_rows(module, shard_placement_fn, **options):
         return fully_shard(module, **options)
 
     fully_shard, out = parallel.fully_shard, []
-    with (bench.fake_ranks(world_size) as mode,
-          mock.patch.object(parallel, "fully_shard", fully_shard_rows if by_rows else fully_shard)):
+    with (
+        bench.fake_ranks(world_size) as mode,
+        mock.patch.object(parallel, "fully_shard", fully_shard_rows if by_rows else fully_shard),
+    ):
         for shards, case, ranks in asked:
             cfg = make_config(model, case)
-            built = bench.build_fake(mode, cfg, bench.CASES[case][0], RANKS[ranks](model), "cpu", build_mesh(shards, "cpu"))
+            built = bench.build_fake(
+                mode,
+                cfg,
+                bench.CASES[case][0],
+                RANKS[ranks](model),
+                "cpu",
+                build_mesh(shards, "cpu", distributed.TIMEOUT),
+            )
             with mode:
-                out.append((bench.count_wire(cfg, built).sent, wire_by_arithmetic(built, shards, world_size // shards)))
+                out.append(
+                    (
+                        bench.count_wire(cfg, built).sent,
+                        wire_by_arithmetic(built, shards, world_size // shards),
+                    )
+                )
     assert not dist.is_initialized()
     return out
 
@@ -90,7 +122,9 @@ def real_wire(model, asked):
         cfg = make_config(model, case)
         built = build_real(cfg, case, ranks, shards)
         bench.take_step(cfg, built, build_optimizer(built, 0), 1)
-        counts.append(bench.count_wire(cfg, built).sent)  # of a second step: what is issued once only is no part of it
+        counts.append(
+            bench.count_wire(cfg, built).sent
+        )  # of a second step: what is issued once only is no part of it
     distributed.finish()
     return counts
 
@@ -99,9 +133,14 @@ def test_wire_is_what_the_shapes_say(on_ranks):
     asked = [(64, case, "mixed") for case in CASES] + [(4, "lora, base sharded", "64"), (1, "warmup", "64")]
     (rows,) = on_ranks(1, fake_wire, "tiny/2", 64, asked)
     for row, (counted, expected) in zip(asked, rows, strict=True):
-        assert counted == pytest.approx(expected) and counted[{64: "all-gather", 4: "reduce-scatter", 1: "all-reduce"}[row[0]]] > 0, row
+        assert (
+            counted == pytest.approx(expected)
+            and counted[{64: "all-gather", 4: "reduce-scatter", 1: "all-reduce"}[row[0]]] > 0
+        ), row
     # control: the adapters' own padding is in the count
-    (((padded, expected),),) = on_ranks(1, fake_wire, "tiny/2", 64, [(64, "lora, base replicated", "mixed")], True)
+    (((padded, expected),),) = on_ranks(
+        1, fake_wire, "tiny/2", 64, [(64, "lora, base replicated", "mixed")], True
+    )
     assert padded == pytest.approx(expected) and sum(padded.values()) > 1.2 * sum(rows[2][0].values())
 
 
@@ -139,14 +178,22 @@ def test_required_ratios_at_64_ranks(on_ranks):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # memory
 
+
 def memory_by_arithmetic(model, shards):
     """Bytes of this rank's masters, moments and frozen parameters, from the shapes."""
     out = dict.fromkeys(("masters", "moments", "frozen"), 0)
-    cast = {id(p) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) for p in m.parameters(recurse=False)}
+    cast = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d))
+        for p in m.parameters(recurse=False)
+    }
     for p in model.parameters():
         if isinstance(p, DTensor):
             out["masters" if p.requires_grad else "frozen"] += 4 * shard_size(p, shards)
-            out["moments"] += (8 * shard_size(p, shards) + 4) * p.requires_grad  # two float32, and the count of steps
+            out["moments"] += (
+                8 * shard_size(p, shards) + 4
+            ) * p.requires_grad  # two float32, and the count of steps
         else:
             out["frozen"] += p.numel() * (2 if id(p) in cast else 4)  # in bfloat16, or too small to matter
     return out
@@ -155,22 +202,37 @@ def memory_by_arithmetic(model, shards):
 @with_tiny
 def fake_memory(model, world_size, images, asked, options={}, keep_gradients=False):
     """[(measured, by arithmetic)] of each (dp_shard, case) asked."""
-    keep = mock.patch.object(torch.optim.AdamW, "zero_grad", lambda *args, **kwargs: None) if keep_gradients else contextlib.nullcontext()
+    keep = (
+        mock.patch.object(torch.optim.AdamW, "zero_grad", lambda *args, **kwargs: None)
+        if keep_gradients
+        else contextlib.nullcontext()
+    )
     out = []
     with bench.fake_ranks(world_size) as mode, keep:
         for shards, case in asked:
             cfg = make_config(model, case, **options)
-            built = bench.build_fake(mode, cfg, bench.CASES[case][0], bench.uniform_ranks(model), "cpu", build_mesh(shards, "cpu"))
+            built = bench.build_fake(
+                mode,
+                cfg,
+                bench.CASES[case][0],
+                bench.uniform_ranks(model),
+                "cpu",
+                build_mesh(shards, "cpu", distributed.TIMEOUT),
+            )
             with mode:
                 optimizer = build_optimizer(built, cfg.weight_decay)
                 bench.fill_moments(built, optimizer)
-                out.append((bench.measure_step(cfg, built, optimizer, images), memory_by_arithmetic(built, shards)))
+                out.append(
+                    (bench.measure_step(cfg, built, optimizer, images), memory_by_arithmetic(built, shards))
+                )
     assert not dist.is_initialized()
     return out
 
 
 @with_tiny
-@torch.backends.mkldnn.flags(enabled=False)  # oneDNN's copies of its factors are inside its operators, where no tracker looks
+@torch.backends.mkldnn.flags(
+    enabled=False
+)  # oneDNN's copies of its factors are inside its operators, where no tracker looks
 def real_memory(model, images, cases):
     """The largest sum of a step's allocations less frees, of each case, on real ranks, as torch's profiler has it from the allocator.
 
@@ -203,8 +265,10 @@ def fake_switch(model, shards, before, after):
     """A switch's peak; by arithmetic its lower limit, the old model with its moments beside the new one, and a block's largest weight."""
     cfg, ranks = make_config(model, after), bench.uniform_ranks(model)
     with bench.fake_ranks(8) as mode:
-        mesh = build_mesh(shards, "cpu")
-        old, new = [bench.build_fake(mode, cfg, bench.CASES[case][0], ranks, "cpu", mesh) for case in (before, after)]
+        mesh = build_mesh(shards, "cpu", distributed.TIMEOUT)
+        old, new = [
+            bench.build_fake(mode, cfg, bench.CASES[case][0], ranks, "cpu", mesh) for case in (before, after)
+        ]
         with mode:
             optimizer = build_optimizer(old, cfg.weight_decay)
             bench.fill_moments(old, optimizer)
@@ -226,22 +290,37 @@ def test_memory_is_what_the_shapes_say(on_ranks):
 
 def test_accumulated_gradients_are_in_the_peak(on_ranks):
     (((once, expected),),) = on_ranks(1, fake_memory, "tiny/2", 8, 256, [(1, "full")])
-    (((twice, _),),) = on_ranks(1, fake_memory, "tiny/2", 8, 256, [(1, "full")], {"grad_accum_steps": 2, "batch_size": 2 * 8 * 256})
+    (((twice, _),),) = on_ranks(
+        1, fake_memory, "tiny/2", 8, 256, [(1, "full")], {"grad_accum_steps": 2, "batch_size": 2 * 8 * 256}
+    )
     held = lambda measured: sum(measured.values())
     assert held(once) + 0.5 * expected["masters"] < held(twice) < held(once) + 1.5 * expected["masters"]
 
 
-@pytest.mark.parametrize("per_image, fixed, known, fits", [(7.0, 100.0, 64, 128), (7.0, 100.0, 1, 128), (300.0, 800.0, 8, 0), (100.0, 900.0, 1, 1),
-                                                           (1.0, 0.0, 4, 990)])
+@pytest.mark.parametrize(
+    "per_image, fixed, known, fits",
+    [
+        (7.0, 100.0, 64, 128),
+        (7.0, 100.0, 1, 128),
+        (300.0, 800.0, 8, 0),
+        (100.0, 900.0, 1, 1),
+        (1.0, 0.0, 4, 990),
+    ],
+)
 def test_largest_fit(per_image, fixed, known, fits):
     asked = []
 
     def measure(n):  # bent a little, and in steps, as allocations are
         asked.append(n)
-        return fixed + per_image * n + n ** 0.5 // 3
+        return fixed + per_image * n + n**0.5 // 3
 
     assert bench.largest_fit(measure, 1000.0, {known: measure(known)}) == fits
-    assert len(asked) < 12 and fits + 1 in asked and (fits in asked or not fits) and len(set(asked)) == len(asked)
+    assert (
+        len(asked) < 12
+        and fits + 1 in asked
+        and (fits in asked or not fits)
+        and len(set(asked)) == len(asked)
+    )
 
 
 def test_every_byte_is_in_one_part():
@@ -251,18 +330,26 @@ def test_every_byte_is_in_one_part():
 
 def test_memory_of_real_ranks_is_that_of_fake_ones(on_ranks):
     images, cases = 64, ["warmup", "lora, base replicated"]
-    (fake,) = on_ranks(1, fake_memory, "tiny/2", 2, images, [(2, case) for case in cases], {"dtype": "float32"})
-    warmup, lora = [sum(held for part, held in measured.items() if part not in ("masters", "moments", "frozen")) for measured, _ in fake]
+    (fake,) = on_ranks(
+        1, fake_memory, "tiny/2", 2, images, [(2, case) for case in cases], {"dtype": "float32"}
+    )
+    warmup, lora = [
+        sum(held for part, held in measured.items() if part not in ("masters", "moments", "frozen"))
+        for measured, _ in fake
+    ]
     qkv = 4 * images * 17 * 3 * TINY["embed_dim"]  # of one block
     for real_warmup, real_lora in on_ranks(2, real_memory, "tiny/2", images, cases):
         assert warmup == pytest.approx(real_warmup, rel=0.01)
-        inside = 4 * 3 * 64 * (images * 17 + TINY["embed_dim"])  # of an operator: dy B and A x of rank 64, or qkv's dy B and a gradient
+        inside = (
+            4 * 3 * 64 * (images * 17 + TINY["embed_dim"])
+        )  # of an operator: dy B and A x of rank 64, or qkv's dy B and a gradient
         assert -inside < lora - real_lora < 1.1 * qkv  # as the docstring of benchmarks/sharding.py owns
 
 
 def test_activations_are_what_the_blocks_keep(on_ranks):
     """In bfloat16, D features and H heads, for each token: the residual stream twice (4 D each), both norms' outputs (2 D each), qkv
     (6 D), attention's output (2 D), fc1's and gelu's (8 D each); attention's log-sum (4 H); both norms' mean and deviation (16)."""
+
     def activations(model, case, checkpointing="none"):
         options = {"dataset": "imagenet", "activation_checkpointing": checkpointing}
         (((measured, _),),) = on_ranks(1, fake_memory, model, 8, 8, [(8, case)], options)
@@ -283,7 +370,9 @@ def test_memory_of_the_paper_s_model(on_ranks):
     lora = "lora, base replicated"
     asked = [(1, "full"), (1, lora), (64, "full"), (64, lora)]
     (rows,) = on_ranks(1, fake_memory, "L/16", 64, 64, asked, timeout=900)
-    assert [{part: measured[part] for part in expected} for measured, expected in rows] == [expected for _, expected in rows]
+    assert [{part: measured[part] for part in expected} for measured, expected in rows] == [
+        expected for _, expected in rows
+    ]
     tokens = 64 * ((224 // 16) ** 2 + 1)
     kept = tokens * 24 * (36 * 1024 + 4 * 16 + 16)
     assert all(kept < measured["activations"] < 1.06 * kept for measured, _ in rows)

@@ -9,6 +9,7 @@ import pytest
 import study
 import train
 from monitor import plot
+from monitor.log import load_run
 
 
 def test_every_arm_is_a_run_that_train_accepts(tmp_path, monkeypatch):
@@ -26,17 +27,51 @@ def test_every_arm_is_a_run_that_train_accepts(tmp_path, monkeypatch):
 
 def records(phases, seconds, top1=80.0, switches=()):
     """Epochs of the given phases and times, and switches that took half a second each."""
-    base = {"event": "epoch", "weight_norms": {"q": [1.0]}, "adapter_norms": {}, "images_per_second": 100.0, "peak_memory_bytes": 2**30,
-            "train_top1": 50.0, "val_loss": 1.0, "val_top1": top1, "val_top5": 99.0, "lr": 0.1, "trainable_params": 10}
-    epochs = [base | {"epoch": i, "step": 93 * i, "phase": p, "epoch_seconds": s, "train_loss": 1 / i, "step_losses": [1 / i] * 93}
-              for i, (p, s) in enumerate(zip(phases, seconds), 1)]
-    return {}, epochs, [{"event": "switch", "epoch": e, "from": f, "to": t, "ranks": {}, "seconds": 0.5} for e, f, t in switches]
+    base = {
+        "event": "epoch",
+        "weight_norms": {"q": [1.0]},
+        "adapter_norms": {},
+        "images_per_second": 100.0,
+        "peak_memory_bytes": 2**30,
+        "train_top1": 50.0,
+        "val_loss": 1.0,
+        "val_top1": top1,
+        "val_top5": 99.0,
+        "lr": 0.1,
+        "trainable_params": 10,
+    }
+    epochs = [
+        base
+        | {
+            "epoch": i,
+            "step": 93 * i,
+            "phase": p,
+            "epoch_seconds": s,
+            "train_loss": 1 / i,
+            "step_losses": [1 / i] * 93,
+        }
+        for i, (p, s) in enumerate(zip(phases, seconds), 1)
+    ]
+    return (
+        {},
+        epochs,
+        [
+            {"event": "switch", "epoch": e, "from": f, "to": t, "ranks": {}, "seconds": 0.5}
+            for e, f, t in switches
+        ],
+    )
 
 
 def test_seconds_by_hand():
     switches = [(2, "full", "warmup"), (3, "warmup", "lora")]
-    runs = [records(["full", "full", "warmup", "lora", "lora"], [1] * 5, switches=switches), records(["full"] * 3, [1] * 3)]
-    assert study.get_seconds(runs, {"full": 10.0, "warmup": 12.0, "lora": 7.0}) == [2 * 10 + 12 + 2 * 7 + 2 * 0.5, 30]
+    runs = [
+        records(["full", "full", "warmup", "lora", "lora"], [1] * 5, switches=switches),
+        records(["full"] * 3, [1] * 3),
+    ]
+    assert study.get_seconds(runs, {"full": 10.0, "warmup": 12.0, "lora": 7.0}) == [
+        2 * 10 + 12 + 2 * 7 + 2 * 0.5,
+        30,
+    ]
 
 
 def test_interval_by_hand():
@@ -49,7 +84,10 @@ def fabricated(tmp_path, monkeypatch):
     """Every arm's runs, as files."""
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(study, "DOC", tmp_path / "study.md")
-    seconds = {arm.name: {"full": 10.0} if arm is study.BASELINE else {"warmup": 11.0, "lora": 8.0} for arm in study.ARMS}
+    seconds = {
+        arm.name: {"full": 10.0} if arm is study.BASELINE else {"warmup": 11.0, "lora": 8.0}
+        for arm in study.ARMS
+    }
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "seconds.json").write_text(json.dumps(seconds))  # measured before
     for arm in study.ARMS:
@@ -58,18 +96,42 @@ def fabricated(tmp_path, monkeypatch):
             run_dir = tmp_path / "runs" / f"{arm.name}-{seed}"
             run_dir.mkdir(parents=True)
             full = preset.mode == "full"
-            phases = ["full"] * (23 if arm is study.EQUAL_TIME else 24) if full else ["full"] * 14 + ["warmup"] * 2 + ["lora"] * 8
-            _, epochs, switches = records(phases, [10.0 if p == "full" else 8.0 for p in phases], 80 + seed - (not full),
-                                          () if full else [(14, "full", "warmup"), (16, "warmup", "lora")])
+            phases = (
+                ["full"] * (23 if arm is study.EQUAL_TIME else 24)
+                if full
+                else ["full"] * 14 + ["warmup"] * 2 + ["lora"] * 8
+            )
+            _, epochs, switches = records(
+                phases,
+                [10.0 if p == "full" else 8.0 for p in phases],
+                80 + seed - (not full),
+                () if full else [(14, "full", "warmup"), (16, "warmup", "lora")],
+            )
             for e in epochs:  # they come to rest after epoch 10; each layer in its own way
-                norms = {family: [1.0, 2.0 + max(0, 10 - e["epoch"]), 3.0] for family in preset.target_modules}
-                e |= {"train_loss": 1.0, "weight_norms": norms, "adapter_norms": {} if e["phase"] == "full" else norms}
-            config = vars(preset) | {"seed": seed, "run_dir": str(run_dir)} | ({"epochs": 23} if arm.name == "equal_time" else {})
+                norms = {
+                    family: [1.0, 2.0 + max(0, 10 - e["epoch"]), 3.0] for family in preset.target_modules
+                }
+                e |= {
+                    "train_loss": 1.0,
+                    "weight_norms": norms,
+                    "adapter_norms": {} if e["phase"] == "full" else norms,
+                }
+            config = (
+                vars(preset)
+                | {"seed": seed, "run_dir": str(run_dir)}
+                | ({"epochs": 23} if arm.name == "equal_time" else {})
+            )
             (run_dir / "config.json").write_text(json.dumps(config))
             ranks = {family: [4, 8, 32] for family in preset.target_modules}
-            at = 16 if (arm.name, seed) == (study.MAIN, 0) else 15  # the one that did as replay says: equal means of windows 6, 7 and 8 (w = 2)
-            switches = [s | {"ranks": {family: [4, 4, 4] for family in ranks}, "epoch": at} if s["epoch"] == 14 else s | {"ranks": ranks}
-                        for s in switches]
+            at = (
+                16 if (arm.name, seed) == (study.MAIN, 0) else 15
+            )  # the one that did as replay says: equal means of windows 6, 7 and 8 (w = 2)
+            switches = [
+                s | {"ranks": {family: [4, 4, 4] for family in ranks}, "epoch": at}
+                if s["epoch"] == 14
+                else s | {"ranks": ranks}
+                for s in switches
+            ]
             (run_dir / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in epochs + switches))
     return tmp_path
 
@@ -92,15 +154,30 @@ def test_report(fabricated, monkeypatch, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     prelora = next(line for line in text.splitlines() if line.startswith("| PreLoRA"))
     # 14 + 2 · 1.1 + 8 · 0.8 epochs' time and two switches, one point below the baseline in every seed
-    assert [cell.strip() for cell in prelora.split("|")][2:8] == ["5", "15", "0.0 %", "81.00 ± 1.58", "-1.00 [-1.00, -1.00]", "-1.00 [-1.00, -1.00]"]
+    assert [cell.strip() for cell in prelora.split("|")][2:8] == [
+        "5",
+        "15",
+        "0.0 %",
+        "81.00 ± 1.58",
+        "-1.00 [-1.00, -1.00]",
+        "-1.00 [-1.00, -1.00]",
+    ]
     assert "227 s, 94.6 % | 1.10 | 0.80 |" in prelora
     assert study.get_equal_epochs() == 23
     assert len(drawn[0]) == sum(arm.seeds for arm in study.ARMS if arm.name in study.DRAWN) + 2
     assert drawn[0][-2:] == ["--out", str(fabricated / "study")]
-    assert sorted(p.name for p in (fabricated / "study").iterdir()) == ["figure1.png", "figure3.png", "ranks.png"]
-    _, epochs, switches = plot.load_run(fabricated / f"runs/timed/{study.FORKS[0].name}-0")  # what is drawn: the same, but for the times
+    assert sorted(p.name for p in (fabricated / "study").iterdir()) == [
+        "figure1.png",
+        "figure3.png",
+        "ranks.png",
+    ]
+    _, epochs, switches = load_run(
+        fabricated / f"runs/timed/{study.FORKS[0].name}-0"
+    )  # what is drawn: the same, but for the times
     assert [e["epoch_seconds"] for e in epochs] == [10.0] * 14 + [11.0] * 2 + [8.0] * 8 and len(switches) == 2
-    assert epochs[-1]["images_per_second"] == 100.0 and epochs[0]["images_per_second"] == 100.0  # 1000 images in 10 s; 800 in 8 s
+    assert (
+        epochs[-1]["images_per_second"] == 100.0 and epochs[0]["images_per_second"] == 100.0
+    )  # 1000 images in 10 s; 800 in 8 s
     assert f"1 of {sum(arm.seeds for arm in study.FORKS)} forked runs" in text
     study.write_report()
     assert (fabricated / "study.md").read_text() == text  # a second one replaces the first
@@ -134,5 +211,9 @@ def test_phases_are_timed_side_by_side(fabricated, monkeypatch):
     monkeypatch.setattr(study, "ARMS", [study.BASELINE, study.EQUAL_TIME, study.FORKS[0], study.STATIC])
     seconds = study.time_epochs(rounds=1)
     assert {name: list(phases) for name, phases in seconds.items()} == {
-        "baseline": ["full"], "equal_time": [], study.FORKS[0].name: ["warmup", "lora"], "static_lora": ["warmup", "lora"]}
+        "baseline": ["full"],
+        "equal_time": [],
+        study.FORKS[0].name: ["warmup", "lora"],
+        "static_lora": ["warmup", "lora"],
+    }
     assert all(value > 0 for phases in seconds.values() for value in phases.values())

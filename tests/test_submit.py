@@ -1,14 +1,25 @@
-"""launch/submit.py without a cluster: what is refused, what is written, and how fast it starts."""
+"""launch/submit.py without a cluster: what is refused, what is written, and that it starts without torch."""
 
-HEAD
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+from test_launch import DEBUG, RUN, left
+from test_train import REPO
+
+from config.cli import load_preset
+from config.schedule import check_data
+from errors import UserError
+from launch import snapshot, submit
+
+LOCAL = "--cluster local --gpus_per_node 1".split()
 
 # ---- refused
-
-
-def left(folder):
-    return sorted(path.relative_to(folder) for path in folder.rglob("*"))
-
 
 BAD = {
     "--nodes 0": "nodes must be above 0, not 0",
@@ -32,7 +43,9 @@ BAD = {
     "--train_samples 601": "a training subset of 601 images was asked for",
     "--cluster debug --gpus_per_node=2": "--cluster debug runs one preset in this one process",
     "--cluster debug --data_dir nowhere": "work/nowhere: make it with",
-    "--grad_accum_steps 2 --gpus_per_node 32": "batch_size 96 can't be divided over 32 GPUs × 2 accumulation steps",
+    "--grad_accum_steps 2 --gpus_per_node 32": (
+        "batch_size 96 can't be divided over 32 GPUs × 2 accumulation steps"
+    ),
     "--data_dir nowhere": "work/nowhere: make it with",
     "--data_dir nowhere --loader ffcv": "nowhere/train.beton is not there: make it with",
     "--folder /dev/null/jobs": "can't write to /dev/null/jobs",
@@ -43,39 +56,64 @@ BAD = {
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, small, flags):
-    monkeypatch.setattr(
-        submit.shutil, "which", lambda name: f"/usr/bin/{name}"
-    )  # a Slurm that would be asked last
+    # a Slurm, which would be asked last
+    monkeypatch.setattr(submit.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(submit, "check_with_slurm", lambda *args: pytest.fail("Slurm was asked"))
     (tmp_path / "work/taken/checkpoints").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work")
     before = left(tmp_path)
     words = flags.split()
     preset = [] if any(word.endswith(".py") for word in words) else [DEBUG]
-    assert (
-        submit.main(
-            [
-                *preset,
-                "--loader",
-                "folder",
-                "--data_dir",
-                str(small),
-                "--gpus_per_node",
-                "1",
-                "--epochs",
-                "50",
-                "--train_samples",
-                "None",
-                *words,
-            ]
-        )
-        == 2
-    )
+    data = ["--loader", "folder", "--data_dir", str(small), "--train_samples", "None", "--epochs", "50"]
+    assert submit.main([*preset, *data, "--gpus_per_node", "1", *words]) == 2
     printed = capsys.readouterr()
-    assert (
-        BAD[flags] in printed.err and printed.err.startswith("error: ") and len(printed.err.splitlines()) == 1
-    )
+    assert BAD[flags] in printed.err
+    assert printed.err.startswith("error: ") and len(printed.err.splitlines()) == 1
     assert left(tmp_path) == before
+
+
+def test_a_bug_is_no_mistake(tmp_path, monkeypatch, capsys):
+    """A mistake is one line and status 2; a bug ends with its traceback, whatever its type."""
+    monkeypatch.chdir(tmp_path)
+    argv = [*LOCAL, DEBUG, "--loader", "synthetic"]
+    for bug in (ValueError, RuntimeError, OSError):
+        monkeypatch.setattr(submit, "check_run", lambda *args, bug=bug: raise_(bug("a bug")))
+        with pytest.raises(bug, match="a bug"):
+            submit.main(argv)
+    capsys.readouterr()
+    monkeypatch.setattr(submit, "check_run", lambda *args: raise_(UserError("a mistake")))
+    assert submit.main(argv) == 2
+    assert capsys.readouterr().err == "error: a mistake\n"
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "changes, images, classes, says",
+    [
+        ({}, 95, None, "batch_size 96 is above the 95 training images"),
+        ({"profile": True}, 200, None, "profile needs epochs of 3 steps and more, 200 images are 2 of"),
+        (
+            {"lr_warmup_steps": 36},
+            200,
+            None,
+            "lr_warmup_steps 36 leaves nothing of the 36 steps of 18 epochs",
+        ),
+        ({"lr_warmup_steps": 35}, 200, ["a", "c"], "'b' in one stands where 'c' does in the other"),
+        ({"lr_warmup_steps": 35}, 200, ["a", "b"], None),
+        ({"lr_warmup_steps": 35}, 200, None, None),
+    ],
+)
+def test_a_schedule_fits_its_data(changes, images, classes, says):
+    cfg = dataclasses.replace(load_preset(submit.Config, DEBUG), **changes)
+    if says is None:
+        check_data(cfg, images, ["a", "b"], classes)
+        return
+    with pytest.raises(UserError) as refused:
+        check_data(cfg, images, ["a", "b"], classes)
+    assert says in str(refused.value)
 
 
 def test_no_slurm_is_one_line(tmp_path, monkeypatch, capsys):
@@ -89,39 +127,24 @@ def test_no_slurm_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_dry_run_prints_what_would_be_submitted_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    """With nothing but the number of nodes: the paper's run. Without Slurm, and without data, which it says."""
+    """With nothing but the number of nodes: the paper's run. Without Slurm; without data, which it says."""
     monkeypatch.setattr(submit.shutil, "which", lambda name: None)
     monkeypatch.chdir(tmp_path)
-    assert (
-        submit.main(["--nodes", "16", "--dry_run", "--partition", "gpu", "--hours", "2.5", "--qos", "high q"])
-        == 0
-    )
+    flags = ["--partition", "gpu", "--hours", "2.5", "--qos", "high q"]
+    assert submit.main(["--nodes", "16", "--dry_run", *flags]) == 0
     printed = capsys.readouterr()
-    assert (
-        f"{tmp_path}/runs/vit_l16_in1k: 4096 images a step = 64 GPUs × 1 accumulation step × 64 images"
-        in printed.out
-    )
-    for line in (
-        "--nodes=16",
-        "--ntasks-per-node=4",
-        "--gpus-per-node=4",
-        "--cpus-per-task=8",
-        "--time=150",
-        "--partition=gpu",
-        "--requeue",
-        "--qos='high q'",
-        "--signal=USR2@300",
-        "--open-mode=append",
-        f"--comment={tmp_path}/runs/vit_l16_in1k",
-    ):
+    run_dir = f"{tmp_path}/runs/vit_l16_in1k"
+    assert f"{run_dir}: 4096 images a step = 64 GPUs × 1 accumulation step × 64 images" in printed.out
+    options = (
+        "--nodes=16 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 --time=150 --partition=gpu "
+        "--requeue --signal=USR2@300 --open-mode=append"
+    ).split()
+    for line in [*options, "--qos='high q'", f"--comment={run_dir}"]:
         assert f"#SBATCH {line}\n" in printed.out
     assert "--kill-on-bad-exit=1" in printed.out and "--array" not in printed.out
     config = json.loads(printed.out[printed.out.index("\n{\n") :])
-    assert (config["model"], config["epochs"], config["data_dir"]) == (
-        "L/16",
-        300,
-        f"{tmp_path}/datasets/imagenet",
-    )
+    assert (config["model"], config["epochs"]) == ("L/16", 300)
+    assert config["data_dir"] == f"{tmp_path}/datasets/imagenet"
     assert printed.err.startswith("warning: ") and "datasets/imagenet/train.beton is not there" in printed.err
     assert left(tmp_path) == []
 
@@ -169,19 +192,12 @@ def test_flags_find_their_way(argv, expected):
 
 def test_a_resumed_run_accumulates_for_the_gpus_it_has_now(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    stored = dataclasses.asdict(load_preset(submit.Config, str(REPO / submit.PAPER))) | {
-        "grad_accum_steps": 4,
-        "run_dir": "run",
-    }
+    stored = dataclasses.asdict(load_preset(submit.Config, REPO / submit.PAPER))
     Path("run").mkdir()
-    Path("run/config.json").write_text(json.dumps(stored))
-    for flags in ("", str(REPO / submit.PAPER)):
-        assert (
-            submit.main(
-                [*flags.split(), "--nodes", "16", "--dry_run", "--run_dir", "run", "--resume", "True"]
-            )
-            == 0
-        )
+    Path("run/config.json").write_text(json.dumps(stored | {"grad_accum_steps": 4, "run_dir": "run"}))
+    argv = "--nodes 16 --dry_run --run_dir run --resume True".split()
+    for preset in ([], [str(REPO / submit.PAPER)]):
+        assert submit.main([*preset, *argv]) == 0
         assert "64 GPUs × 1 accumulation step × 64 images" in capsys.readouterr().out
 
 
@@ -208,47 +224,36 @@ def test_a_snapshot_is_code(tmp_path, monkeypatch, capsys, small):
     with open("repo/weights.bin", "wb") as file:
         file.truncate(300_000_000)
     monkeypatch.setattr(snapshot, "ROOT", tmp_path / "repo")
-    assert (
-        submit.main(
-            [
-                "--cluster",
-                "local",
-                "--gpus_per_node",
-                "1",
-                DEBUG,
-                *RUN,
-                "--dp_shard",
-                "1",
-                "--data_dir",
-                str(small),
-            ]
-        )
-        == 2
-    )
-    assert (
+    argv = [*LOCAL, DEBUG, *RUN, "--dp_shard", "1", "--data_dir", str(small)]
+    assert submit.main(argv) == 2
+    says = (
         "a snapshot of the code would have 300 MB, weights.bin the most: put what is not code in .gitignore"
-        in capsys.readouterr().err
     )
+    assert says in capsys.readouterr().err
     assert not Path("runs").exists()
     shutil.rmtree("repo/.git")
-    assert (
-        submit.main(
-            [
-                "--cluster",
-                "local",
-                "--gpus_per_node",
-                "1",
-                DEBUG,
-                *RUN,
-                "--dp_shard",
-                "1",
-                "--data_dir",
-                str(small),
-            ]
-        )
-        == 2
-    )
+    assert submit.main(argv) == 2
     assert "git can't list the files" in capsys.readouterr().err and not Path("runs").exists()
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no git
+    assert submit.main(argv) == 2
+    assert "git can't list the files" in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_a_disk_that_takes_no_snapshot(tmp_path, monkeypatch, capsys, small):
+    """Full, say: one sentence, and what was copied before is gone."""
+    monkeypatch.chdir(tmp_path)
+    copied = []
+
+    def copy2(source, target, original=shutil.copy2):
+        if len(copied) == 3:
+            raise OSError(28, "No space left on device", str(target))
+        copied.append(original(source, target))
+
+    monkeypatch.setattr(snapshot.shutil, "copy2", copy2)
+    assert submit.main([*LOCAL, DEBUG, *RUN, "--dp_shard", "1", "--data_dir", str(small)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: can't copy ") and printed.endswith(": No space left on device\n")
+    assert len(copied) == 3 and not Path("runs").exists()
 
 
 def test_bad_presets_of_an_array(tmp_path, monkeypatch, capsys, small):
@@ -256,3 +261,52 @@ def test_bad_presets_of_an_array(tmp_path, monkeypatch, capsys, small):
     Path("other.py").write_text("from config.debug import *\n")
     assert submit.main([DEBUG, "other.py", "--dry_run", "--gpus_per_node", "1"]) == 2
     assert "have the same run_dir" in capsys.readouterr().err
+
+
+# ---- how it starts
+
+PROBE = """
+import sys
+from launch import submit
+status = submit.main(sys.argv[1:])
+heavy = {"torch", "torchvision", "matplotlib", "numba", "ffcv", "tensorboard"}
+print("imported:", *sorted(heavy & sys.modules.keys()), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def probe(folder, *argv):
+    """(exit status, standard error without its last line, the large packages that were imported) of a dry
+    run.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, "--dry_run", *map(str, argv)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+    *said, last = done.stderr.splitlines()
+    assert last.startswith("imported:"), done.stderr
+    return done.returncode, said, last.split()[1:]
+
+
+def test_a_dry_run_imports_no_torch(tmp_path):
+    """Of the paper's run, whose data isn't here, which is said."""
+    status, said, imported = probe(tmp_path, "--nodes", 16)
+    assert status == 0 and len(said) == 1 and "train.beton is not there" in said[0]
+    assert imported == []
+
+
+def test_a_dry_run_reads_a_beton_without_torch(tmp_path, small):
+    """The mistakes are found all the same. The control: torchvision's data sets need torch, and the probe
+    sees it.
+    """
+    if not (small / "train.beton").exists():
+        pytest.skip("FFCV, which writes .beton files, is not here")
+    flags = [DEBUG, "--gpus_per_node", 1, "--data_dir", small, "--train_samples", "None", "--epochs"]
+    assert probe(tmp_path, *flags, 50) == (0, [], [])
+    status, said, imported = probe(tmp_path, *flags, 1)
+    assert (status, imported) == (0, []) and "leaves nothing of the 6 steps of 1 epochs" in said[0]
+    status, said, imported = probe(tmp_path, *flags, 50, "--loader", "folder")
+    assert (status, said) == (0, []) and {"torch", "torchvision"} <= set(imported)

@@ -6,10 +6,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from test_parallel import full_of_garbage
 from torch import nn
 
 from lora.inject import add_lora, match_families
-from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, DropPath, VisionTransformer, from_huggingface
+from model.huggingface import from_huggingface
+from model.parallel import materialise
+from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
+from model.vit import DropPath, VisionTransformer
 
 SMALL = dict(embed_dim=48, depth=3, num_heads=4, patch_size=4)
 
@@ -38,7 +42,10 @@ def build(variant="small", image_size=16, num_classes=7, seed=0, **kwargs):
 
 # ---- parity
 
-@pytest.mark.parametrize("variant, name", [("Ti/16", "vit_tiny_patch16_224"), ("S/16", "vit_small_patch16_224")])
+
+@pytest.mark.parametrize(
+    "variant, name", [("Ti/16", "vit_tiny_patch16_224"), ("S/16", "vit_small_patch16_224")]
+)
 def test_logits_equal_timms(variant, name):
     timms = randomise(timm.create_model(name, num_classes=11), std=0.05).eval()
     ours = VisionTransformer(variant, 224, 11).eval()
@@ -52,24 +59,41 @@ def test_logits_equal_timms(variant, name):
         assert (ours(x) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("variant, name, millions", [  # the literature's counts, 1000 classes at 224
-    ("Ti/16", "vit_tiny_patch16_224", 5.717), ("S/16", "vit_small_patch16_224", 22.051),
-    ("B/16", "vit_base_patch16_224", 86.568), ("L/16", "vit_large_patch16_224", 304.327)])
+@pytest.mark.parametrize(
+    "variant, name, millions",
+    [  # the literature's counts, 1000 classes at 224
+        ("Ti/16", "vit_tiny_patch16_224", 5.717),
+        ("S/16", "vit_small_patch16_224", 22.051),
+        ("B/16", "vit_base_patch16_224", 86.568),
+        ("L/16", "vit_large_patch16_224", 304.327),
+    ],
+)
 def test_names_shapes_and_counts(variant, name, millions):
     with torch.device("meta"):
         timms, ours = timm.create_model(name), VisionTransformer(variant, 224, 1000)
     shapes = lambda model: {key: tuple(t.shape) for key, t in model.state_dict().items()}
     assert shapes(ours) == shapes(timms)
     assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 3) == millions
-    assert ours.blocks[0].attn.num_heads == timms.blocks[0].attn.num_heads and len(ours.blocks) == len(timms.blocks)
+    assert ours.blocks[0].attn.num_heads == timms.blocks[0].attn.num_heads and len(ours.blocks) == len(
+        timms.blocks
+    )
 
 
 @pytest.fixture
 def huggingface():
     """A small random ViT whose first LayerNorms see variances near 1e-6, where their epsilon matters."""
     from transformers import ViTConfig, ViTForImageClassification
-    config = ViTConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, image_size=16,
-                       patch_size=4, num_labels=7, layer_norm_eps=1e-12)
+
+    config = ViTConfig(
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        image_size=16,
+        patch_size=4,
+        num_labels=7,
+        layer_norm_eps=1e-12,
+    )
     model = randomise(ViTForImageClassification(config)).eval()
     with torch.no_grad():
         for p in model.vit.embeddings.parameters():
@@ -102,7 +126,9 @@ def test_logits_equal_huggingfaces(huggingface, published, tmp_path):
     assert difference(huggingface, renamed | {"blocks.1.attn.qkv.bias": torch.cat([k, q, v])}) > 1e-3
 
 
-@pytest.mark.parametrize("key", ["vit.pooler.dense.weight", "vit.layers.0.attention.q_proj.weight.x", "norm.weight"])
+@pytest.mark.parametrize(
+    "key", ["vit.pooler.dense.weight", "vit.layers.0.attention.q_proj.weight.x", "norm.weight"]
+)
 def test_unknown_huggingface_name(huggingface, key):
     with pytest.raises(KeyError, match=key):
         from_huggingface(huggingface.state_dict() | {key: torch.zeros(1)})
@@ -116,16 +142,20 @@ def test_wrong_arguments():
 
 
 def test_rest_patterns_and_families_cover_the_model():
-    """The target modules and LORA_REST between them name every parameter, none twice (biases belong to the Linears)."""
+    """The target modules and LORA_REST between them name every parameter, none twice."""
     from fnmatch import fnmatchcase
+
     model = build()
     families = match_families(model, LORA_FAMILIES, tuple(LORA_FAMILIES))
     linears = {name for layers in families.values() for name, _, _ in layers}
     for name, _ in model.named_parameters():
-        assert (name.rpartition(".")[0] in linears) != any(fnmatchcase(name, pattern) for pattern in LORA_REST), name
+        assert (name.rpartition(".")[0] in linears) != any(
+            fnmatchcase(name, pattern) for pattern in LORA_REST
+        ), name
 
 
 # ---- stochastic depth and dropout
+
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     x = torch.ones(20_000, 2, 3)
@@ -170,6 +200,7 @@ def test_dropout_after_positions_attention_and_both_mlp_layers():
 
 # ---- initialisation
 
+
 def test_init_is_a_pure_function_of_the_seed():
     torch.manual_seed(1)
     first = build(seed=3)
@@ -202,7 +233,9 @@ def test_init_distributions():
             assert (p == 1).all(), name
         elif name == "pos_embed":
             assert abs(p.std() - 0.02) < 1e-3
-        elif name == "patch_embed.proj.weight":  # LeCun: variance 1 / fan in, after the cut at two of its own σ
+        elif (
+            name == "patch_embed.proj.weight"
+        ):  # LeCun: variance 1 / fan in, after the cut at two of its own σ
             std = math.sqrt(1 / (3 * 7 * 7))
             assert abs(p.std() / std - 1) < 0.03 and p.abs().max() <= 2 * std / 0.8796 + 1e-6
         else:
@@ -218,32 +251,31 @@ def test_init_distributions():
 
 # ---- meta device
 
-def materialise(**kwargs):
+
+def build_on_meta(**kwargs):
     with torch.device("meta"):
         model = VisionTransformer("small", 16, 7, **kwargs)
     assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for t in [*model.parameters(), *model.buffers()]:
-            t.fill_(float("nan"))  # what to_empty leaves is garbage: make it show
     return model
 
 
 def test_meta_build_equals_direct_build():
-    direct, x = randomise(build(drop_path=0.3, dropout=0.1)), torch.randn(2, 3, 16, 16)
-    fresh, loaded = materialise(drop_path=0.3, dropout=0.1), materialise(drop_path=0.3, dropout=0.1)
+    options = {"drop_path": 0.3, "dropout": 0.1}
+    direct, x = randomise(build(**options)), torch.randn(2, 3, 16, 16)
+    with full_of_garbage():
+        trap = build_on_meta(**options).to_empty(device="cpu")
+        fresh, loaded = (materialise(build_on_meta(**options), "cpu") for _ in range(2))
     fresh.init_weights(0)
     loaded.load_state_dict(direct.state_dict())
-    assert loaded.blocks[1].drop_path.keep_prob.isnan()  # the trap: no state dict brings the buffers back
-    for model in (fresh, loaded):
-        for module in model.modules():
-            if hasattr(module, "init_buffers"):
-                module.init_buffers()
+    trap.load_state_dict(direct.state_dict())
+    assert trap.blocks[1].drop_path.keep_prob.isnan()  # the trap: no state dict brings the buffers back
     outputs = []
     for model in (direct, loaded):
         torch.manual_seed(5)
         outputs.append(model.train()(x))
     assert torch.equal(*outputs)
     again = build(drop_path=0.3, dropout=0.1)
-    for a, b in zip([*fresh.parameters(), *fresh.buffers()], [*again.parameters(), *again.buffers()], strict=True):
+    for a, b in zip(
+        [*fresh.parameters(), *fresh.buffers()], [*again.parameters(), *again.buffers()], strict=True
+    ):
         assert torch.equal(a, b)

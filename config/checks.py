@@ -1,0 +1,115 @@
+"""What the ranges in Config's types can't say: fields that contradict each other, names that are in no
+table."""
+
+from data.datasets import DATASETS
+from model.variants import LORA_FAMILIES, VARIANTS
+from monitor.log import load_run
+
+from config.ranges import check_ranges
+from errors import UserError
+
+
+def check_config(cfg) -> None:
+    """Raise UserError, in one sentence, for the first field that is out of range or contradicts another."""
+    check_ranges(cfg)
+    check_tables(cfg)
+    check_start(cfg)
+    check_training(cfg)
+    if cfg.mode != "full":  # without adapters nothing is asked of them
+        check_adapters(cfg)
+    check_switch(cfg)
+    if cfg.baseline is not None:
+        load_run(cfg.baseline)
+
+
+def require(fine: bool, sentence: str) -> None:
+    if not fine:
+        raise UserError(sentence)
+
+
+def check_tables(cfg) -> None:
+    require(cfg.model in VARIANTS, f"unknown model {cfg.model!r}, there are: {', '.join(VARIANTS)}")
+    require(cfg.dataset in DATASETS, f"unknown dataset {cfg.dataset!r}, there are: {', '.join(DATASETS)}")
+    size, patch = DATASETS[cfg.dataset].image_size, VARIANTS[cfg.model]["patch_size"]
+    require(
+        size % patch == 0,
+        f"{cfg.dataset}'s images of {size} pixels can't be cut into {cfg.model}'s patches of {patch}",
+    )
+    for family in cfg.target_modules:
+        require(
+            family in LORA_FAMILIES,
+            f"unknown target module {family!r}, there are: {', '.join(LORA_FAMILIES)}",
+        )
+    once = len(set(cfg.target_modules)) == len(cfg.target_modules) > 0
+    require(once, f"target_modules must name each family once: {cfg.target_modules}")
+
+
+def check_start(cfg) -> None:
+    require(cfg.init_from != "timm:", "init_from must name a model of timm's: timm:NAME")
+    require(
+        cfg.init_from is None or cfg.fork is None,
+        "fork starts from a run's checkpoint and init_from from other weights: choose one, "
+        "--init_from None or --fork None",
+    )
+    require(
+        cfg.init_from is not None or not cfg.fresh_head,
+        "fresh_head is for the weights of init_from: without them every head is fresh",
+    )
+
+
+def check_training(cfg) -> None:
+    require(
+        cfg.loader != "synthetic" or not cfg.rand_augment,
+        "synthetic images are not augmented: loader synthetic goes with rand_augment 0",
+    )
+    require(
+        cfg.stage_dir is None or cfg.loader == "ffcv",
+        "stage_dir is for .beton files: it needs --loader ffcv",
+    )
+    require(
+        cfg.batch_size % cfg.grad_accum_steps == 0,
+        f"batch_size {cfg.batch_size} is not divisible by grad_accum_steps {cfg.grad_accum_steps}",
+    )
+    require(
+        cfg.activation_checkpointing != "selective" or cfg.compile,
+        "activation_checkpointing selective is the compiler's choice: it needs --compile True",
+    )
+
+
+def check_adapters(cfg) -> None:
+    width = VARIANTS[cfg.model]["embed_dim"]
+    require(cfg.rank_min <= cfg.rank_max, f"rank_min {cfg.rank_min} is above rank_max {cfg.rank_max}")
+    require(cfg.rank_max <= width, f"rank_max {cfg.rank_max} is above {cfg.model}'s width {width}")
+    require(
+        cfg.rank_min > 1 or not cfg.compile,
+        "rank_min 1 can't be compiled, torch.compile makes a dimension of size 1 a constant: "
+        "take 2 or --compile False",
+    )
+    require(
+        cfg.lora_scaling != "rslora" or cfg.lora_alpha is not None,
+        "lora_scaling rslora is lora_alpha / sqrt(rank): it needs --lora_alpha, which as None stands for "
+        "each layer's rank",
+    )
+    require(
+        cfg.rank_budget is None or cfg.rank_rule != "minmax",
+        "rank_budget is for rank_rule uniform or budget; minmax has none",
+    )
+
+
+def check_switch(cfg) -> None:
+    require(
+        cfg.num_windows >= 2,
+        f"num_windows must be at least 2, not {cfg.num_windows}: the test compares consecutive windows",
+    )
+    if cfg.switch_epoch is None:
+        return
+    require(cfg.mode == "prelora", f"switch_epoch has no meaning with mode {cfg.mode}")
+    require(
+        cfg.switch_epoch >= 2 * cfg.window_epochs,
+        f"switch_epoch {cfg.switch_epoch} is before two windows of {cfg.window_epochs} epochs are full, "
+        "which the ranks need",
+    )
+    require(
+        cfg.switch_epoch < cfg.epochs,
+        f"switch_epoch {cfg.switch_epoch} is not before the last epoch {cfg.epochs}",
+    )

@@ -1,0 +1,380 @@
+"""Where a run begins: fresh, resumed, forked from another run, or from weights; and everything that can be
+found wrong before work.
+
+`begin` is called by train.py once, on all processes together. What it finds wrong is a UserError, and then no
+file has been written."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from config.cli import split_fork, typed_config
+from data.datasets import DATASETS
+from data.loader import Loader, build_loader
+from data.staging import get_staged_dir, stage
+from errors import UserError
+from files import write_json
+from launch.distributed import get_world_rank, get_world_size, once_per_node, together
+from lora.inject import match_families
+from model import checkpoint
+from model.checkpoint import on_process_0
+from model.pretrained import load_pretrained
+from model.variants import LORA_FAMILIES
+from monitor.convergence import find_switch
+from monitor.log import check_logs, load_run, phase_table
+from monitor.logger import RunLogger
+
+# A run goes on with these as they were: its past depends on them.
+FIXED = "model dataset num_classes init_from fresh_head mode seed batch_size train_samples".split()
+FIXED += ["target_modules", "window_epochs"]
+# A fork shares its source's past: the same model, images and steps.
+SHARED = "model dataset num_classes batch_size train_samples".split()
+# Once there are adapters: their ranks and their scaling.
+ADAPTERS = "target_modules rank_min rank_max rank_rule rank_budget lora_alpha lora_scaling".split()
+# What a fork may have different without a word: they shape nothing.
+UNSAID = "run_dir resume fork max_steps keep_every eval_every profile".split()
+
+
+@dataclass
+class State:
+    """Where a run stands; every checkpoint's meta.json holds it. When to switch is not in it: the log says
+    that."""
+
+    phase: str = "full"  # full, warmup or lora
+    ranks: dict[str, list[int]] | None = None  # family -> rank of each layer, once there are adapters
+    epoch: int = 0  # completed
+    step: int = 0  # optimiser steps taken
+    epoch_step: int = 0  # of them in the epoch under way
+    epoch_loss: float = 0.0  # summed over those steps
+    epoch_hits: float = 0.0
+    epoch_seconds: float = 0.0  # their training time
+    epoch_waited: float = 0.0  # of it, waiting for data
+    metrics_bytes: int = 0  # length of metrics.jsonl
+    steps_bytes: int = 0  # length of steps.jsonl
+
+    def begin_epoch(self) -> None:
+        self.epoch_step, self.epoch_loss, self.epoch_hits = 0, 0.0, 0.0
+        self.epoch_seconds, self.epoch_waited = 0.0, 0.0
+
+
+@dataclass
+class Start:
+    """Where a run begins, and its data."""
+
+    state: State = field(default_factory=State)
+    checkpoint: Path | None = None  # whose weights and optimiser state are loaded; None: a fresh start
+    meta: dict | None = None  # that checkpoint's meta.json
+    forked: bool = False  # the checkpoint is another run's
+    records: list[dict] = field(default_factory=list)  # of a fork: the epochs and switches that it shares
+    weights: dict[str, Tensor] = field(default_factory=dict)  # of init_from, on process 0
+    notes: list[str] = field(default_factory=list)  # what a person should know: overrides, differences
+    passed_over: list[str] = field(default_factory=list)  # damaged checkpoints, in sentences
+    train_loader: Loader | None = None
+    val_loader: Loader | None = None
+    log: RunLogger | None = None
+
+    def close(self) -> None:
+        for opened in (self.train_loader, self.val_loader, self.log):
+            if opened is not None:
+                opened.close()
+
+
+def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
+    """Find where the run of `cfg` begins, and make its folder. `net`: its model without adapters, on meta.
+    `notes`: to put first.
+
+    All processes together. Raises UserError on all of them for data that is missing, damaged or too small for
+    a batch, a schedule that ends in its warmup, and a checkpoint that is damaged or of another run than `cfg`
+    describes."""
+    start = Start(notes=list(notes))
+    if cfg.resume:
+        start.checkpoint, start.meta, start.passed_over = on_process_0(checkpoint.find, Path(cfg.run_dir))
+    if cfg.fork and not start.checkpoint:
+        start.checkpoint, start.meta, start.records, differences = on_process_0(find_fork, cfg)
+        start.forked, start.notes = True, start.notes + differences
+    if cfg.stage_dir:
+        once_per_node(stage, cfg.dataset, cfg.data_dir, cfg.stage_dir, get_world_rank() == 0)
+    with together():
+        start.train_loader, start.val_loader = build_loaders(cfg)
+        images = start.train_loader.num_samples
+        if start.checkpoint:
+            start.state = read_state(start.meta, start.checkpoint)
+            check_checkpoint(cfg, start, images)
+        elif cfg.mode == "lora":
+            families = match_families(net, LORA_FAMILIES, cfg.target_modules)
+            start.state.phase = "lora"
+            start.state.ranks = {family: [cfg.rank_max] * len(layers) for family, layers in families.items()}
+        check_data(cfg, images, start.train_loader.classes, start.val_loader.classes)
+        if cfg.init_from and not start.checkpoint and get_world_rank() == 0:
+            start.weights, remarks = load_init(cfg, net)
+            start.notes += remarks
+    with together():  # now that no process has found anything wrong
+        try:
+            Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(str(error)) from None
+    return start
+
+
+def open_log(cfg, start: Start, last_step: int) -> RunLogger:
+    """The run's log, cut back to where its state stands, with what is known before the first step. Every
+    process has its epoch records, because from these each of them decides the phase."""
+    s, run_dir, first = start.state, Path(cfg.run_dir), get_world_rank() == 0
+    if first:
+        write_json(run_dir / "config.json", vars(cfg) | {"resume": False})
+        (run_dir / "ranks.json").unlink(missing_ok=True)  # of epochs after the checkpoint, perhaps
+        if s.ranks:
+            write_json(run_dir / "ranks.json", s.ranks)
+    log = start.log = RunLogger(run_dir, s.step, last_step, s.metrics_bytes, s.steps_bytes, enabled=first)
+    log.epochs = on_process_0(list, log.epochs)
+    for record in start.records:
+        log.copy(record)
+    for note in start.notes:
+        log.message(note)
+    for sentence in start.passed_over:
+        log.warning(s.epoch, s.step, sentence)
+    return log
+
+
+def say_done(cfg, s: State, total_steps: int) -> bool:
+    """Say, on process 0, that there is nothing left to train. Returns True: the run has ended."""
+    if get_world_rank() == 0:
+        longer = f", --max_steps None goes on to {total_steps}" if s.step < total_steps else ""
+        print(f"{cfg.run_dir} is done: {s.step} steps{longer}")
+        print(phase_table(load_run(cfg.run_dir).epochs) if s.epoch else "no epoch is finished yet")
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------
+# data
+
+
+def build_loaders(cfg) -> tuple[Loader, Loader]:
+    """The loaders of training and validation, which yield this process's share of the micro-batches."""
+    world_size = get_world_size()
+    if cfg.batch_size % (cfg.grad_accum_steps * world_size):
+        raise UserError(
+            f"batch_size {cfg.batch_size} is not divisible by {world_size} ranks × grad_accum_steps "
+            f"{cfg.grad_accum_steps}"
+        )
+    data_dir = get_staged_dir(cfg.data_dir, cfg.stage_dir) if cfg.stage_dir else cfg.data_dir
+    loaders = []
+    for split, num_samples in (("train", cfg.train_samples), ("val", None)):
+        loader = build_loader(
+            cfg.loader,
+            cfg.dataset,
+            data_dir,
+            split,
+            batch_size=cfg.batch_size // (cfg.grad_accum_steps * world_size),
+            seed=cfg.seed,
+            num_workers=cfg.num_workers,
+            num_samples=num_samples,
+            num_classes=cfg.num_classes,
+            rand_augment_magnitude=cfg.rand_augment,
+            world_rank=get_world_rank(),
+            world_size=world_size,
+        )
+        loaders.append(loader)
+    return loaders[0], loaders[1]
+
+
+def check_data(cfg, images: int, classes: list[str] | None, val_classes: list[str] | None) -> None:
+    """Raise UserError for a batch or a warmup that is too large for so many training images, and for training
+    and validation sets with different classes (None: not known)."""
+    if None not in (classes, val_classes) and classes != val_classes:
+        here, there = next(pair for pair in zip(classes, val_classes) if pair[0] != pair[1])
+        raise UserError(
+            f"train and val of {cfg.data_dir} do not have the same classes: {here!r} in one stands where "
+            f"{there!r} does in the other"
+        )
+    steps_per_epoch = images // cfg.batch_size
+    total_steps = steps_per_epoch * cfg.epochs
+    if not total_steps:
+        raise UserError(f"batch_size {cfg.batch_size} is above the {images} training images")
+    if cfg.profile and steps_per_epoch < 3:
+        raise UserError(
+            f"profile needs epochs of 3 steps and more, {images} images are {steps_per_epoch} of batch_size "
+            f"{cfg.batch_size}"
+        )
+    if cfg.lr_warmup_steps >= total_steps:
+        raise UserError(
+            f"lr_warmup_steps {cfg.lr_warmup_steps} leaves nothing of the {total_steps} steps of "
+            f"{cfg.epochs} epochs"
+        )
+
+
+def load_init(cfg, net: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights that `cfg.init_from` names, made to fit `net` (on meta will do) and this run's images, and
+    what was done to them. Raises UserError where they can't be had or don't fit."""
+    data = DATASETS[cfg.dataset]
+    weights, notes = load_pretrained(cfg.init_from, net, data.mean, data.std, cfg.fresh_head)
+    return weights, [f"init_from: {note}" for note in notes]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a run that goes on
+
+
+def get_config(cfg, path: Path, meta: dict):
+    """The config with which the checkpoint at `path` was trained, of the same class as `cfg`."""
+    return typed_config(type(cfg), meta["config"], f"{path}/meta.json")
+
+
+def read_state(meta: dict, path: Path) -> State:
+    """The State in the meta of the checkpoint at `path`. Raises UserError if it is damaged."""
+    try:
+        return State(**meta["state"])
+    except TypeError as error:
+        raise UserError(f"{path}/meta.json is damaged: {error}") from None
+
+
+def check_same(cfg, old, names: list[str], where: Path) -> None:
+    """Raise UserError for the first field in `names` in which `cfg` differs from what the checkpoint at
+    `where` was trained with."""
+    for name in names:
+        before, now = getattr(old, name), getattr(cfg, name)
+        if before != now:
+            raise UserError(f"{where} was trained with {name} = {before}, it can't go on with {now}")
+
+
+def check_checkpoint(cfg, start: Start, images: int) -> None:
+    """Raise UserError for a checkpoint of other data or another run than `cfg` describes, or whose run has
+    lost its logs."""
+    path, meta, s = start.checkpoint, start.meta, start.state
+    if meta["train_images"] != images:
+        raise UserError(f"{path} was trained on {meta['train_images']} images, {cfg.data_dir} gives {images}")
+    total_steps = images // cfg.batch_size * cfg.epochs
+    if s.step > total_steps:
+        raise UserError(f"{path} is past the end of {cfg.epochs} epochs, {total_steps} steps")
+    if start.forked:  # what it shares was looked at when it was found, and its own logs are yet to be written
+        s.metrics_bytes = s.steps_bytes = 0
+        return
+    fixed = FIXED
+    if s.ranks:  # and what the lora phase trains, with a base in which precision, which the freeze decides
+        fixed = FIXED + ADAPTERS + ["lora_trainable", "dtype"]
+    check_same(cfg, get_config(cfg, path, meta), fixed, path)
+    check_logs(Path(cfg.run_dir), path, s.metrics_bytes, s.steps_bytes)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a run that is forked from another
+
+
+def find_fork(cfg) -> tuple[Path, dict, list[dict], list[str]]:
+    """The checkpoint of another run that `cfg.fork` names, its meta, the epochs and switches up to there, for
+    the fork's own log, and what `cfg` has different, in sentences.
+
+    In the full phase everything the switch depends on may differ: the log alone says when a switch is due,
+    and train.py asks it with `cfg`. Later the switch and the adapters must be those the run has. Without an
+    epoch: the newest checkpoint of the full phase before which `cfg` would not have switched. Raises
+    UserError where there is no such checkpoint, or it is of another model, data or batch."""
+    run, asked = split_fork(cfg.fork)
+    kept = {}  # epoch -> (path, meta) of the checkpoints of whole epochs
+    for path, meta in checkpoint.kept(Path(run)):
+        if not meta["state"]["epoch_step"]:
+            kept[meta["state"]["epoch"]] = (path, meta)
+    _, epochs, switches = load_run(
+        run
+    )  # after the checkpoints: a run that is under way has logged what it has saved
+    if not kept:
+        raise UserError(f"{run} keeps no checkpoint of a whole epoch")
+    for path, meta in kept.values():
+        check_same(cfg, get_config(cfg, path, meta), SHARED, path)
+    due = get_own_switch(cfg, run, epochs)
+    at = choose_epoch(cfg, run, asked, kept, due)
+    path, meta = kept[at]
+    checkpoint.verify(path)
+    check_fork(cfg, path, meta, epochs, switches, due)
+    records = get_shared_records(cfg, run, epochs, switches, at)
+    old = get_config(cfg, path, meta)
+    notes = []
+    for name, value in vars(cfg).items():
+        if value != getattr(old, name) and name not in UNSAID:
+            notes.append(f"fork: {name} = {value}, {run} had {getattr(old, name)}")
+    return path, meta, records, notes
+
+
+def get_own_switch(cfg, run: str, epochs: list[dict]) -> int | None:
+    """After which epoch of `run` a run of `cfg` would have switched; None: not by the end of its full
+    phase."""
+    full = [epoch for epoch in epochs if epoch["phase"] == "full"]
+    if cfg.mode != "prelora":
+        return None
+    try:
+        return find_switch(full, cfg)
+    except FloatingPointError as error:
+        raise UserError(f"{run}: {error}") from None
+
+
+def choose_epoch(
+    cfg, run: str, asked: int | None, kept: dict[int, tuple[Path, dict]], due: int | None
+) -> int:
+    """The epoch to fork at: the one `asked` for, or the newest kept one that `cfg` can share. Raises
+    UserError where there is none."""
+    steps_per_epoch = next(meta["train_images"] // cfg.batch_size for _, meta in kept.values())
+    last = cfg.epochs - 1  # that leaves something to train
+    if cfg.max_steps:
+        last = min(last, (cfg.max_steps - 1) // steps_per_epoch)
+
+    def is_usable(epoch: int) -> bool:
+        full = kept[epoch][1]["state"]["phase"] == "full"
+        if epoch > last or (full and due is not None and epoch > due):
+            return False
+        return full or asked is not None or cfg.mode == "lora"
+
+    usable = [epoch for epoch in kept if is_usable(epoch)]
+    at = max(usable, default=None) if asked is None else asked
+    if at in usable:
+        return at
+    why = ""
+    if asked is None or asked in kept:
+        switches_first = due and (asked is None or asked <= last)
+        end = f"switch after epoch {due}" if switches_first else f"end after epoch {last + 1}"
+        why = f" that these settings share: they {end}"
+    what = "no checkpoint" if at is None else f"no checkpoint of epoch {at}"
+    there = ", ".join(map(str, sorted(kept)))
+    raise UserError(f"{run} keeps {what}{why}; it keeps those of {there} (see --keep_every)")
+
+
+def check_fork(
+    cfg, path: Path, meta: dict, epochs: list[dict], switches: list[dict], due: int | None
+) -> None:
+    """Raise UserError where a run of `cfg` would not have come by the checkpoint at `path`."""
+    state = meta["state"]
+    if state["phase"] == "full":
+        if cfg.mode == "lora":
+            raise UserError(f"{path} is in its full phase, mode lora has none")
+        return
+    shared = ["mode", *ADAPTERS]
+    if state["phase"] == "lora":
+        shared += ["lora_trainable", "dtype"]
+    check_same(cfg, get_config(cfg, path, meta), shared, path)
+    switched = next((switch["epoch"] for switch in switches if switch["from"] == "full"), None)
+    if cfg.mode == "prelora" and due != switched:
+        told = f"after epoch {due}" if due else "later"
+        raise UserError(f"{path} comes after a switch at epoch {switched}, these settings switch {told}")
+    warmup = sum(epoch["phase"] == "warmup" and epoch["epoch"] <= state["epoch"] for epoch in epochs)
+    if state["phase"] == "warmup" and warmup > cfg.lora_warmup_epochs:
+        raise UserError(
+            f"{path} is {warmup} epochs into its warmup, which lora_warmup_epochs = {cfg.lora_warmup_epochs} "
+            "would have ended"
+        )
+
+
+def get_shared_records(cfg, run: str, epochs: list[dict], switches: list[dict], at: int) -> list[dict]:
+    """The epochs and switches of `run` up to epoch `at`, in order, with the norms of cfg's target modules
+    alone."""
+
+    def only_targets(norms: dict) -> dict:
+        return {family: norms[family] for family in cfg.target_modules if family in norms}
+
+    shared = []
+    for epoch in epochs:
+        if epoch["epoch"] <= at:
+            norms = {key: only_targets(epoch[key]) for key in ("weight_norms", "adapter_norms")}
+            shared.append(epoch | norms)
+    if [epoch["epoch"] for epoch in shared] != list(range(1, at + 1)):
+        raise UserError(f"{run}/metrics.jsonl is damaged: it does not hold the epochs 1 to {at}")
+    shared += [switch for switch in switches if switch["epoch"] < at]
+    return sorted(shared, key=lambda record: (record["epoch"], record["event"] == "switch"))

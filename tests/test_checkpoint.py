@@ -1,0 +1,405 @@
+"""model/checkpoint.py: to the bit with any optimiser and number of processes; failed saves; process 0 and the
+rest."""
+
+import contextlib
+import resource
+import traceback
+from datetime import timedelta
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from test_optim import ADAPTERS, OPTIMIZERS, SMALL, build, equal, snapshot, step
+from torch import nn
+
+from errors import SharedError, UserError
+from lora.inject import add_lora, init_adapters, match_families
+from model import checkpoint
+from model.optim import apply_update, build_optimizer, get_optimizer_state, set_optimizer_state
+from model.parallel import build_mesh, materialise, parallelize, reshard, to_plain
+from model.variants import LORA_FAMILIES, VARIANTS
+from model.vit import VisionTransformer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is.*")
+
+
+@pytest.fixture(autouse=True)
+def small_variant(monkeypatch):
+    monkeypatch.setitem(VARIANTS, "small", SMALL)
+    torch.manual_seed(0)
+
+
+# ---- saving and loading
+
+
+def trained(**kwargs):
+    model = build(**kwargs)
+    optimizer = build_optimizer(model, 0.1)
+    for i in range(2):
+        step(model, optimizer, seed=i)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(lora=True), dict(lora=True, freeze=True)])
+def test_checkpoint_roundtrip_to_the_bit(tmp_path, kwargs):
+    model, optimizer = trained(**kwargs)
+    path = checkpoint.save(tmp_path, model, optimizer, {"step": 2, "state": {"epoch": 1}}, pinned=False)
+    assert path == tmp_path / "checkpoints/step_00000002" == checkpoint.latest(tmp_path)
+    assert checkpoint.read_meta(path) == {"step": 2, "state": {"epoch": 1}, "pinned": False}
+    other = build(**kwargs)
+    other.init_weights(5)
+    other_optimizer = build_optimizer(other, 0.1)
+    assert not equal(snapshot(other, other_optimizer), snapshot(model, optimizer))
+    checkpoint.load(path, other, other_optimizer)
+    assert equal(snapshot(other, other_optimizer), snapshot(model, optimizer))
+    step(model, optimizer, seed=9)
+    step(other, other_optimizer, seed=9)
+    assert equal(snapshot(other, other_optimizer), snapshot(model, optimizer))
+
+
+def test_checkpoint_before_the_adapters_have_stepped(tmp_path):
+    """Saved right after the insertion: the adapters have no state yet, and start fresh after loading too."""
+    full, optimizer = trained()
+    model = build(lora=True)
+    fresh = build_optimizer(model, 0.1)
+    set_optimizer_state(model, fresh, get_optimizer_state(full, optimizer))
+    path = checkpoint.save(tmp_path, model, fresh, {"step": 2}, pinned=True)
+    other = build(lora=True)
+    other_optimizer = build_optimizer(other, 0.1)
+    checkpoint.load(path, other, other_optimizer)
+    assert equal(snapshot(other, other_optimizer), snapshot(model, fresh))
+    assert not ADAPTERS & set(get_optimizer_state(other, other_optimizer))
+
+
+# ---- any optimiser, any number of processes
+
+
+def whole(model, optimizer):
+    """Weights and optimiser state, gathered: {name: tensor}."""
+    reshard(model)
+    found = {name: to_plain(t.detach()).clone() for name, t in model.state_dict().items()}
+    for name, state in get_optimizer_state(model, optimizer).items():
+        found |= {f"{name}/{key}": to_plain(t).clone() for key, t in state.items() if t is not None}
+    return found
+
+
+def build_small(kind, mesh, seed):
+    """A ViT with adapters, all of it trainable, sharded over `mesh`, and an optimiser."""
+    ranks = {"q": [2, 4], "v": [1, 2], "fc1": [4, 4]}
+    with torch.device("meta"):
+        model = VisionTransformer("small", 8, 5)
+        add_lora(model, match_families(model, LORA_FAMILIES, tuple(ranks)), ranks)
+    materialise(parallelize(model, mesh), "cpu")
+    model.init_weights(seed)
+    init_adapters(model, seed)
+    return model, OPTIMIZERS[kind](model, 0.1)
+
+
+def train_on(model, optimizer, steps):
+    """Steps on images that each process has of its own."""
+    process = dist.get_rank() if dist.is_initialized() else 0
+    for number in steps:
+        draw = torch.Generator().manual_seed(10 * number + process)
+        x, y = torch.randn(4, 3, 8, 8, generator=draw), torch.randn(4, 5, generator=draw)
+        (model(x) - y).square().mean().backward()
+        apply_update(optimizer, 1e-2, torch.tensor(False))
+
+
+def resumed_and_not(folder, kind, processes, lossy=False):
+    """What is in memory after 6 steps, and after 3, a checkpoint and 3 more of another model.
+
+    `lossy`: the checkpoint's optimiser state is not loaded.
+    """
+    if processes > 1:
+        dist.init_process_group("gloo")
+    with mock.patch.dict(VARIANTS, {"small": SMALL}):
+        mesh = build_mesh(processes, "cpu", timedelta(minutes=1))
+        model, optimizer = build_small(kind, mesh, seed=0)
+        train_on(model, optimizer, range(3))
+        reshard(model)
+        path = checkpoint.save(folder, model, optimizer, {"step": 3}, pinned=False)
+        other, other_optimizer = build_small(kind, mesh, seed=1)
+        with mock.patch.object(checkpoint, "set_optimizer_state") if lossy else contextlib.nullcontext():
+            checkpoint.load(path, other, other_optimizer)
+        loaded = whole(model, optimizer), whole(other, other_optimizer)
+        train_on(model, optimizer, range(3, 6))
+        train_on(other, other_optimizer, range(3, 6))
+        stepped = whole(model, optimizer), whole(other, other_optimizer)
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return loaded, stepped
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_any_optimizers_state_is_saved_and_loaded(on_ranks, tmp_path, kind, processes):
+    if processes == 1:
+        seen = [resumed_and_not(tmp_path, kind, 1)]
+    else:
+        seen = on_ranks(processes, resumed_and_not, tmp_path, kind, processes)
+    for loaded, stepped in seen:
+        assert len(loaded[0]) > 60 and any("/" in name for name in loaded[0])
+        assert equal(*loaded) and equal(*stepped) and not equal(loaded[0], stepped[0])
+
+
+def test_control_a_lost_state_is_seen(tmp_path):
+    loaded, stepped = resumed_and_not(tmp_path, "SGD", 1, lossy=True)
+    assert not equal(*loaded) and not equal(*stepped)
+
+
+def test_loaded_state_lies_as_the_optimizers_own(tmp_path):
+    """AdamW that is not fused counts its steps on the host; what is narrower than the weights stays so."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    step_on(model, optimizer)
+    optimizer.state[model.weight]["exp_avg"] = optimizer.state[model.weight]["exp_avg"].bfloat16()
+    path = checkpoint.save(tmp_path, model, optimizer, {"step": 1}, pinned=False)
+    other = nn.Linear(2, 2).to("meta")
+    for fused, device in ((False, "cpu"), (True, "meta")):
+        infos = checkpoint.get_stored(path, "optimizer.weight.")
+        made = {
+            key: checkpoint.build_state(key, info, other.weight, {"fused": fused})
+            for key, info in infos.items()
+        }
+        assert made["step"].device.type == device and made["step"].shape == ()
+        assert made["exp_avg"].is_meta and made["exp_avg"].dtype == torch.bfloat16
+        assert made["exp_avg_sq"].dtype == torch.float32 and made["exp_avg_sq"].shape == (2, 2)
+
+
+def step_on(model, optimizer):
+    model(torch.ones(1, model.in_features)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_states_that_are_no_tensors(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    step_on(model, optimizer)
+    optimizer.state[model.bias]["momentum_buffer"] = None  # there is none
+    path = checkpoint.save(tmp_path, model, optimizer, {"step": 1}, pinned=False)
+    other = nn.Linear(2, 2)
+    other_optimizer = torch.optim.SGD(other.parameters(), momentum=0.9)
+    checkpoint.load(path, other, other_optimizer)
+    assert get_optimizer_state(other, other_optimizer).keys() == {"weight"}
+    for key, value in (("count", 3), ("history", [torch.zeros(2)]), ("a.b", torch.zeros(2))):
+        optimizer.state[model.bias] = {key: value}
+        with pytest.raises((TypeError, ValueError), match=f"the optimiser's state '{key}' of bias"):
+            checkpoint.save(tmp_path, model, optimizer, {"step": 2}, pinned=False)
+    assert names(tmp_path) == ["latest", "step_00000001"]
+
+
+def test_states_of_what_is_not_trained_stay_in_the_file(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    path = checkpoint.save(tmp_path, model, optimizer, {"step": 1}, pinned=False)
+    half = torch.optim.SGD(model[1].parameters(), momentum=0.9)
+    with mock.patch.object(checkpoint, "read_tensors", wraps=checkpoint.read_tensors) as read:
+        checkpoint.load(path, model, half)
+    assert set(half.state) == set(model[1].parameters())
+    assert read.call_args.args[1].keys() == {
+        "optimizer.1.weight.momentum_buffer",
+        "optimizer.1.bias.momentum_buffer",
+    }
+
+
+# ---- what process 0 meets, the others hear of
+
+
+def fail(kind):
+    if kind is not None:
+        raise kind("what there is to say")
+    return {"result": 1}
+
+
+def on_each(kind):
+    """What on_process_0 does on this process: (its result or the exception's name, text, where it was
+    raised)."""
+    dist.init_process_group("gloo")
+    try:
+        return checkpoint.on_process_0(fail, kind), None, None
+    except BaseException as e:
+        return type(e).__name__, str(e), traceback.extract_tb(e.__traceback__)[-1].name
+    finally:
+        dist.barrier()  # that both come here is what is tested
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind, first, second", [
+    (None, ({"result": 1}, None), ({"result": 1}, None)),
+    (UserError, ("SharedError", "what there is to say"), ("SharedError", "what there is to say")),
+    (OSError, ("SharedError", "what there is to say"), ("SharedError", "what there is to say")),
+    (KeyError, ("KeyError", "'what there is to say'"),
+     ("RuntimeError", "process 0 failed in fail: KeyError: 'what there is to say'")),
+    (KeyboardInterrupt, ("KeyboardInterrupt", "what there is to say"),
+     ("RuntimeError", "process 0 failed in fail: KeyboardInterrupt: what there is to say")),
+])  # fmt: skip
+def test_what_process_0_raises_reaches_the_others(on_ranks, kind, first, second):
+    seen = on_ranks(2, on_each, kind)
+    assert [(what, text) for what, text, _ in seen] == [first, second]
+    if kind in (KeyError, KeyboardInterrupt):
+        assert seen[0][2] == "fail"  # its own traceback
+
+
+def test_on_process_0_with_one_process():
+    assert checkpoint.on_process_0(fail, None) == {"result": 1}
+    for kind, found in ((UserError, SharedError), (OSError, SharedError), (ValueError, ValueError)):
+        with pytest.raises(found) as error:
+            checkpoint.on_process_0(fail, kind)
+        assert type(error.value) is found
+
+
+# ---- directories
+
+
+def names(tmp_path):
+    return sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+
+
+def test_latest_moves_and_old_ones_are_pruned(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(model, 0.1)
+    for number in (1, 2, 3, 10, 11):
+        checkpoint.save(tmp_path, model, optimizer, {"step": number}, pinned=number in (2, 10))
+        assert checkpoint.latest(tmp_path).name == f"step_{number:08d}"
+    assert names(tmp_path) == [
+        "latest",
+        "step_00000002",
+        "step_00000010",
+        "step_00000011",
+    ]  # 1 and 3 went, 2 is pinned
+    checkpoint.save(tmp_path, model, optimizer, {"step": 12}, pinned=False)
+    checkpoint.save(tmp_path, model, optimizer, {"step": 13}, pinned=False)
+    assert names(tmp_path) == ["latest", "step_00000002", "step_00000010", "step_00000012", "step_00000013"]
+
+
+def test_what_a_killed_save_left_is_ignored_and_removed(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(model, 0.1)
+    checkpoint.save(tmp_path, model, optimizer, {"step": 1}, pinned=False)
+    folder = tmp_path / "checkpoints"
+    for stale in ("step_00000002.tmp", "step_00000003"):  # killed while writing; before `latest` moved
+        (folder / stale).mkdir()
+        (folder / stale / "junk").write_text("x")
+    assert checkpoint.latest(tmp_path).name == "step_00000001"
+    (folder / "step_00000003/meta.json").write_text('{"pinned": false}')
+    for number in (2, 3):
+        saved = checkpoint.save(tmp_path, model, optimizer, {"step": number}, pinned=False)
+        assert not (saved / "junk").exists()
+        checkpoint.load(checkpoint.latest(tmp_path), nn.Linear(2, 2), build_optimizer(nn.Linear(2, 2), 0.1))
+    assert names(tmp_path) == ["latest", "step_00000002", "step_00000003"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [nn.Linear(2, 3), nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2))],
+    ids=["rows", "columns", "name"],
+)
+def test_missing_or_misshapen_weight_raises(tmp_path, other):
+    model = nn.Linear(2, 2)
+    path = checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": 1}, pinned=False)
+    with pytest.raises(UserError, match="can't load .*step_00000001"):
+        checkpoint.load(path, other, build_optimizer(other, 0.1))
+
+
+def test_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
+    model, optimizer = trained()
+    expected = snapshot(model, optimizer)
+    checkpoint.save(tmp_path, model, optimizer, {"step": 2}, pinned=False)
+
+    def disk_full(tensors, checkpoint_id, storage_writer):
+        checkpoint_id.mkdir()
+        (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    step(model, optimizer, seed=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(dcp, "save", disk_full)
+        with pytest.raises(UserError, match="No space left"):
+            checkpoint.save(tmp_path, model, optimizer, {"step": 3}, pinned=False)
+    assert checkpoint.latest(tmp_path).name == "step_00000002"
+    other = build()
+    other_optimizer = build_optimizer(other, 0.1)
+    checkpoint.load(checkpoint.latest(tmp_path), other, other_optimizer)
+    assert equal(snapshot(other, other_optimizer), expected)
+    checkpoint.save(tmp_path, model, optimizer, {"step": 3}, pinned=False)  # there is room again
+    assert names(tmp_path) == ["latest", "step_00000002", "step_00000003"]
+
+
+def test_a_full_disk_is_the_users_to_hear_of(tmp_path):
+    """The real thing, by a limit on file sizes: DCP turns what its writer raises into a BaseException of its
+    own."""
+    model = nn.Linear(200, 200)
+    optimizer = build_optimizer(model, 0.1)
+    checkpoint.save(tmp_path, model, optimizer, {"step": 1}, pinned=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # the weight alone has 160,000 bytes
+    try:
+        with pytest.raises(SharedError, match="can't write .*step_00000002"):
+            checkpoint.save(tmp_path, model, optimizer, {"step": 2}, pinned=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.latest(tmp_path).name == "step_00000001"
+
+
+def test_a_roll_back_by_hand_does_not_lose_the_new_checkpoint(tmp_path):
+    model = nn.Linear(2, 2)
+    for number in (5, 20, 30):
+        checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": number}, pinned=True)
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000005")
+    checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": 6}, pinned=False)
+    assert checkpoint.latest(tmp_path).name == "step_00000006" and checkpoint.latest(tmp_path).is_dir()
+
+
+def test_a_half_deleted_checkpoint_does_not_stop_the_next_saves(tmp_path):
+    model = nn.Linear(2, 2)
+    half, mine = tmp_path / "checkpoints" / "step_00000001", tmp_path / "checkpoints" / "step_00000001_mine"
+    half.mkdir(parents=True)
+    mine.mkdir()
+    for number in (2, 3, 4):
+        checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": number}, pinned=False)
+    assert names(tmp_path) == [
+        "latest",
+        "step_00000001",
+        "step_00000001_mine",
+        "step_00000003",
+        "step_00000004",
+    ]
+
+
+@pytest.mark.parametrize(
+    "error, found", [(OSError, SharedError), (RuntimeError, SharedError), (AttributeError, RuntimeError)]
+)
+def test_a_bug_in_saving_is_no_sentence(tmp_path, monkeypatch, error, found):
+    model = nn.Linear(2, 2)
+
+    def write(*args):
+        raise error("met in the middle")
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", write)
+    with pytest.raises(found, match="met in the middle") as raised:
+        checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": 1}, pinned=False)
+    assert type(raised.value) is found and checkpoint.latest(tmp_path) is None
+
+
+def test_what_a_checkpoint_must_say(tmp_path):
+    """state, config and train_images; nobody asks for a monitor."""
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(model, 0.1)
+    meta = {"step": 1, "state": {"epoch": 1}, "config": {}, "train_images": 64}
+    path = checkpoint.save(tmp_path, model, optimizer, meta, pinned=False)
+    assert checkpoint.kept(tmp_path) == [(path, meta | {"pinned": False})]
+    assert checkpoint.resolve(tmp_path) == checkpoint.resolve(path) == (path, meta | {"pinned": False}, [])
+    del meta["train_images"]
+    checkpoint.save(tmp_path, model, optimizer, meta | {"step": 2}, pinned=False)
+    assert [kept for kept, _ in checkpoint.kept(tmp_path)] == [path]
+    with pytest.raises(UserError, match="step_00000002/meta.json is damaged: keys are missing"):
+        checkpoint.resolve(tmp_path)
+    with pytest.raises(UserError, match="is neither a run with a checkpoint nor a checkpoint"):
+        checkpoint.resolve(tmp_path / "nowhere")
