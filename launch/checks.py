@@ -5,7 +5,7 @@ at.
 import tempfile
 from pathlib import Path
 
-from config.schedule import check_data
+from config.checks import check_data
 from data.beton import check_beton, find_beton, read_classes
 from data.datasets import DATASETS
 from data.order import check_classes, get_indices
@@ -56,7 +56,7 @@ def look_at(cfg, split: str) -> tuple[int, list[str] | None]:
     if cfg.loader == "ffcv":
         path = find_beton(cfg.dataset, cfg.data_dir, split)
         return check_beton(path), read_classes(path)
-    from data.folder import open_dataset  # torchvision's: this needs torch
+    from data.images import open_dataset  # torchvision's: this needs torch
 
     source = open_dataset(cfg.dataset, cfg.data_dir, split)
     return len(source), list(source.classes)

@@ -334,6 +334,6 @@ class StopRequest:
         """The name of the first one that came, if one did."""
         return signal.Signals(self.received[0]).name if self.received else None
 
-    def on_any_rank(self, device: torch.device) -> bool:
+    def on_any_process(self, device: torch.device) -> bool:
         """Whether any process was told to stop. A sync, and with several processes a collective."""
         return bool(max_over_processes(bool(self.received), device))

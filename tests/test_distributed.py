@@ -7,14 +7,16 @@ import socket
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import REPO
 
 from errors import SharedError, UserError
 from launch import distributed, failures
+
+REPO = Path(__file__).resolve().parent.parent
 
 # ---- agreement
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
-from test_train import REPO
 
 from errors import UserError
 from launch import job, logs
+
+REPO = Path(__file__).resolve().parent.parent
 
 # ---- a rank's environment
 

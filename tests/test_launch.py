@@ -11,24 +11,14 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import SlurmCluster, is_installed, wait
-from test_train import REPO, assert_same, events, weights, without_times
+from test_submit import DEBUG, REPO, RUN, left
+from test_train import assert_same, events, weights, without_times
 
 from launch import logs, snapshot, submit
 
 slow = pytest.mark.slow
-DEBUG = str(REPO / "config/debug.py")
-# 4 steps an epoch, 48 in all: full 1-3 (the test decides), warmup 4-6, lora 7-12. Everything random is on.
-RUN = (
-    "--loader folder --num_workers 0 --train_samples 64 --epochs 12 --batch_size 16 --lr 1e-3 "
-    "--lr_warmup_steps 4 --compile False --dropout 0.1 --mixup 0.2 --tau 90 --zeta 90 --num_windows 2 "
-    "--window_epochs 1 --lora_warmup_epochs 3 --dp_shard 2"
-).split()
 # 20 steps, where nothing has to happen in between: full 1-3, warmup 4, lora 5.
 SHORT = "--epochs 5 --lora_warmup_epochs 1".split()
-
-
-def left(folder):
-    return sorted(path.relative_to(folder) for path in folder.rglob("*"))
 
 
 def require_slurm(installed):

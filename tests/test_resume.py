@@ -844,9 +844,9 @@ def test_a_signal_with_ffcv(on_ranks, small, tmp_path):
 def test_a_signal_that_came_before_training_is_heeded():
     early = []
     with distributed.StopRequest(early) as stop:
-        assert not stop.on_any_rank(torch.device("cpu"))
+        assert not stop.on_any_process(torch.device("cpu"))
     with distributed.StopRequest([signal.SIGUSR2]) as stop:
-        assert stop.on_any_rank(torch.device("cpu")) and stop.signal == "SIGUSR2"
+        assert stop.on_any_process(torch.device("cpu")) and stop.signal == "SIGUSR2"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])

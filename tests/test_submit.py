@@ -9,15 +9,26 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_launch import DEBUG, RUN, left
-from test_train import REPO
 
+from config.checks import check_data
 from config.cli import load_preset
-from config.schedule import check_data
 from errors import UserError
 from launch import snapshot, submit
 
+REPO = Path(__file__).resolve().parent.parent
+DEBUG = str(REPO / "config/debug.py")
+# 4 steps an epoch, 48 in all: full 1-3 (the test decides), warmup 4-6, lora 7-12. Everything random is on.
+RUN = (
+    "--loader folder --num_workers 0 --train_samples 64 --epochs 12 --batch_size 16 --lr 1e-3 "
+    "--lr_warmup_steps 4 --compile False --dropout 0.1 --mixup 0.2 --tau 90 --zeta 90 --num_windows 2 "
+    "--window_epochs 1 --lora_warmup_epochs 3 --dp_shard 2"
+).split()
 LOCAL = "--cluster local --gpus_per_node 1".split()
+
+
+def left(folder):
+    return sorted(path.relative_to(folder) for path in folder.rglob("*"))
+
 
 # ---- refused
 
