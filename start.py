@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from config.checks import check_data
 from config.cli import split_fork, typed_config
 from data.datasets import DATASETS
 from data.loader import Loader, build_loader
@@ -177,31 +178,6 @@ def build_loaders(cfg) -> tuple[Loader, Loader]:
         )
         loaders.append(loader)
     return loaders[0], loaders[1]
-
-
-def check_data(cfg, images: int, classes: list[str] | None, val_classes: list[str] | None) -> None:
-    """Raise UserError for a batch or a warmup that is too large for so many training images, and for training
-    and validation sets with different classes (None: not known)."""
-    if None not in (classes, val_classes) and classes != val_classes:
-        here, there = next(pair for pair in zip(classes, val_classes) if pair[0] != pair[1])
-        raise UserError(
-            f"train and val of {cfg.data_dir} do not have the same classes: {here!r} in one stands where "
-            f"{there!r} does in the other"
-        )
-    steps_per_epoch = images // cfg.batch_size
-    total_steps = steps_per_epoch * cfg.epochs
-    if not total_steps:
-        raise UserError(f"batch_size {cfg.batch_size} is above the {images} training images")
-    if cfg.profile and steps_per_epoch < 3:
-        raise UserError(
-            f"profile needs epochs of 3 steps and more, {images} images are {steps_per_epoch} of batch_size "
-            f"{cfg.batch_size}"
-        )
-    if cfg.lr_warmup_steps >= total_steps:
-        raise UserError(
-            f"lr_warmup_steps {cfg.lr_warmup_steps} leaves nothing of the {total_steps} steps of "
-            f"{cfg.epochs} epochs"
-        )
 
 
 def load_init(cfg, net: nn.Module) -> tuple[dict[str, Tensor], list[str]]:

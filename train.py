@@ -40,7 +40,7 @@ from data.loader import prefetch
 from errors import UserError
 from launch import distributed, failures
 from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families, rank_costs
-from lora.kernels import use_onednn
+from lora.onednn import use_onednn
 from lora.ranks import Ranks, choose_ranks
 from model import checkpoint, parallel
 from model.optim import apply_update, build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
@@ -381,7 +381,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
                     break
         s.epoch_seconds, s.epoch_waited = clock.close()
         if stopped or s.epoch_step < steps_per_epoch:  # told to stop, or max_steps in mid-epoch
-            save(cfg, s, log, model, optimizer, pinned=False)
+            save(cfg, s, log, model, optimizer, train_loader.num_samples, pinned=False)
             break
 
         # -- the epoch's end: measure, evaluate, decide, save
@@ -397,7 +397,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         phase, ranks = get_next_phase(cfg, s, log.epochs)
         log.decided(s, get_signs(cfg, s, log.epochs, baseline, phase), ranks)
         pinned = phase != s.phase or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0)
-        save(cfg, s, log, model, optimizer, pinned)
+        save(cfg, s, log, model, optimizer, train_loader.num_samples, pinned)
         if s.step >= last_step:
             break
     log.end(s.step, stop.signal or "another process was told to stop" if stopped else None)
@@ -422,11 +422,11 @@ def look(s: State, log: RunLogger, pending: list[tuple[float, Tensor]]) -> None:
     pending.clear()
 
 
-def save(cfg: Config, s: State, log: RunLogger, model, optimizer, pinned: bool) -> None:
+def save(cfg: Config, s: State, log: RunLogger, model, optimizer, images: int, pinned: bool) -> None:
     """A checkpoint, at which the logs will be cut back when a run goes on from it."""
     s.metrics_bytes, s.steps_bytes = log.metrics_bytes, log.steps_bytes
     parallel.reshard(model)
-    meta = {"state": dataclasses.asdict(s), "config": vars(cfg), "train_images": log.train_images}
+    meta = {"state": dataclasses.asdict(s), "config": vars(cfg), "train_images": images}
     checkpoint.save(Path(cfg.run_dir), model, optimizer, meta, pinned)
 
 

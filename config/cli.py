@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import runpy
+import sys
 import types
 import typing
 from pathlib import Path
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoints")  # any of them makes a folder a run's
 
 
-def parse_config(Config: type, argv: list[str]) -> tuple[typing.Any, list[str]]:
+def parse_config(Config: type, argv: list[str], description: str = "") -> tuple[typing.Any, list[str]]:
     """`[preset.py] [--field value …]` -> the Config, checked, and the lines that say what a resumed run
     changes.
 
@@ -32,7 +33,8 @@ def parse_config(Config: type, argv: list[str]) -> tuple[typing.Any, list[str]]:
     wrong."""
     preset = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if preset else argv
-    cfg = parse_flags(flags, load_preset(Config, preset) if preset else Config())
+    default = load_preset(Config, preset) if preset else Config()
+    cfg = parse_flags(flags, default, description=description)
     if cfg.fork and not preset and not is_resumed(cfg):
         cfg = parse_flags(flags, load_source(Config, cfg.fork))
     notes = []
@@ -198,5 +200,7 @@ def load_config_class() -> type:
 
     tree.body = [node for node in tree.body if is_needed(node)]
     module = types.ModuleType("train_config")
-    exec(compile(tree, str(ROOT / "train.py"), "exec"), vars(module))
+    module.__file__ = str(ROOT / "train.py")
+    sys.modules[module.__name__] = module  # with this tyro finds the fields' comments, for a message or --help
+    exec(compile(tree, module.__file__, "exec"), vars(module))
     return module.Config

@@ -10,8 +10,25 @@ from collections.abc import Sequence
 
 from errors import UserError
 
+Ranks = dict[str, list[int]]  # family -> rank of each layer
 
-def assign_ranks(changes: dict[str, Sequence[float]], rank_min: int, rank_max: int) -> dict[str, list[int]]:
+
+def choose_ranks(cfg, changes: dict[str, Sequence[float]], base: int, costs: dict[str, Sequence[int]]) -> Ranks:
+    """Each layer's rank from its weight norm's change in %, by `cfg.rank_rule`.
+
+    `base`: parameters of the model without adapters. uniform and budget fill `cfg.rank_budget`'s share of them
+    or, without one, what minmax would use, so that rules are compared at equal size. Raises UserError for a
+    budget that rank_min everywhere exceeds.
+    """
+    ranks = assign_ranks(changes, cfg.rank_min, cfg.rank_max)
+    if cfg.rank_rule == "minmax":
+        return ranks
+    budget = count_parameters(ranks, costs) if cfg.rank_budget is None else int(cfg.rank_budget * base)
+    rule = {"uniform": uniform_ranks, "budget": budget_ranks}[cfg.rank_rule]
+    return rule(changes, costs, budget, cfg.rank_min, cfg.rank_max)
+
+
+def assign_ranks(changes: dict[str, Sequence[float]], rank_min: int, rank_max: int) -> Ranks:
     """Algorithm 2: ranks by how much weight norms change.
 
     `changes[family][layer]` is the change in % of the layer's weight norm between the last two windows.
@@ -55,7 +72,7 @@ def uniform_ranks(
     budget: int,
     rank_min: int,
     rank_max: int,
-) -> dict[str, list[int]]:
+) -> Ranks:
     """One rank for every layer, any whole number of rank_min to rank_max: the largest that `budget` pays for.
 
     `changes` only says which layers there are. Raises UserError if the budget does not pay for rank_min.
@@ -72,7 +89,7 @@ def budget_ranks(
     budget: int,
     rank_min: int,
     rank_max: int,
-) -> dict[str, list[int]]:
+) -> Ranks:
     """Ranks in proportion to |change| over all families and layers, as large as `budget` pays for.
 
     rank = rank_min · clip(⌊λ·|change|⌋, 1, rank_max / rank_min) with the largest λ whose adapters fit:

@@ -37,12 +37,12 @@ META_KEYS = {"state", "config", "train_images"}  # what those who go on from a c
 
 
 def save(run_dir: Path, model: nn.Module, optimizer: Optimizer, meta: dict, pinned: bool) -> Path:
-    """Write model, optimiser and `meta` as step_<meta["step"]>, move `latest` to it, prune the others.
+    """Write model, optimiser and `meta` as step_<meta["state"]["step"]>, move `latest` to it, prune the others.
 
     All processes together. The last two intact checkpoints are kept, and every `pinned` one. Raises
     SharedError where the disk refuses (it is full, say), with `latest` still at the checkpoint before.
     """
-    final = run_dir / "checkpoints" / f"step_{meta['step']:08d}"
+    final = run_dir / "checkpoints" / f"step_{meta['state']['step']:08d}"
     tmp = final.with_suffix(".tmp")
     tensors = get_tensors(model, optimizer)
     on_process_0(remove_leftovers, final.parent)
