@@ -201,6 +201,6 @@ def load_config_class() -> type:
     tree.body = [node for node in tree.body if is_needed(node)]
     module = types.ModuleType("train_config")
     module.__file__ = str(ROOT / "train.py")
-    sys.modules[module.__name__] = module  # with this tyro finds the fields' comments, for a message or --help
+    sys.modules[module.__name__] = module  # so that tyro finds the comments of its fields
     exec(compile(tree, module.__file__, "exec"), vars(module))
     return module.Config
