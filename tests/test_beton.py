@@ -30,7 +30,8 @@ from data.loader import build_loader
 from data.order import DataError
 from data.staging import get_staged_dir, stage
 from errors import UserError
-from model import checkpoint, distributed
+from launch import distributed
+from model import checkpoint
 
 pytestmark = needs_ffcv
 LONG = "ü" * 120 + ".jpg"  # 244 bytes of the 255 that a name may have
@@ -654,14 +655,14 @@ def test_staging_that_cannot_be(betons, tmp_path, at_28_pixels, monkeypatch, cap
 
 def count_calls(calls, fails):
     def work():
-        (calls / str(distributed.get_rank())).touch()
+        (calls / str(distributed.get_world_rank())).touch()
         time.sleep(2.5)  # longer than a collective may take
-        if distributed.get_rank() == fails:
-            raise OSError("the disk is full")
+        if distributed.get_world_rank() == fails:
+            raise UserError("the disk is full")
 
     distributed.start()
     dist.set_timeout(timedelta(seconds=1.5), dist.group.WORLD)
-    os.environ["LOCAL_RANK"] = str(distributed.get_rank() % 2)
+    os.environ["LOCAL_RANK"] = str(distributed.get_world_rank() % 2)
     try:
         distributed.once_per_node(work)
     except ValueError as error:

@@ -29,7 +29,7 @@ import train
 from config.checks import check_config
 from config.cli import load_preset, parse_flags
 from data.beton import import_ffcv
-from launch import submit
+from launch import snapshot, submit
 from monitor.plot import load_run
 
 REPO = Path(__file__).parent.parent
@@ -439,7 +439,7 @@ def test_the_diff_is_a_variant(small, tmp_path, monkeypatch, capsys):
     (lines,) = [lines for info, _, lines in get_blocks(README.read_text()) if info == "diff"]
     diff = "\n".join([*lines, ""])
     assert len(re.findall(r"^[+-](?![+-]{2} )", diff, re.MULTILINE)) <= 5
-    submit.take_snapshot(tmp_path / "code")
+    snapshot.take_snapshot(tmp_path / "code")
     subprocess.run(["git", "init", "-q", tmp_path / "code"], check=True)  # or git looks further up
     patched = load_patched(tmp_path / "code", diff)
 
@@ -551,7 +551,7 @@ def test_a_newcomers_road(tmp_path):
     if not (data / "val.beton").exists():
         pytest.skip("no Fashion-MNIST here: make data")
     text, root = WALK.read_text(), tmp_path / "checkout"
-    submit.take_snapshot(root)
+    snapshot.take_snapshot(root)
     subprocess.run(["git", "init", "-q", root], check=True)
     (root / ".venv").symlink_to(sys.prefix)
     (root / "datasets").mkdir()

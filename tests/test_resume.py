@@ -27,15 +27,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from test_parallel import PLAIN, watching
+from test_train import REPO, assert_same, events, weights, without_times
 
 import train
-from model import checkpoint, distributed
+from launch import distributed
+from model import checkpoint
 from model.optim import get_optimizer_state
 from model.parallel import reshard, to_plain
 from model.variants import VARIANTS
 from monitor import logger
-from test_parallel import PLAIN, watching
-from test_train import REPO, assert_same, events, weights, without_times
 
 # 4 steps an epoch, 20 in all: full 1-3 (the test decides), warmup 4, lora 5.
 RUN = [*PLAIN, "--epochs", "5", "--lora_warmup_epochs", "1"]
@@ -843,9 +844,9 @@ def test_a_signal_with_ffcv(on_ranks, small, tmp_path):
 def test_a_signal_that_came_before_training_is_heeded():
     early = []
     with distributed.StopRequest(early) as stop:
-        assert not stop.on_any_rank(torch.device("cpu"))
+        assert not stop.on_any_process(torch.device("cpu"))
     with distributed.StopRequest([signal.SIGUSR2]) as stop:
-        assert stop.on_any_rank(torch.device("cpu")) and stop.signal == "SIGUSR2"
+        assert stop.on_any_process(torch.device("cpu")) and stop.signal == "SIGUSR2"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
