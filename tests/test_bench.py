@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 import math
 
 import pytest
@@ -13,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 from benchmarks import estimate, report, step
 from benchmarks.sharding import CASES, uniform_ranks
-from lora import layers
-from model import linear
+from lora import layers, onednn
 from model.vit import VARIANTS
 from train import Config, build_model
 
@@ -77,11 +77,11 @@ def tiny_step(monkeypatch):
 
 @pytest.mark.parametrize("extra", ["", " --no_onednn"])
 def test_step_command(tiny_step, monkeypatch, extra):
-    called, onednn = [], layers.onednn
-    for name, ops in {"base": linear, "adapters": layers}.items():
-        monkeypatch.setattr(ops, "onednn", lambda x, name=name: called.append((name, x.device.type)) or onednn(x))
+    called, takes = [], onednn.takes
+    asker = lambda: sys._getframe(2).f_globals["__name__"]
+    monkeypatch.setattr(onednn, "takes", lambda x: called.append((asker(), x.device.type)) or takes(x))
     status, out, err = run_main(f"step --model Ti/16 --ranks 8 --batch_size 2 --rounds 2 --modes eager{extra}")
-    assert {name for name, device in called if device == "cpu"} == ({"base", "adapters"} if extra == "" else set())  # replaced while the steps run
+    assert {name for name, device in called if device == "cpu"} == ({"lora.onednn", "lora.kernels"} if extra == "" else set())  # replaced while the steps run
     result = result_of(out)
     assert status == 0, err
     assert {"lora_vs_peft", "full_vs_timm", "full_vs_hf", "lora_vs_full", "lora_limit", "limit_fraction"} <= result.keys()

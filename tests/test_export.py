@@ -23,7 +23,7 @@ import train
 from data.augment import normalise
 from data.folder import FILES, open_dataset, prepare_fashion_mnist
 from data.loader import DATASETS
-from lora.inject import is_adapter, merge_lora
+from lora.inject import merge_lora
 from model import checkpoint, pretrained
 from model.vit import VARIANTS, VisionTransformer, from_huggingface, to_huggingface
 from test_parallel import PLAIN
@@ -104,7 +104,7 @@ def merged_by_hand(path):
     """{name: W + s·B·A} from the tensors of a checkpoint, in float64."""
     meta, tensors = checkpoint.read_meta(path), stored(path)
     alpha, rslora, ranks = meta["config"]["lora_alpha"], meta["config"]["lora_scaling"] == "rslora", meta["state"]["ranks"]
-    out = {name: t.double() for name, t in tensors.items() if not is_adapter(name)}
+    out = {name: t.double() for name, t in tensors.items() if ".lora_" not in name}
     if meta["state"]["phase"] == "full":
         return out
     for i in range(4):
@@ -158,13 +158,13 @@ def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor.double(), exact[name], rtol=1e-6, atol=1e-7)
     if phase != "full":  # control: without the adapters it would be another function
-        base = {name: tensor.float() for name, tensor in stored(path).items() if not is_adapter(name)}
+        base = {name: tensor.float() for name, tensor in stored(path).items() if ".lora_" not in name}
         model.load_state_dict(base)
         with torch.no_grad():
             assert (model(to_input(images)) - expected).abs().max() > 1e-2
     card = (out / "README.md").read_text()
     assert f"phase {phase or 'lora'}" in card and "license:  # yours" in card and str(runs.data) not in card and str(runs[run]) not in card
-    rounded = [name for name, t in stored(path).items() if t.dtype == torch.bfloat16 and not is_adapter(name)]
+    rounded = [name for name, t in stored(path).items() if t.dtype == torch.bfloat16 and ".lora_" not in name]
     total = sum(p.numel() for p in model.parameters())
     assert f"base precision: {f'bfloat16 for {sum(exact[n].numel() for n in rounded):,} of its {total:,}' if rounded else 'float32'}" in card
     assert bool(rounded) == (run == "bf16") and "patch_embed.proj.weight" not in rounded  # adapters+rest: it is trained, so not rounded
@@ -225,10 +225,10 @@ def test_what_only_training_needs_is_left_out(runs, checkpoint_alone, tmp_path, 
 
 def test_the_trained_model_is_not_compared_with_a_sum_of_its_own(runs, tmp_path, monkeypatch, capsys):
     """In float32 on a CPU an adapter is multiplied as W + B A, which would agree with a merged weight whatever B A is."""
-    from lora import layers
+    from lora import kernels
     used = []
-    add = layers.add_product
-    monkeypatch.setattr(layers, "add_product", lambda *args: used.append(1) or add(*args))
+    add = kernels.add_product
+    monkeypatch.setattr(kernels, "add_product", lambda *args: used.append(1) or add(*args))
     path, x = runs.at("plain", "lora"), torch.randn(32, 3, 28, 28)
     cfg, s = evaluate.load_checkpoint(path, checkpoint.read_meta(path))
     model = evaluate.build_checkpoint(cfg, s, path)
@@ -236,7 +236,7 @@ def test_the_trained_model_is_not_compared_with_a_sum_of_its_own(runs, tmp_path,
         plain = model(x)
         assert used  # control
         used.clear()
-        with layers.separate_products():
+        with kernels.separate_products():
             torch.testing.assert_close(model(x), plain, rtol=0, atol=1e-5 * plain.abs().max().item())
         assert not used
         merged = merge_lora(copy.deepcopy(model))

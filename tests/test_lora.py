@@ -1,18 +1,27 @@
-"""lora/: adapters against PEFT, insertion, merge, freezing, and every way to ask for something that isn't there."""
+"""lora/: the operator against its reference, adapters against PEFT, insertion, merge, freezing, mistakes."""
 
 import copy
+import itertools
 import math
 
 import pytest
 import torch
 from torch import nn
-
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora import layers
-from lora.inject import add_lora, freeze_base, init_adapters, is_adapter, match_families, merge_lora
-from lora.layers import LoRALinear
-from model.linear import Linear
+from lora import kernels
+from lora.inject import (
+    add_lora,
+    freeze_base,
+    get_adapter_names,
+    init_adapters,
+    mark_ranks_dynamic,
+    match_families,
+    merge_lora,
+    rank_costs,
+)
+from lora.layers import LoRALinear, reference
+from lora.onednn import OneDNNLinear, use_onednn
 from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
 
 ALL = tuple(LORA_FAMILIES)
@@ -34,14 +43,16 @@ def no_fast_path():
     torch.backends.mha.set_fastpath_enabled(before)
 
 
-def build_vit(ranks=None, alpha=None):
+def build_vit(ranks=None, alpha=None, fast=False):
     model = VisionTransformer("small", 8, 5)
     model.init_weights(0)
-    nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))  # zero, every logit would be 0
+    nn.init.normal_(
+        model.head.weight, generator=torch.Generator().manual_seed(0)
+    )  # zero, every logit would be 0
     if ranks:
         add_lora(model, match_families(model, LORA_FAMILIES, tuple(ranks)), ranks, alpha)
         init_adapters(model, 0)
-    return model
+    return use_onednn(model) if fast else model
 
 
 @torch.no_grad()
@@ -53,7 +64,8 @@ def randomise_B(model):
 
 
 def assert_close(got, expected):
-    """Equal to float32's rounding, on the scale of the whole tensor: single elements may be small by cancellation."""
+    """Equal to float32's rounding, on the scale of the whole tensor: single elements may be small by
+    cancellation."""
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
@@ -63,17 +75,19 @@ def images():
 
 # ---- PEFT
 
+
 class Plain(nn.Module):
-    """Separate q, k, v, and a fc: what our fused Linear with three row parts and a whole one are compared with."""
+    """Separate q, k, v, and a fc: what our fused Linear with three row parts and a whole one are compared
+    with."""
 
     def __init__(self, fused, fc, bias):
         super().__init__()
         rows = fused.out_features // 3
         for i, name in enumerate("qkv"):
             linear = nn.Linear(fused.in_features, rows, bias=bias)
-            linear.weight.data = fused.weight.data[i * rows:(i + 1) * rows].clone()
+            linear.weight.data = fused.weight.data[i * rows : (i + 1) * rows].clone()
             if bias:
-                linear.bias.data = fused.bias.data[i * rows:(i + 1) * rows].clone()
+                linear.bias.data = fused.bias.data[i * rows : (i + 1) * rows].clone()
             setattr(self, name, linear)
         self.fc = copy.deepcopy(fc)
 
@@ -88,13 +102,24 @@ class Ours(nn.Sequential):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("alpha, rslora", [(None, False), (16.0, False), (3.0, False), (16.0, True)])
-@pytest.mark.parametrize("ranks", [{"q": 2, "k": 4, "v": 8, "fc": 3}, {"q": 5, "v": 1}], ids=["all", "q and v"])
+@pytest.mark.parametrize(
+    "ranks", [{"q": 2, "k": 4, "v": 8, "fc": 3}, {"q": 5, "v": 1}], ids=["all", "q and v"]
+)
 def test_equals_peft(bias, alpha, rslora, ranks):
     from peft import LoraConfig, get_peft_model
+
     ours = Ours(nn.Linear(12, 24, bias=bias), nn.Linear(24, 10, bias=bias))
     # lora_alpha=None is alpha = rank here; PEFT has to be told
-    config = LoraConfig(r=1, lora_alpha=alpha or 1, target_modules=list(ranks), rank_pattern=ranks, lora_dropout=0.0,
-                        bias="none", alpha_pattern={} if alpha else ranks, use_rslora=rslora)
+    config = LoraConfig(
+        r=1,
+        lora_alpha=alpha or 1,
+        target_modules=list(ranks),
+        rank_pattern=ranks,
+        lora_dropout=0.0,
+        bias="none",
+        alpha_pattern={} if alpha else ranks,
+        use_rslora=rslora,
+    )
     peft = get_peft_model(Plain(ours[0], ours[1], bias), config)
     base = peft.base_model.model
     families = {"q": [("0", 0, 3)], "k": [("0", 1, 3)], "v": [("0", 2, 3)], "fc": [("1", 0, 1)]}
@@ -109,7 +134,10 @@ def test_equals_peft(bias, alpha, rslora, ranks):
             (name, part, _), theirs = families[family][0], getattr(base, family)
             module = ours.get_submodule(name)
             start = sum(module.ranks[:part])
-            yield read_A(theirs.lora_A["default"].weight), read_A(module.lora_A)[start:start + ranks[family]]
+            yield (
+                read_A(theirs.lora_A["default"].weight),
+                read_A(module.lora_A)[start : start + ranks[family]],
+            )
             yield read_B(theirs.lora_B["default"].weight), read_B(module.lora_B[str(part)])
 
     for theirs, mine in parts(lambda p: p.data, lambda p: p.data):
@@ -129,23 +157,70 @@ def test_equals_peft(bias, alpha, rslora, ranks):
     theirs = peft.merge_and_unload()
     assert_close(merged[0].weight.data, torch.cat([getattr(theirs, n).weight.data for n in "qkv"]))
     assert_close(merged[1].weight.data, theirs.fc.weight.data)
-    assert not torch.allclose(merged[0].weight[:8], ours[0].weight[:8], atol=1e-2)  # control: the adapters matter
+    assert not torch.allclose(
+        merged[0].weight[:8], ours[0].weight[:8], atol=1e-2
+    )  # control: the adapters matter
 
 
 # ---- the operator
 
-def by_definition(x, linear, alpha=None):
-    """What LoRALinear stands for, in products of its own: autograd finds the gradients."""
-    y = nn.functional.linear(x, linear.weight, linear.bias)
-    parts = [y_part + x @ A.t() @ B.t() for y_part, (B, A) in
-             zip(y.chunk(len(linear.ranks), dim=-1), map(linear.adapter, range(len(linear.ranks))))]
-    return torch.cat(parts, dim=-1)
+
+def by_reference(x, linear):
+    """The plain lines on the module's own parameters: autograd finds the gradients."""
+    adapters, start = [], 0
+    for part, rank in enumerate(linear.ranks):
+        A = linear.lora_A[start : start + rank]
+        B = linear.lora_B[str(part)] if rank else A.new_empty(linear.out_features // len(linear.ranks), 0)
+        s = linear.alpha / rank if linear.alpha and rank else 1.0
+        adapters.append((s, B, A))
+        start += rank
+    return reference(x, linear.weight, linear.bias, adapters)
 
 
-def build_linear(ranks, dtype=torch.float32, alpha=None, bias=True):
+def build_linear(ranks, dtype=torch.float32, alpha=None, bias=True, fast=True):
     linear = LoRALinear.from_linear(nn.Linear(12, 24, bias=bias, dtype=dtype), ranks, alpha)
     linear.init_adapters(0, "")
-    return randomise_B(linear)
+    return randomise_B(use_onednn(linear) if fast else linear)
+
+
+def test_the_reference_by_hand():
+    """Two row parts of one row each, the second without an adapter."""
+    x, weight, bias = (
+        torch.tensor([[1.0, 2.0]]),
+        torch.tensor([[3.0, 4.0], [5.0, 6.0]]),
+        torch.tensor([7.0, 8.0]),
+    )
+    first = 0.5, torch.tensor([[10.0]]), torch.tensor([[1.0, -1.0]])  # s, B, A: 0.5 · 10 · (1 - 2)
+    none = 1.0, torch.empty(1, 0), torch.empty(0, 2)
+    assert reference(x, weight, bias, [first, none]).tolist() == [[3 + 8 + 7 - 5, 5 + 12 + 8]]
+    assert reference(x, weight, None, [none, none]).tolist() == [[3 + 8, 5 + 12]]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["onednn", "torch"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:]
+)
+@pytest.mark.parametrize("rows", [40, 5])
+@pytest.mark.parametrize(
+    "ranks, alpha, bias", [([2, 4, 3], None, True), ([0, 0, 3], 6.0, False), ([5], 2.5, True)]
+)
+def test_operator_is_the_reference_in_every_type(ranks, alpha, bias, rows, dtype, fast):
+    """The reference in float64, from the same numbers: in bfloat16 what differs is rounding."""
+    linear = build_linear(ranks, dtype, alpha, bias, fast)
+    x = torch.randn(2, rows, 12, dtype=dtype, requires_grad=True)
+    exact, x_exact = copy.deepcopy(linear).double(), x.detach().double().requires_grad_()
+    got, expected = linear(x), by_reference(x_exact, exact)
+    weights = torch.randn_like(got)
+    (got * weights).sum().backward()
+    (expected * weights).sum().backward()
+    pairs = [(got, expected), (x.grad, x_exact.grad)]
+    pairs += [(p.grad, exact.get_parameter(name).grad) for name, p in linear.named_parameters()]
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.03}[dtype]
+    for mine, theirs in pairs:
+        assert theirs.any() and mine.dtype == dtype and mine.shape == theirs.shape
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
+    base = nn.functional.linear(x_exact, exact.weight, exact.bias)
+    assert not torch.allclose(base, expected, atol=0.3)  # control: the adapters matter
 
 
 ROWS = {"merged": 40, "apart": 5}  # above and below 2 · min(weight.shape)
@@ -153,53 +228,80 @@ ROWS = {"merged": 40, "apart": 5}  # above and below 2 · min(weight.shape)
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("trained", ["all", "adapters", "weight", "x only", "all but x", "bias and adapters"])
-@pytest.mark.parametrize("ranks, alpha, bias", [([2, 4, 3], None, True), ([2, 0, 3], 5.0, True), ([5], 2.0, False)])
+@pytest.mark.parametrize(
+    "ranks, alpha, bias", [([2, 4, 3], None, True), ([2, 0, 3], 5.0, True), ([5], 2.0, False)]
+)
 def test_operator_is_what_it_stands_for(rows, trained, ranks, alpha, bias):
     linear, x = build_linear(ranks, torch.float64, alpha, bias), torch.randn(rows, 12, dtype=torch.float64)
-    assert layers.merges(x, linear.weight) == (rows == ROWS["merged"])
+    assert kernels.merges(x, linear.weight) == (rows == ROWS["merged"])
     for name, p in [("x", x), *linear.named_parameters()]:
-        p.requires_grad_({"all": True, "adapters": is_adapter(name) or name == "x", "weight": name == "weight", "x only": name == "x",
-                          "all but x": name != "x", "bias and adapters": is_adapter(name) or name == "bias"}[trained])
+        adapter = name.startswith("lora_")
+        p.requires_grad_(
+            {
+                "all": True,
+                "adapters": adapter or name == "x",
+                "weight": name == "weight",
+                "x only": name == "x",
+                "all but x": name != "x",
+                "bias and adapters": adapter or name == "bias",
+            }[trained]
+        )
     leaves = [p for p in (x, *linear.parameters()) if p.requires_grad]
-    got, expected = linear(x), by_definition(x, linear)
+    got, expected = linear(x), by_reference(x, linear)
     torch.testing.assert_close(got, expected)
     weights = torch.randn_like(got)
     assert len(leaves) > 0
-    for mine, theirs in zip(*[torch.autograd.grad((out * weights).sum(), leaves) for out in (got, expected)], strict=True):
+    for mine, theirs in zip(
+        *[torch.autograd.grad((out * weights).sum(), leaves) for out in (got, expected)], strict=True
+    ):
         assert theirs.any()
         torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_operator_s_gradients_by_differences(rows):
-    linear, x = build_linear([2, 0, 3], torch.float64), torch.randn(rows, 12, dtype=torch.float64, requires_grad=True)
+    linear = build_linear([2, 0, 3], torch.float64)
+    x = torch.randn(rows, 12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: linear(x), (x, *linear.parameters()), fast_mode=True)
 
 
 def test_part_of_the_gradients_may_be_asked_for():
     linear, x = build_linear([2, 4, 3]), torch.randn(ROWS["merged"], 12)
-    for wanted in (list(linear.lora_B.values()), [linear.lora_A], [linear.weight], [linear.bias]):  # the weight's is not, though it could be
-        got, expected = [torch.autograd.grad(f(x).square().sum(), wanted) for f in (linear, lambda x: by_definition(x, linear))]
+    for wanted in (
+        list(linear.lora_B.values()),
+        [linear.lora_A],
+        [linear.weight],
+        [linear.bias],
+    ):  # the weight's is not, though it could be
+        got, expected = [
+            torch.autograd.grad(f(x).square().sum(), wanted)
+            for f in (linear, lambda x: by_reference(x, linear))
+        ]
         for mine, theirs in zip(got, expected):
             assert_close(mine, theirs)
 
 
 def test_not_merged_where_the_sum_would_be_rounded(monkeypatch):
-    """bfloat16 has 8 bits: an adapter a thousandth of W would be gone. On a GPU float32 products are TF32, but for "highest"."""
+    """bfloat16 has 8 bits: an adapter a thousandth of W would be gone. On a GPU float32 products are TF32,
+    but for "highest"."""
     weight = torch.empty(24, 12)
-    assert layers.merges(torch.empty(40, 12), weight) and not layers.merges(torch.empty(23, 12), weight)
-    assert not layers.merges(torch.empty(40, 12, dtype=torch.bfloat16), weight)
+    assert kernels.merges(torch.empty(40, 12), weight) and not kernels.merges(torch.empty(23, 12), weight)
+    assert not kernels.merges(torch.empty(40, 12, dtype=torch.bfloat16), weight)
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode():
         on_gpu = torch.empty(40, 12, device="cuda")
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-        assert not layers.merges(on_gpu, weight)
+        assert not kernels.merges(on_gpu, weight)
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
-        assert layers.merges(on_gpu, weight)
+        assert kernels.merges(on_gpu, weight)
     linear = build_linear([2, 4, 3])
     Bs = [B.data * 1e-3 for B in linear.lora_B.values()]
     narrow = [t.bfloat16() for t in (linear.weight.data, linear.lora_A.data, *Bs)]
-    exact, rounded = [(layers.add_product(W, A, list(Bs), [0, 1, 2], 3) - W).float() for W, A, *Bs in ([linear.weight.data, linear.lora_A.data, *Bs], narrow)]
+    exact, rounded = [
+        (kernels.add_product(W, A, list(Bs), [0, 1, 2], 3, True) - W).float()
+        for W, A, *Bs in ([linear.weight.data, linear.lora_A.data, *Bs], narrow)
+    ]
     assert (rounded - exact).norm() > 0.5 * exact.norm() > 0  # control: so it would be
 
 
@@ -215,7 +317,7 @@ def test_operator_under_autocast(frozen):
         assert got.dtype == torch.bfloat16
     got = torch.autograd.grad(got.float().square().sum(), leaves)
     linear.weight.data = linear.weight.data.float()
-    expected = torch.autograd.grad(by_definition(x, linear).square().sum(), leaves)
+    expected = torch.autograd.grad(by_reference(x, linear).square().sum(), leaves)
     for mine, theirs, p in zip(got, expected, leaves):
         assert mine.dtype == p.dtype == torch.float32
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0.03 * theirs.abs().max().item())
@@ -225,7 +327,8 @@ def test_operator_under_autocast(frozen):
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("first", [True, False])
 def test_what_is_kept_for_backward(rows, frozen, first):
-    """x, and A x where W and B A multiply on their own, else W + B A if x has a gradient; nothing of y's size."""
+    """x, and A x where W and B A multiply on their own, else W + B A if x has a gradient; nothing of y's
+    size."""
     linear, x = build_linear([2, 4, 3]), torch.randn(rows, 12, requires_grad=not first)
     linear.weight.requires_grad_(not frozen)
     kept = []
@@ -233,7 +336,9 @@ def test_what_is_kept_for_backward(rows, frozen, first):
         linear(x)
     own = {p.data_ptr() for p in linear.parameters()}
     sizes = sorted(t.numel() for t in kept if t.data_ptr() not in own and t.numel())
-    assert sizes == sorted([x.numel()] + ([rows * 9] if rows < 24 else [] if first else [linear.weight.numel()])), sizes
+    assert sizes == sorted(
+        [x.numel()] + ([rows * 9] if rows < 24 else [] if first else [linear.weight.numel()])
+    ), sizes
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
@@ -247,8 +352,9 @@ def test_operator_compiled(rows, strided):
         model = nn.Sequential(build_linear(ranks, alpha=5.0))
         freeze_base(model)
         layers_before = [p.clone() for p in model.parameters()]
-        expected = torch.autograd.grad(model(x).square().sum(), [p for p in model.parameters() if p.requires_grad])
-        from lora.inject import mark_ranks_dynamic
+        expected = torch.autograd.grad(
+            model(x).square().sum(), [p for p in model.parameters() if p.requires_grad]
+        )
         mark_ranks_dynamic(model)
         model[0].compile(fullgraph=True)
         got = torch.autograd.grad(model(x).square().sum(), [p for p in model.parameters() if p.requires_grad])
@@ -259,25 +365,35 @@ def test_operator_compiled(rows, strided):
 
 
 def test_the_question_for_tf32_can_be_compiled():
-    compiled = lambda ask: torch.compile(lambda x: x + 1 if ask() else x, fullgraph=True, backend="eager")(torch.zeros(1)).item()
-    assert compiled(lambda: layers.multiplies_exactly()) == 1
+    compiled = lambda ask: torch.compile(lambda x: x + 1 if ask() else x, fullgraph=True, backend="eager")(
+        torch.zeros(1)
+    ).item()
+    assert compiled(lambda: kernels.multiplies_exactly()) == 1
     with pytest.raises(torch._dynamo.exc.Unsupported):  # control: asked as it is
         compiled(lambda: torch.get_float32_matmul_precision() == "highest")
 
 
 def capture_graphs(x):
-    """Forward's and backward's graph, as torch.compile's partitioner cuts them, of two adapted Linears with a GELU between."""
+    """Forward's and backward's graph, as torch.compile's partitioner cuts them, of two adapted Linears with a
+    GELU between."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
+
     torch._dynamo.reset()
     graphs = {}
     capture = lambda name: lambda graph, inputs: graphs.setdefault(name, graph)
     model = nn.Sequential(build_linear([5]), nn.GELU(), LoRALinear.from_linear(nn.Linear(24, 12), [5], None))
     freeze_base(model)
-    model.compile(fullgraph=True, backend=aot_autograd(
-        fw_compiler=capture("forward"), bw_compiler=capture("backward"), decompositions=select_decomp_table(),
-        partition_fn=min_cut_rematerialization_partition))
+    model.compile(
+        fullgraph=True,
+        backend=aot_autograd(
+            fw_compiler=capture("forward"),
+            bw_compiler=capture("backward"),
+            decompositions=select_decomp_table(),
+            partition_fn=min_cut_rematerialization_partition,
+        ),
+    )
     model(x).sum().backward()
     return graphs, {name: [str(node.target) for node in graph.graph.nodes] for name, graph in graphs.items()}
 
@@ -292,9 +408,13 @@ def test_compiled_forward_leaves_gelu_s_derivative_to_backward():
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("first", [True, False])
 def test_compiled_forward_prepares_for_backward(rows, first):
-    """What `prepare` makes is made once, and the compiler keeps it; not a first Linear's W + B A, which nobody asks for again."""
+    """What `prepare` makes is made once, and the compiler keeps it; not a first Linear's W + B A, which
+    nobody asks for again."""
     graphs, ops = capture_graphs(torch.randn(rows, 12, requires_grad=not first))
-    assert ops["forward"].count("prelora.prepare.default") == 2 and "prelora.prepare.default" not in ops["backward"]
+    assert (
+        ops["forward"].count("prelora.prepare.default") == 2
+        and "prelora.prepare.default" not in ops["backward"]
+    )
     (output,) = [node for node in graphs["forward"].graph.nodes if node.op == "output"]
     kept = [str(node.target) for node in output.args[0] if node is not None].count("prelora.prepare.default")
     assert kept == (1 if first and rows == ROWS["merged"] else 2)
@@ -303,34 +423,51 @@ def test_compiled_forward_prepares_for_backward(rows, first):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_mm(dtype, monkeypatch):
     """Right however its factors lie, slices too; by oneDNN in float32, unless that is switched off."""
-    wide, narrow, odd, bias = [torch.randn(*shape, dtype=dtype) for shape in ((40, 24), (24, 3), (3, 24), (3,))]
-    pairs = [(wide, narrow), (wide, odd.t()), (narrow.t(), wide.t()), (torch.cat([wide, wide], 1)[:, 24:], narrow),
-             (wide, torch.cat([narrow, narrow], 1)[:, 3:]), (odd, wide.t())]
+    wide, narrow, odd, bias = [
+        torch.randn(*shape, dtype=dtype) for shape in ((40, 24), (24, 3), (3, 24), (3,))
+    ]
+    pairs = [
+        (wide, narrow),
+        (wide, odd.t()),
+        (narrow.t(), wide.t()),
+        (torch.cat([wide, wide], 1)[:, 24:], narrow),
+        (wide, torch.cat([narrow, narrow], 1)[:, 3:]),
+        (odd, wide.t()),
+    ]
     for a, b in pairs:
-        assert_close(layers.mm(a, b), a @ b)
-        assert layers.mm(a, b).is_contiguous()
-    assert_close(layers.mm(wide, narrow, bias), torch.addmm(bias, wide, narrow))
+        assert_close(kernels.mm(a, b, None, True), a @ b)
+        assert kernels.mm(a, b, None, True).is_contiguous()
+    assert_close(kernels.mm(wide, narrow, bias, True), torch.addmm(bias, wide, narrow))
     called, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b: called.append(a) or mm(a, b))
     for a, b in pairs:
-        layers.mm(a, b)
+        kernels.mm(a, b, None, True)
     assert len(called) == (dtype != torch.float32) * len(pairs)
     with torch.backends.mkldnn.flags(enabled=False):
-        layers.mm(wide, narrow)
+        kernels.mm(wide, narrow, None, True)
     assert len(called) == (dtype != torch.float32) * len(pairs) + 1
+    kernels.mm(wide, narrow, None, False)
+    assert len(called) == (dtype != torch.float32) * len(pairs) + 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_of_the_factors(dtype):
     dy, x = torch.randn(40, 24, dtype=dtype), torch.randn(40, 7, dtype=dtype)
-    for rows, columns in ((dy, x), (dy[:, 8:16], x[:, 1:5]), (dy, x[:, :4]), (dy[:, :8], x[:, :4].contiguous()), (dy.t().contiguous().t(), x)):
-        for product in (layers.get_dB, layers.get_dW):
-            assert_close(product(rows, columns), rows.t() @ columns)
-            assert product(rows, columns).is_contiguous()
+    for rows, columns in (
+        (dy, x),
+        (dy[:, 8:16], x[:, 1:5]),
+        (dy, x[:, :4]),
+        (dy[:, :8], x[:, :4].contiguous()),
+        (dy.t().contiguous().t(), x),
+    ):
+        for product, fast in itertools.product((kernels.get_dB, kernels.get_dW), (True, False)):
+            assert_close(product(rows, columns, fast), rows.t() @ columns)
+            assert product(rows, columns, fast).is_contiguous()
 
 
 def test_flops_counted_are_lora_s_own():
-    """2 · rows · (W's size, A's, all Bs'): once forward; backward dx as much, dA and dB, and dW where it is trained."""
+    """2 · rows · (W's size, A's, all Bs'): once forward; backward dx as much, dA and dB, and dW where it is
+    trained."""
     linear, x = build_linear([2, 4, 3]), torch.randn(40, 12, requires_grad=True)
     W, A, B = 24 * 12, 9 * 12, 8 * 9
     for frozen, inputs in ((False, True), (True, True), (True, False)):
@@ -350,25 +487,33 @@ def test_rank_0_everywhere_is_the_base():
 
 # ---- insertion
 
+
+@pytest.mark.parametrize("fast", [True, False], ids=["onednn", "torch"])
 @pytest.mark.parametrize("alpha", [None, 16.0])
 @pytest.mark.parametrize("ranks", [MIXED, {"q": [4, 4], "v": [4, 4]}], ids=["all", "q and v"])
-def test_insertion_leaves_the_function_unchanged_to_the_bit(ranks, alpha):
-    base, model, x = build_vit(), build_vit(ranks, alpha), images()
+def test_insertion_leaves_the_function_unchanged_to_the_bit(ranks, alpha, fast):
+    base, model, x = build_vit(fast=fast), build_vit(ranks, alpha, fast), images()
     with torch.no_grad():
         assert torch.equal(model(x), base(x))
         assert not torch.equal(randomise_B(model)(x), base(x))  # control: the adapters are on the way
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["onednn", "torch"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(10, 24), (3, 5, 24), (2, 3, 5, 24), (0, 5, 24), (60, 24), "transposed"])  # 60 rows: merged
-def test_insertion_to_the_bit_for_any_input(shape, bias):
+@pytest.mark.parametrize(
+    "shape", [(10, 24), (3, 5, 24), (2, 3, 5, 24), (0, 5, 24), (60, 24), "transposed"]
+)  # 60 rows: merged
+def test_insertion_to_the_bit_for_any_input(shape, bias, fast):
     x = torch.randn(5, 3, 24).transpose(0, 1) if shape == "transposed" else torch.randn(shape)
-    model = nn.Sequential(Linear(24, 36, bias=bias))
+    model = nn.Sequential(nn.Linear(24, 36, bias=bias))
+    if fast:
+        use_onednn(model)
     expected = model(x)
     add_lora(model, {"a": [("0", 0, 3)], "c": [("0", 2, 3)]}, {"a": [4], "c": [1]})
     init_adapters(model, 0)
     assert torch.equal(model(x), expected) and model(x).shape == expected.shape
-    assert layers.merges(x.reshape(-1, 24), model[0].weight) == (shape == (60, 24))
+    assert model[0].use_onednn == fast
+    assert kernels.merges(x.reshape(-1, 24), model[0].weight) == (shape == (60, 24))
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -381,26 +526,36 @@ def test_base_parameters_stay_the_same_objects_under_the_same_names():
     after = dict(model.named_parameters())
     assert all(after[name] is p for name, p in before.items())
     added = set(after) - set(before)
-    assert all(is_adapter(name) for name in added) and not any(is_adapter(name) for name in before)
-    assert added == {f"blocks.{i}.{linear}.{p}" for i in range(2) for linear, parts in
-                     [("attn.qkv", 3), ("attn.proj", 1), ("mlp.fc1", 1), ("mlp.fc2", 1)]
-                     for p in ["lora_A"] + [f"lora_B.{part}" for part in range(parts)]}
+    assert get_adapter_names(model) == added
+    assert added == {
+        f"blocks.{i}.{linear}.{p}"
+        for i in range(2)
+        for linear, parts in [("attn.qkv", 3), ("attn.proj", 1), ("mlp.fc1", 1), ("mlp.fc2", 1)]
+        for p in ["lora_A"] + [f"lora_B.{part}" for part in range(parts)]
+    }
     assert set(model.state_dict()) == set(after)  # no buffer among the weights
     assert model.blocks[0].attn.qkv.training and not model.blocks[1].attn.qkv.training
     sizes = {"q": 48, "k": 48, "v": 48, "proj": 48, "fc1": 120, "fc2": 120}  # in + out, of rank 1
-    assert sum(after[name].numel() for name in added) == sum(sizes[family] * sum(r) for family, r in MIXED.items())
+    assert sum(after[name].numel() for name in added) == sum(
+        sizes[family] * sum(r) for family, r in MIXED.items()
+    )
 
 
 def test_only_the_asked_parts_get_an_adapter():
     ranks = {"q": [2, 4], "v": [4, 2]}
     base, model = build_vit(), randomise_B(build_vit(ranks))
     for i, block in enumerate(model.blocks):
-        assert block.attn.qkv.ranks == [ranks["q"][i], 0, ranks["v"][i]] and set(block.attn.qkv.lora_B) == {"0", "2"}
-        assert all(type(m) is Linear for m in (block.attn.proj, block.mlp.fc1, block.mlp.fc2))
+        assert block.attn.qkv.ranks == [ranks["q"][i], 0, ranks["v"][i]] and set(block.attn.qkv.lora_B) == {
+            "0",
+            "2",
+        }
+        assert all(type(m) is nn.Linear for m in (block.attn.proj, block.mlp.fc1, block.mlp.fc2))
     x = torch.randn(5, 24)
     got, expected = model.blocks[0].attn.qkv(x), base.blocks[0].attn.qkv(x)
     assert torch.equal(got[:, 24:48], expected[:, 24:48])  # k, to the bit
-    assert not torch.allclose(got[:, :24], expected[:, :24]) and not torch.allclose(got[:, 48:], expected[:, 48:])
+    assert not torch.allclose(got[:, :24], expected[:, :24]) and not torch.allclose(
+        got[:, 48:], expected[:, 48:]
+    )
 
 
 def test_ranks_go_to_their_layers_in_the_models_order():
@@ -419,7 +574,7 @@ def test_adapters_are_a_pure_function_of_seed_and_name(alpha):
     init_adapters(second, 0)
     assert torch.equal(torch.get_rng_state(), state)
     for name, p in first.named_parameters():
-        if is_adapter(name):
+        if name in get_adapter_names(first):
             assert torch.equal(p, second.get_parameter(name)), name
             bound = 1 / math.sqrt(24)  # Kaiming-uniform(√5): gain √(1/3), bound gain · √(3 / in)
             assert not p.any() if "lora_B" in name else 0.8 * bound < p.abs().max() <= bound, name
@@ -431,6 +586,7 @@ def test_adapters_are_a_pure_function_of_seed_and_name(alpha):
 
 # ---- merge
 
+
 @pytest.mark.parametrize("alpha", [None, 5.0])
 def test_merge(alpha):
     base, model, x = build_vit(), randomise_B(build_vit(MIXED, alpha)), images()
@@ -439,12 +595,18 @@ def test_merge(alpha):
     adapters = copy.deepcopy(dict(model.named_modules()))
     assert merge_lora(model) is model
     assert not any(isinstance(m, LoRALinear) for m in model.modules())
-    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in base.named_parameters()}
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in base.named_parameters()
+    }
     for family, (pattern, part, parts) in LORA_FAMILIES.items():
         for i, rank in enumerate(MIXED[family]):
             name = pattern.replace("*", str(i))
             module, start = adapters[name], sum(adapters[name].ranks[:part])
-            BA = module.lora_B[str(part)] @ module.lora_A[start:start + rank] * (1 if alpha is None else alpha / rank)
+            BA = (
+                module.lora_B[str(part)]
+                @ module.lora_A[start : start + rank]
+                * (1 if alpha is None else alpha / rank)
+            )
             W, W_after = (m.get_submodule(name).weight.chunk(parts)[part] for m in (base, model))
             torch.testing.assert_close(W_after, W + BA, rtol=0, atol=2e-6)
             assert BA.abs().max() > 1e-2  # not vacuous
@@ -470,6 +632,7 @@ def test_merge_rounds_once():
 
 # ---- mistakes
 
+
 def attempt(model, families, ranks):
     before = {name: (type(m), id(m)) for name, m in model.named_modules()}
     with pytest.raises(ValueError) as error:
@@ -478,25 +641,34 @@ def attempt(model, families, ranks):
     return str(error.value)
 
 
-@pytest.mark.parametrize("ranks, words", [
-    ({"q": [2, 2], "nope": [2, 2]}, ["'nope'", "matches no Linear"]),
-    ({"q": [2, 2], "fc1": [2]}, ["'fc1'", "2 layers", "1 ranks"]),
-    ({"q": [2, 2], "fc1": [2, 2, 2]}, ["'fc1'", "2 layers", "3 ranks"]),
-    ({"q": [2, 2], "fc1": [2, 25]}, ["blocks.1.mlp.fc1", "25", "min(in, out) = 24"]),
-    ({"fc1": [2, 2], "k": [2, 25]}, ["blocks.1.attn.qkv", "25", "min(in, out) = 24"]),  # 24 rows of the fused 72
-    ({"q": [2, 2], "fc1": [2, 0]}, ["'fc1'", "rank 0", "blocks.1.mlp.fc1"]),
-    ({"q": [2, 2], "fc1": [-1, 2]}, ["'fc1'", "rank -1", "blocks.0.mlp.fc1"]),
-    ({"fc1": [2, 2], "q": [2, 2], "again": [2, 2]}, ["'again'", "part 0 of 3 of blocks.0.attn.qkv"]),
-    ({"fc1": [2, 2], "halves": [2, 2], "q": [2, 2]}, ["'q'", "blocks.0.attn.qkv"]),
-    ({"fc1": [2, 2], "sevenths": [2, 2]}, ["blocks.0.attn.qkv", "7 row parts", "72"]),
-    ({"fc1": [2, 2], "norms": [2, 2]}, ["'norms'", "blocks.0.norm1", "LayerNorm"]),
-])
+@pytest.mark.parametrize(
+    "ranks, words",
+    [
+        ({"q": [2, 2], "nope": [2, 2]}, ["'nope'", "matches no Linear"]),
+        ({"q": [2, 2], "fc1": [2]}, ["'fc1'", "2 layers", "1 ranks"]),
+        ({"q": [2, 2], "fc1": [2, 2, 2]}, ["'fc1'", "2 layers", "3 ranks"]),
+        ({"q": [2, 2], "fc1": [2, 25]}, ["blocks.1.mlp.fc1", "25", "min(in, out) = 24"]),
+        (
+            {"fc1": [2, 2], "k": [2, 25]},
+            ["blocks.1.attn.qkv", "25", "min(in, out) = 24"],
+        ),  # 24 rows of the fused 72
+        ({"q": [2, 2], "fc1": [2, 0]}, ["'fc1'", "rank 0", "blocks.1.mlp.fc1"]),
+        ({"q": [2, 2], "fc1": [-1, 2]}, ["'fc1'", "rank -1", "blocks.0.mlp.fc1"]),
+        ({"fc1": [2, 2], "q": [2, 2], "again": [2, 2]}, ["'again'", "part 0 of 3 of blocks.0.attn.qkv"]),
+        ({"fc1": [2, 2], "halves": [2, 2], "q": [2, 2]}, ["'q'", "blocks.0.attn.qkv"]),
+        ({"fc1": [2, 2], "sevenths": [2, 2]}, ["blocks.0.attn.qkv", "7 row parts", "72"]),
+        ({"fc1": [2, 2], "norms": [2, 2]}, ["'norms'", "blocks.0.norm1", "LayerNorm"]),
+    ],
+)
 def test_mistakes_are_named_and_change_nothing(ranks, words):
     model = build_vit()
     families = match_families(model, LORA_FAMILIES, ALL)
-    families |= {"again": families["q"], "halves": [(name, 1, 2) for name, _, _ in families["q"]],
-                 "sevenths": [(name, 1, 7) for name, _, _ in families["q"]],
-                 "norms": [(f"blocks.{i}.norm1", 0, 1) for i in range(2)]}
+    families |= {
+        "again": families["q"],
+        "halves": [(name, 1, 2) for name, _, _ in families["q"]],
+        "sevenths": [(name, 1, 7) for name, _, _ in families["q"]],
+        "norms": [(f"blocks.{i}.norm1", 0, 1) for i in range(2)],
+    }
     message = attempt(model, families, ranks)
     assert all(word in message for word in words), message
 
@@ -509,30 +681,39 @@ def test_empty_family_and_adapters_on_adapters():
     assert "LoRALinear, not a plain nn.Linear" in attempt(model, families, {"k": [2, 2]})
 
 
-def test_a_subclass_must_say_itself_that_it_is_plain():
-    class Halved(Linear):  # plain by inheritance is not enough
+@pytest.mark.parametrize("kind", [nn.Linear, OneDNNLinear])
+def test_a_subclass_is_not_plain_by_inheritance(kind):
+    class Halved(kind):
         def forward(self, x):
             return super().forward(x) / 2
-    for kind, refused in ((Halved, True), (type("Plain", (Linear,), {"is_plain_linear": True}), False), (Linear, False)):
-        model = nn.Sequential(kind(24, 12))
-        message = attempt(model, {"a": [("0", 0, 1)]}, {"a": [2]}) if refused else add_lora(model, {"a": [("0", 0, 1)]}, {"a": [2]})
-        assert ("Halved, not a plain nn.Linear" in message) if refused else type(merge_lora(model)[0]) is kind
+
+    family = {"a": [("0", 0, 1)]}
+    assert "Halved, not a plain nn.Linear" in attempt(nn.Sequential(Halved(24, 12)), family, {"a": [2]})
+    model = add_lora(nn.Sequential(kind(24, 12)), family, {"a": [2]})
+    init_adapters(model, 0)
+    assert type(merge_lora(model)[0]) is kind  # multiplied as before
 
 
 def test_multihead_attentions_out_proj_is_refused():
     """Its weight is read without the module being called: an adapter there would never run."""
     model = build_encoder()
-    families = match_families(model, {"out": ("layers.*.out_proj", 0, 1), "up": ("layers.*.linear1", 0, 1)}, ("up",))
+    families = match_families(
+        model, {"out": ("layers.*.out_proj", 0, 1), "up": ("layers.*.linear1", 0, 1)}, ("up",)
+    )
     families["out"] = [(f"layers.{i}.self_attn.out_proj", 0, 1) for i in range(2)]
     message = attempt(model, families, {"up": [2, 2], "out": [2, 2]})
-    assert all(word in message for word in ("'out'", "layers.0.self_attn.out_proj", "NonDynamicallyQuantizableLinear"))
+    assert all(
+        word in message
+        for word in ("'out'", "layers.0.self_attn.out_proj", "NonDynamicallyQuantizableLinear")
+    )
 
 
 def test_match_families():
     model = build_vit()
     assert match_families(model, LORA_FAMILIES, ("v", "fc2")) == {
         "v": [("blocks.0.attn.qkv", 2, 3), ("blocks.1.attn.qkv", 2, 3)],
-        "fc2": [("blocks.0.mlp.fc2", 0, 1), ("blocks.1.mlp.fc2", 0, 1)]}
+        "fc2": [("blocks.0.mlp.fc2", 0, 1), ("blocks.1.mlp.fc2", 0, 1)],
+    }
     with pytest.raises(ValueError, match="unknown target module 'dense', there are: q, k, v, proj, fc1, fc2"):
         match_families(model, LORA_FAMILIES, ("q", "dense"))
     # a prefix that isn't there: what went unnoticed in the authors' code
@@ -543,8 +724,10 @@ def test_match_families():
     assert match_families(build_vit(MIXED), LORA_FAMILIES, ALL) == match_families(model, LORA_FAMILIES, ALL)
 
 
-@pytest.mark.parametrize("ranks, message", [
-    ([7], "rank 7 .* 6"), ([-1], "rank -1"), ([3, 3, 3], "rank 3 .* 2"), ([1] * 4, "4 row parts .* 6")])
+@pytest.mark.parametrize(
+    "ranks, message",
+    [([7], "rank 7 .* 6"), ([-1], "rank -1"), ([3, 3, 3], "rank 3 .* 2"), ([1] * 4, "4 row parts .* 6")],
+)
 def test_lora_linear_rejects(ranks, message):
     with pytest.raises(ValueError, match=message):
         LoRALinear(8, 6, ranks)
@@ -553,21 +736,37 @@ def test_lora_linear_rejects(ranks, message):
 # ---- freezing
 
 REST = {f"blocks.{i}.norm{j}.{p}" for i in range(2) for j in (1, 2) for p in ("weight", "bias")} | {
-    "norm.weight", "norm.bias", "head.weight", "head.bias",
-    "patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token", "pos_embed"}
+    "norm.weight",
+    "norm.bias",
+    "head.weight",
+    "head.bias",
+    "patch_embed.proj.weight",
+    "patch_embed.proj.bias",
+    "cls_token",
+    "pos_embed",
+}
 
 
 def trainable(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("phase, keep, dtype", [
-    ("full", None, None), ("warmup", None, None), ("lora", (), None), ("lora", LORA_REST, None),
-    ("lora", (), torch.bfloat16), ("lora", LORA_REST, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "phase, keep, dtype",
+    [
+        ("full", None, None),
+        ("warmup", None, None),
+        ("lora", (), None),
+        ("lora", LORA_REST, None),
+        ("lora", (), torch.bfloat16),
+        ("lora", LORA_REST, torch.bfloat16),
+    ],
+)
 def test_trainable_set_of_each_phase(phase, keep, dtype):
     model = build_vit(None if phase == "full" else MIXED)
     everything = {name for name, _ in model.named_parameters()}
-    adapters = {name for name in everything if is_adapter(name)}
+    adapters = {name for name in everything if ".lora_" in name}
+    assert get_adapter_names(model) == adapters
     model(images()).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     kept = {"full": everything, "warmup": everything, "lora": adapters | (REST if keep else set())}[phase]
@@ -579,7 +778,9 @@ def test_trainable_set_of_each_phase(phase, keep, dtype):
     for name, p in model.named_parameters():
         assert (p.grad is not None) == (name in kept), name
         owner, _, key = name.rpartition(".")
-        low = name not in kept and owner in linears and key in cast  # not norms, positions, nor anything that trains
+        low = (
+            name not in kept and owner in linears and key in cast
+        )  # not norms, positions, nor anything that trains
         assert p.dtype == (torch.bfloat16 if low else torch.float32), name
     if phase == "lora":
         model.zero_grad()
@@ -599,7 +800,57 @@ def test_freeze_keeps_values_and_rejects_patterns_that_match_nothing():
     assert not trainable(freeze_base(build_vit()))  # control: without adapters nothing is left
 
 
+class Magnitude(LoRALinear):
+    """An adapter with one more parameter (DoRA's, 2402.09353) and a module, under names of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_magnitude = nn.Parameter(torch.ones(self.out_features, 1))
+        self.gate = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return super().forward(x) * self.gate(self.lora_magnitude)[:, 0]
+
+
+def test_what_is_an_adapter_the_module_says(monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    monkeypatch.setattr("lora.inject.LoRALinear", Magnitude)
+    add_lora(model, {"a": [("0", 0, 1)]}, {"a": [2]})
+    init_adapters(model, 0)
+    own = {"0.lora_A", "0.lora_B.0", "0.lora_magnitude", "0.gate.weight", "0.gate.bias"}
+    assert get_adapter_names(model) == trainable(freeze_base(model)) == own
+    model(torch.randn(3, 8)).sum().backward()
+    assert model[0].lora_magnitude.grad.any()
+    # control: a module that says less gets less, and one that says nothing, nothing
+    monkeypatch.setattr(Magnitude, "adapter_parameters", lambda self: {"lora_A": self.lora_A})
+    assert trainable(freeze_base(model)) == {"0.lora_A"}
+    monkeypatch.undo()
+    assert (
+        get_adapter_names(
+            nn.Sequential(nn.Linear(8, 6), nn.ParameterDict({"lora_magnitude": model[0].lora_A}))
+        )
+        == set()
+    )
+
+
+def test_adapters_may_start_from_the_base_s_weights(monkeypatch):
+    """What `init_adapters` reads is what the weights hold when it is called."""
+
+    def start_from_W(self, seed, name):
+        self.lora_A.data.copy_(self.weight[: len(self.lora_A)])
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 6))
+        add_lora(model, {"a": [("0", 0, 1)]}, {"a": [2]})
+    model.to_empty(device="cpu")
+    nn.init.normal_(model[0].weight)
+    monkeypatch.setattr(LoRALinear, "init_adapters", start_from_W)
+    init_adapters(model, 0)
+    assert torch.equal(model[0].lora_A, model[0].weight[:2]) and model[0].lora_A.any()
+
+
 # ---- no ViT
+
 
 def build_encoder():
     layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=24, dropout=0.0, batch_first=True)
@@ -615,12 +866,13 @@ def add_to_encoder(model):
     return model
 
 
-def test_one_step_on_a_transformer_encoder_moves_only_the_adapters(no_fast_path):
+@pytest.mark.parametrize("fast", [True, False], ids=["onednn", "torch"])
+def test_one_step_on_a_transformer_encoder_moves_only_the_adapters(no_fast_path, fast):
     model, x = build_encoder(), torch.randn(3, 5, 16)
-    with torch.backends.mkldnn.flags(enabled=False):  # else nn.Linear's products are another library's than the adapters'
-        expected = model(x)
-        assert torch.equal(add_to_encoder(model)(x), expected)
-    assert_close(model(x), expected)
+    expected = model(x)
+    assert torch.equal(add_to_encoder(model)(x), expected)
+    if fast:
+        assert_close(use_onednn(model)(x), expected)
     freeze_base(model)
     randomise_B(model)  # at B = 0 no gradient reaches A
     before = copy.deepcopy(model.state_dict())
@@ -628,17 +880,29 @@ def test_one_step_on_a_transformer_encoder_moves_only_the_adapters(no_fast_path)
     model(x).square().mean().backward()
     optimizer.step()
     moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
-    assert moved == {f"layers.{i}.linear{j}.{p}" for i in range(2) for j in (1, 2) for p in ("lora_A", "lora_B.0")}
+    assert moved == {
+        f"layers.{i}.linear{j}.{p}" for i in range(2) for j in (1, 2) for p in ("lora_A", "lora_B.0")
+    }
     with torch.no_grad():
         tuned = model.eval()(x)
         assert_close(merge_lora(model)(x), tuned)
 
 
 def test_why_the_fast_path_is_off(no_fast_path):
-    """Control: on its inference fast path torch's encoder reads linear1.weight itself, and the adapters never run."""
+    """Control: on its inference fast path torch's encoder reads linear1.weight itself, and the adapters never
+    run."""
     base = build_encoder().eval()
     model, x = randomise_B(add_to_encoder(copy.deepcopy(base))).eval(), torch.randn(3, 5, 16)
     with torch.no_grad():
         assert not torch.allclose(model(x), base(x), atol=1e-2)
         torch.backends.mha.set_fastpath_enabled(True)
         torch.testing.assert_close(model(x), base(x))
+
+
+def test_rank_costs_of_any_model():
+    model = build_encoder()
+    assert rank_costs(model, match_families(model, TABLE, ("up", "down"))) == {
+        "up": [40, 40],
+        "down": [40, 40],
+    }
+    assert rank_costs(nn.Sequential(nn.Linear(8, 6)), {"b": [("0", 1, 3)]}) == {"b": [8 + 2]}

@@ -1,4 +1,4 @@
-"""lora/ranks.py: Algorithm 2 against tables worked by hand and an exact transcription of the paper's pseudo-code."""
+"""lora/ranks.py: Algorithm 2 against tables worked by hand and the paper's pseudo-code, worked exactly."""
 
 import math
 import random
@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 
+from errors import UserError
 from lora.ranks import assign_ranks, budget_ranks, count_parameters, uniform_ranks
 
 NAN, INF = float("nan"), float("inf")
@@ -13,7 +14,8 @@ NAN, INF = float("nan"), float("inf")
 
 def test_several_families_by_hand():
     changes = {
-        # min 0.1, span 0.9: v = 0, 1/3, 2/3, 1, 1/6; v·4 = 0, 1.33, 2.67, 4, 0.67; ⌈·⌉ − 1 = 0 (v = 0), 1, 2, 3, 0
+        # min 0.1, span 0.9: v = 0, 1/3, 2/3, 1, 1/6; v·4 = 0, 1.33, 2.67, 4, 0.67; ⌈·⌉ − 1 = 0 (v = 0), 1, 2,
+        # 3, 0
         "q": [0.1, 0.4, 0.7, 1.0, 0.25],
         # min 5, span 80: v = 0, 0.9, 1, 0.1, 0.3; v·4 = 0, 3.6, 4, 0.4, 1.2; index 0, 3, 3, 0, 1
         # (each family has its own min and max)
@@ -23,15 +25,20 @@ def test_several_families_by_hand():
 
 
 def test_negative_changes_count_by_magnitude():
-    # magnitudes 2, 0.5, 1, 1.5: min 0.5, span 1.5: v = 1, 0, 1/3, 2/3; v·4 = 4, 0, 1.33, 2.67; index 3, 0, 1, 2
+    # magnitudes 2, 0.5, 1, 1.5: min 0.5, span 1.5: v = 1, 0, 1/3, 2/3; v·4 = 4, 0, 1.33, 2.67; index 3, 0, 1,
+    # 2
     assert assign_ranks({"k": [-2.0, 0.5, -1.0, 1.5]}, 8, 64) == {"k": [64, 8, 16, 32]}
     # the formula as printed, signed, would give the layer that changed most the lowest rank
     assert transcription([Fraction(c) for c in (-2.0, 0.5, -1.0, 1.5)], 8, 64, magnitude=False)[0] == 8
 
 
-@pytest.mark.parametrize("changes", [[0.7], [-0.7], [0.0], [0.3, 0.3, 0.3], [0.3, -0.3], [0.0, 0.0], [0.1 + 0.2, 0.3]])
+@pytest.mark.parametrize(
+    "changes", [[0.7], [-0.7], [0.0], [0.3, 0.3, 0.3], [0.3, -0.3], [0.0, 0.0], [0.1 + 0.2, 0.3]]
+)
 def test_single_layer_and_equal_layers_get_rank_min(changes):
-    assert assign_ranks({"q": changes}, 4, 32) == {"q": [4] * len(changes)}  # 0/0; the last: equal up to rounding
+    assert assign_ranks({"q": changes}, 4, 32) == {
+        "q": [4] * len(changes)
+    }  # 0/0; the last: equal up to rounding
 
 
 def test_equal_rank_min_and_max():
@@ -46,12 +53,15 @@ def test_two_ranks():
 def test_bucket_edges_belong_to_the_lower_bucket():
     # v = 0, 1/4, 2/4, 3/4, 1, so v·4 = 0, 1, 2, 3, 4 without rounding; index 0 (v = 0), 0, 1, 2, 3
     assert assign_ranks({"q": [0.0, 1.0, 2.0, 3.0, 4.0]}, 8, 64) == {"q": [8, 8, 16, 32, 64]}
-    assert assign_ranks({"q": [0.0, 1.0000001, 2.0, 3.0, 4.0]}, 8, 64) == {"q": [8, 16, 16, 32, 64]}  # just above one
+    assert assign_ranks({"q": [0.0, 1.0000001, 2.0, 3.0, 4.0]}, 8, 64) == {
+        "q": [8, 16, 16, 32, 64]
+    }  # just above one
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.01, 0.7, 1.1])
 def test_bucket_edges_survive_rounding(scale):
-    """The same edges where binary fractions put v·4 a hair above an integer: a bare ceil takes the next rank."""
+    """The same edges where binary fractions put v·4 a hair above an integer: a bare ceil takes the next
+    rank."""
     changes = [scale * i for i in (1, 2, 3, 4, 5)]
     assert assign_ranks({"q": changes}, 8, 64) == {"q": [8, 8, 16, 32, 64]}
 
@@ -85,9 +95,9 @@ def transcription(changes, rank_min, rank_max, magnitude=True):
         R.append(rank_min if not R else R[-1] * 2)
     deltas = [abs(c) if magnitude else c for c in changes]
     ranks = []
+    low, span = min(deltas), max(deltas) - min(deltas)
     for delta in deltas:
-        span = max(deltas) - min(deltas)
-        v = (delta - min(deltas)) / span if span else Fraction(0)
+        v = (delta - low) / span if span else Fraction(0)
         ranks.append(R[math.ceil(v * len(R)) - 1 if v else 0])
     return ranks
 
@@ -98,12 +108,14 @@ def test_random_inputs_against_the_transcription(seed):
     for _ in range(50):
         count = rng.randint(1, 24)
         low = rng.randint(0, 5)
-        rank_min, rank_max = 2 ** low, 2 ** rng.randint(low, 7)
+        rank_min, rank_max = 2**low, 2 ** rng.randint(low, 7)
         # whole numbers hit the buckets' edges all the time, floats never
         draw = (lambda: rng.randint(-16, 16) / 64) if rng.random() < 0.5 else (lambda: rng.gauss(0, 1))
         changes = {family: [draw() for _ in range(count)] for family in ("q", "fc1")}
-        expected = {family: transcription(list(map(Fraction, layers)), rank_min, rank_max)
-                    for family, layers in changes.items()}
+        expected = {
+            family: transcription(list(map(Fraction, layers)), rank_min, rank_max)
+            for family, layers in changes.items()
+        }
         got = assign_ranks(changes, rank_min, rank_max)
         assert got == expected
         assert all(type(r) is int and rank_min <= r <= rank_max for ranks in got.values() for r in ranks)
@@ -125,17 +137,23 @@ def test_uniform_by_hand(budget, rank):
     assert uniform_ranks(CHANGES, COSTS, budget, 4, 32) == {"q": [rank] * 3, "fc1": [rank] * 3}
 
 
-@pytest.mark.parametrize("budget, expected", [
-    (84, {"q": [4, 4, 4], "fc1": [4, 4, 4]}),
-    (91, {"q": [4, 4, 4], "fc1": [4, 4, 4]}),  # the first step, q's last layer to 8 at λ = 2/4, costs 8
-    (92, {"q": [4, 4, 8], "fc1": [4, 4, 4]}),
-    (111, {"q": [4, 4, 8], "fc1": [4, 4, 4]}),  # the next is fc1's last to 8 at λ = 2/3, 20; nothing cheaper goes before it
-    (112, {"q": [4, 4, 8], "fc1": [4, 4, 8]}),
-    (120, {"q": [4, 4, 12], "fc1": [4, 4, 8]}),  # 3/4
-    # λ = 1: 4·⌊change⌋ = 4, 8, 16 and 4 (clipped), 4, 12
-    (2 * 28 + 5 * 20, {"q": [4, 8, 16], "fc1": [4, 4, 12]}),
-    (10**6, {"q": [32] * 3, "fc1": [32] * 3}),
-])
+@pytest.mark.parametrize(
+    "budget, expected",
+    [
+        (84, {"q": [4, 4, 4], "fc1": [4, 4, 4]}),
+        (91, {"q": [4, 4, 4], "fc1": [4, 4, 4]}),  # the first step, q's last layer to 8 at λ = 2/4, costs 8
+        (92, {"q": [4, 4, 8], "fc1": [4, 4, 4]}),
+        (
+            111,
+            {"q": [4, 4, 8], "fc1": [4, 4, 4]},
+        ),  # the next is fc1's last to 8 at λ = 2/3, 20; nothing cheaper goes before it
+        (112, {"q": [4, 4, 8], "fc1": [4, 4, 8]}),
+        (120, {"q": [4, 4, 12], "fc1": [4, 4, 8]}),  # 3/4
+        # λ = 1: 4·⌊change⌋ = 4, 8, 16 and 4 (clipped), 4, 12
+        (2 * 28 + 5 * 20, {"q": [4, 8, 16], "fc1": [4, 4, 12]}),
+        (10**6, {"q": [32] * 3, "fc1": [32] * 3}),
+    ],
+)
 def test_budget_by_hand(budget, expected):
     ranks = budget_ranks(CHANGES, COSTS, budget, 4, 32)
     assert ranks == expected
@@ -153,7 +171,7 @@ def test_budget_gives_equal_changes_equal_ranks_level_by_level():
 @pytest.mark.parametrize("rule", [uniform_ranks, budget_ranks])
 def test_a_budget_below_rank_min_everywhere(rule):
     assert rule(CHANGES, COSTS, 84, 4, 32)
-    with pytest.raises(ValueError, match="a budget of 83 parameters is not enough for rank_min 4"):
+    with pytest.raises(UserError, match="a budget of 83 parameters is not enough for rank_min 4"):
         rule(CHANGES, COSTS, 83, 4, 32)
 
 
@@ -164,8 +182,12 @@ def test_budget_is_the_largest_proportion_that_fits(seed):
     changes = {family: [rng.uniform(-3, 3) for _ in range(5)] for family in ("q", "fc1")}
     costs = {"q": [2] * 5, "fc1": [5] * 5}
     budget = rng.randrange(4 * 35, 32 * 35)
-    at = lambda scale: {f: [4 * min(max(int(scale * abs(c)), 1), 8) for c in layers] for f, layers in changes.items()}
-    scales = sorted(n / abs(c) * (1 + 1e-12) for layers in changes.values() for c in layers for n in range(1, 9))
+    at = lambda scale: {
+        f: [4 * min(max(int(scale * abs(c)), 1), 8) for c in layers] for f, layers in changes.items()
+    }
+    scales = sorted(
+        n / abs(c) * (1 + 1e-12) for layers in changes.values() for c in layers for n in range(1, 9)
+    )
     fits = [at(scale) for scale in scales if count_parameters(at(scale), costs) <= budget]
     ranks = budget_ranks(changes, costs, budget, 4, 32)
     assert count_parameters(ranks, costs) <= budget and ranks == fits[-1]
