@@ -7,7 +7,7 @@ class UserError(ValueError):
     a lost file).
 
     Commands print it as `error: …` and exit with status 2, or 1 once work has begun. Every other exception is
-    a bug and ends with its traceback. """
+    a bug and ends with its traceback."""
 
 
 class SharedError(UserError):

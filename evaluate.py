@@ -227,9 +227,7 @@ def main(argv: list[str]) -> int:
                 raise ValueError(f"batch_size must be above 0, not {asked.batch_size}")
         result = evaluate(target, asked, device)
     except (ValueError, OSError) as e:
-        everywhere = isinstance(
-            e, (ValueError, SharedError)
-        )  # not a damaged image, which one rank has met
+        everywhere = isinstance(e, (ValueError, SharedError))  # not a damaged image, which one rank has met
         if distributed.get_world_rank() == 0 or not everywhere:
             print(f"error: {e}", file=sys.stderr)
         if everywhere:

@@ -246,7 +246,9 @@ def count_spared(model: nn.Module, rows: int) -> int:
         weight, counts = meta(module.weight).to(A.dtype), []
         operators = kernels.prepare, kernels.lora_linear, kernels.lora_linear_backward
         for prepare, forward, back in operators, [op._init_fn for op in operators]:
-            with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_shapes}) as counter:
+            with FlopCounterMode(
+                display=False, custom_mapping={torch.ops.aten.addmm_: addmm_shapes}
+            ) as counter:
                 prepared = prepare(x, weight, A, Bs, where, parts, False)
                 forward(x, weight, None, A, Bs, prepared, where, parts, False)
                 back(dy, x, weight, A, prepared, Bs, where, parts, *need, False)
