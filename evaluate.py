@@ -26,9 +26,11 @@ import train
 from data.datasets import DATASETS
 from data.device import normalise
 from data.loader import prefetch
+from errors import SharedError
+from launch import distributed, failures
 from lora.inject import merge_lora
 from lora.kernels import separate_products
-from model import checkpoint, distributed
+from model import checkpoint
 from model.pretrained import copy_weights, find_variant, load_pretrained
 from model.sources import TIMM, read_pretrained
 
@@ -122,12 +124,12 @@ def compare_merged(cfg: train.Config, model, merged, loader, device: torch.devic
         others = merged(images)[labels >= 0]
         if len(logits):
             worst = torch.maximum(worst, torch.stack([(logits - others).abs().max(), logits.abs().max()]))
-    return tuple(distributed.max_over_ranks(value, device) for value in worst.tolist())
+    return tuple(distributed.max_over_processes(value, device) for value in worst.tolist())
 
 
 def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
     """What the last line says. All ranks together. Raises ValueError, OSError or RuntimeError, in one sentence, for what can't be read."""
-    rank, ranks, weights = distributed.get_rank(), distributed.get_world_size(), {}
+    rank, ranks, weights = distributed.get_world_rank(), distributed.get_world_size(), {}
     flags = {
         name: getattr(asked, name)
         for name in ("data_dir", "loader", "num_workers", "dtype")
@@ -140,7 +142,7 @@ def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
             weights.update(found)
             return cfg, train.State(), None, notes
 
-        cfg, s, path, notes = distributed.on_rank_0(read)
+        cfg, s, path, notes = checkpoint.on_process_0(read)
     else:
 
         def read():
@@ -148,7 +150,7 @@ def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
                 raise ValueError(f"{target} is no run, it holds weights: give {weights_file}")
             return checkpoint.resolve(Path(target))
 
-        path, meta, notes = distributed.on_rank_0(read)
+        path, meta, notes = checkpoint.on_process_0(read)
         if asked.dataset or asked.num_classes:
             raise ValueError(
                 "dataset and num_classes are the run's own: these flags are for weights that are no run's"
@@ -225,20 +227,18 @@ def main(argv: list[str]) -> int:
                 raise ValueError(f"batch_size must be above 0, not {asked.batch_size}")
         result = evaluate(target, asked, device)
     except (ValueError, OSError) as e:
-        everywhere = isinstance(
-            e, (ValueError, distributed.SharedError)
-        )  # not a damaged image, which one rank has met
-        if distributed.get_rank() == 0 or not everywhere:
+        everywhere = isinstance(e, (ValueError, SharedError))  # not a damaged image, which one rank has met
+        if distributed.get_world_rank() == 0 or not everywhere:
             print(f"error: {e}", file=sys.stderr)
         if everywhere:
             distributed.finish()
         return 2
     except RuntimeError as e:
-        if not distributed.is_lost_rank(e):
+        if not failures.is_lost_process(e):
             raise
         print(f"error: {e}", file=sys.stderr)
         return 1
-    if distributed.get_rank() == 0:
+    if distributed.get_world_rank() == 0:
         where = (
             f"{result['checkpoint']}, epoch {result['epoch']}, phase {result['phase']}, "
             if result["checkpoint"]

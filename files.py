@@ -8,7 +8,8 @@ from errors import UserError
 
 
 def write_json(path: Path, value) -> None:
-    """Write JSON through a temporary name, so that a killed process leaves the old file or the new one. Raises OSError."""
+    """Write JSON through a temporary name, so that a killed process leaves the old file or the new one.
+    Raises OSError."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(partial, path)

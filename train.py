@@ -141,9 +141,10 @@ def build_net(cfg: Config) -> nn.Module:
 def get_loss(cfg: Config, logits: Tensor, targets: list[tuple[Tensor, float]], reduction="mean") -> Tensor:
     """Cross-entropy of logits (B, C), in training and in evaluation. `targets`: labels (B,), -1 for padding,
     and their share; mixup makes two such pairs, whose shares add up to 1."""
+    options = dict(ignore_index=-1, reduction=reduction)
     loss = 0.0
     for labels, share in targets:
-        loss += share * F.cross_entropy(logits, labels, ignore_index=-1, reduction=reduction)
+        loss += share * F.cross_entropy(logits, labels, **options)
     return loss
 
 

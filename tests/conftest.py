@@ -24,7 +24,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """600 + 130 learnable images in Fashion-MNIST's files: class c is a bright square at place c, in noise."""
+    """600 + 130 learnable images in Fashion-MNIST's files: class c is a bright square at place c, in
+    noise."""
     root, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -52,10 +53,11 @@ class RankPool:
         self.workers = []
 
     def __call__(self, ranks, function, *args, timeout=240, **environment):
-        """[function(*args) of each rank], run with the environment torchrun would set. `function`: at the top of a test module.
+        """[function(*args) of each rank], run with the environment torchrun would set. `function`: at the top
+        of a test module.
 
-        Raises AssertionError with the first failing rank's traceback; processes that die or hang are replaced.
-        """
+        Raises AssertionError with the first failing rank's traceback; processes that die or hang are
+        replaced."""
         while len(self.workers) < ranks:
             here, there = multiprocessing.Pipe()
             process = multiprocessing.get_context("spawn").Process(target=serve, args=(there,), daemon=True)

@@ -16,7 +16,8 @@ from torch import nn
 
 import train
 from errors import UserError
-from model import checkpoint, distributed
+from launch import distributed
+from model import checkpoint
 from model.parallel import build_mesh, clip_gradients, materialise, parallelize, sync_gradients, to_plain
 from model.variants import LORA_FAMILIES, VARIANTS
 from model.vit import VisionTransformer
@@ -33,10 +34,10 @@ PLAIN = (
 def watching():
     """Record, while train.main runs: every step's loss, and the whole weights at every phase's end."""
     seen = {"losses": [], "weights": {}}
-    sum_over_ranks, save = distributed.sum_over_ranks, checkpoint.save
+    sum_over_processes, save = distributed.sum_over_processes, checkpoint.save
 
     def summing(tensor):
-        sum_over_ranks(tensor)
+        sum_over_processes(tensor)
         if tensor.shape == (2,):  # a step's loss and hits
             seen["losses"].append(tensor[0].item())
         return tensor
@@ -49,7 +50,7 @@ def watching():
         return save(run_dir, model, optimizer, meta=meta, pinned=pinned)
 
     with (
-        mock.patch.object(distributed, "sum_over_ranks", summing),
+        mock.patch.object(distributed, "sum_over_processes", summing),
         mock.patch.object(checkpoint, "save", saving),
     ):
         yield seen

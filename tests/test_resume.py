@@ -1,4 +1,5 @@
-"""What a run on several ranks survives: kills, signals, damaged checkpoints, full disks, NaN, ranks that hang or die, bad input."""
+"""What a run on several ranks survives: kills, signals, damaged checkpoints, full disks, NaN, ranks that hang
+or die, bad input."""
 
 import contextlib
 import ctypes
@@ -27,15 +28,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from test_parallel import PLAIN, watching
+from test_train import REPO, assert_same, events, weights, without_times
 
 import train
-from model import checkpoint, distributed
+from launch import distributed
+from model import checkpoint
 from model.optim import get_optimizer_state
 from model.parallel import reshard, to_plain
 from model.variants import VARIANTS
 from monitor import logger
-from test_parallel import PLAIN, watching
-from test_train import REPO, assert_same, events, weights, without_times
 
 # 4 steps an epoch, 20 in all: full 1-3 (the test decides), warmup 4, lora 5.
 RUN = [*PLAIN, "--epochs", "5", "--lora_warmup_epochs", "1"]
@@ -189,7 +191,8 @@ def assert_same_run(run_dir, reference):
 
 
 class Launcher:
-    """Forks the ranks of a run from a process that has imported all it needs: real processes, with real exit statuses, in a moment."""
+    """Forks the ranks of a run from a process that has imported all it needs: real processes, with real exit
+    statuses, in a moment."""
 
     def __init__(self):
         self.pipe, there = multiprocessing.Pipe()
@@ -201,7 +204,8 @@ class Launcher:
         return self.pipe.recv()
 
     def start(self, ranks, folder, argv, *fault):
-        """Start train.py; rank 1 prints to folder/console_1. Returns the pids, each also the number of a process group."""
+        """Start train.py; rank 1 prints to folder/console_1. Returns the pids, each also the number of a
+        process group."""
         folder.mkdir(exist_ok=True)
         return self.ask(
             "start",
@@ -414,7 +418,8 @@ class Killed(BaseException):
 
 
 def save_killed_at(point, save):
-    """Run `save`, and leave everything as SIGKILL would at its `point`-th change to the disk, that change half made; whether it came."""
+    """Run `save`, and leave everything as SIGKILL would at its `point`-th change to the disk, that change
+    half made; whether it came."""
     left = [point]
 
     def cut(function, half):
@@ -627,10 +632,11 @@ def test_all_checkpoints_damaged_is_one_error_and_nothing_is_deleted(runs, stopp
 
 @contextlib.contextmanager
 def full_disk(rank, step, what):
-    """From the save of `step` on, one rank's files can't grow beyond 100 bytes, as on a full disk: its shards or, after them, meta.json.
+    """From the save of `step` on, one rank's files can't grow beyond 100 bytes, as on a full disk: its shards
+    or, after them, meta.json.
 
-    Python ignores SIGXFSZ, so a write beyond the limit fails with an OSError, and really so: nothing is mocked.
-    """
+    Python ignores SIGXFSZ, so a write beyond the limit fails with an OSError, and really so: nothing is
+    mocked."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     save, write_json = checkpoint.save, checkpoint.write_json
     fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
@@ -706,7 +712,8 @@ def test_a_disk_that_is_full_for_everything(runs, whole, tmp_path):
 
 @contextlib.contextmanager
 def poisoned(rank, step):
-    """On one rank, NaN images from optimiser step `step` on; yields the weights and the optimiser's state in memory, at the end."""
+    """On one rank, NaN images from optimiser step `step` on; yields the weights and the optimiser's state in
+    memory, at the end."""
     build_optimizer, normalise, finish = train.build_optimizer, train.normalise, dist.destroy_process_group
     memory, current = {}, []
 
@@ -843,9 +850,9 @@ def test_a_signal_with_ffcv(on_ranks, small, tmp_path):
 def test_a_signal_that_came_before_training_is_heeded():
     early = []
     with distributed.StopRequest(early) as stop:
-        assert not stop.on_any_rank(torch.device("cpu"))
+        assert not stop.on_any_process(torch.device("cpu"))
     with distributed.StopRequest([signal.SIGUSR2]) as stop:
-        assert stop.on_any_rank(torch.device("cpu")) and stop.signal == "SIGUSR2"
+        assert stop.on_any_process(torch.device("cpu")) and stop.signal == "SIGUSR2"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
@@ -1087,8 +1094,8 @@ def test_meta_json_says_where_a_run_stands(runs, tmp_path):
 
 
 def after_a_kill(run_dir):
-    """(step of the last complete checkpoint, whether a save was under way), having checked what must be there: saves come every
-    4 steps, those of 12 and 16 stay, and so do the last two."""
+    """(step of the last complete checkpoint, whether a save was under way), having checked what must be
+    there: saves come every 4 steps, those of 12 and 16 stay, and so do the last two."""
     found, meta, warnings = checkpoint.find(run_dir)
     last, steps, folder = meta["step"] if found else 0, steps_in(run_dir), run_dir / "checkpoints"
     assert {step for step in (last, last - 4, 12, 16) if 0 < step <= last} <= set(steps) and (
@@ -1102,7 +1109,8 @@ def after_a_kill(run_dir):
 
 @slow
 def test_twenty_kills(launcher, tiny, tmp_path):
-    """At random moments of the run, every other one in a save. Nothing complete is lost, and what comes out is the same to the bit."""
+    """At random moments of the run, every other one in a save. Nothing complete is lost, and what comes out
+    is the same to the bit."""
     argv = [*RUN, *RANDOM, "--data_dir", tiny, "--resume", True, "--run_dir"]
     reference, start = tmp_path / "reference", time.monotonic()
     assert launcher.wait(launcher.start(2, tmp_path, [*argv, reference])) == [0, 0]
