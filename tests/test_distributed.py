@@ -123,6 +123,10 @@ def test_sums_of_one_process():
     assert (distributed.get_world_rank(), distributed.get_world_size()) == (0, 1)
 
 
+def test_places_in_words():
+    assert distributed.describe_places(["a", "a", "b", "a"]) == "ranks: [0, 1, 3] on a, [2] on b"
+
+
 # ---- start
 
 
