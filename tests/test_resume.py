@@ -314,10 +314,10 @@ def before_step(rank, step, do, *args):
     """On one rank, do(*args) as optimiser step `step`, counted from 0, begins."""
     get_lr, todo = train.get_lr, [do]
 
-    def watched(at, *rest):
+    def watched(at, **schedule):
         if at == step and todo:
             todo.pop()(*args)
-        return get_lr(at, *rest)
+        return get_lr(at, **schedule)
 
     with mock.patch.object(train, "get_lr", watched if int(os.environ["RANK"]) == rank else get_lr):
         yield
@@ -887,7 +887,9 @@ def test_a_signal_to_all_processes_of_a_rank_spares_its_loader_workers(
 def slowed(seconds):
     """Every step takes longer: time for what happens in the middle of an epoch."""
     get_lr = train.get_lr
-    with mock.patch.object(train, "get_lr", lambda *a: time.sleep(seconds) or get_lr(*a)):
+    with mock.patch.object(
+        train, "get_lr", lambda step, **schedule: time.sleep(seconds) or get_lr(step, **schedule)
+    ):
         yield
 
 
