@@ -202,9 +202,9 @@ import time
 import errors
 import train
 _get_lr = train.get_lr
-def _patched(step, *rest):
+def _patched(step, **schedule):
     {patch}
-    return _get_lr(step, *rest)
+    return _get_lr(step, **schedule)
 if "RANK" in os.environ:
     train.get_lr = _patched
 """
