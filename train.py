@@ -331,7 +331,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
     phase, ranks = get_next_phase(cfg, s, log.epochs)
     costs = enter_phase(cfg, s, model, optimizer, device) if phase == s.phase else {}
-    log.write(get_start_record(s, device, start.hosts, start.notes, costs))
+    log.write(get_start_record(s, start, device, mesh, costs))
     if len(start.hosts) > 1:
         log.message(distributed.describe_places(start.hosts))
 

@@ -496,7 +496,10 @@ def test_no_moment_of_a_save_loses_the_last_complete_checkpoint(tmp_path, first,
         run_dir = shutil.copytree(start, tmp_path / f"{point}")
         killed = save_killed_at(point, lambda: save(run_dir, then, "new"))
         found, meta, _ = checkpoint.find(run_dir)
-        assert found and (meta["state"]["step"], meta["mark"]) in [(int(before.name[5:]), "old"), (then, "new")], point
+        assert found and (meta["state"]["step"], meta["mark"]) in [
+            (int(before.name[5:]), "old"),
+            (then, "new"),
+        ], point
         if not killed:
             break
         save(run_dir, then, "again")  # what the resumed run will do
