@@ -252,7 +252,7 @@ def check_checkpoint(cfg, start: Start, images: int) -> None:
     if s.ranks:  # and what the lora phase trains, with a base in which precision, which the freeze decides
         fixed = FIXED + ADAPTERS + ["lora_trainable", "dtype"]
     check_same(cfg, get_config(cfg, path, meta), fixed, path)
-    check_logs(Path(cfg.run_dir), path, s.metrics_bytes, s.steps_bytes)
+    check_logs(cfg.run_dir, s.metrics_bytes, s.steps_bytes, path)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import SlurmCluster, is_installed, wait
+from small_runs import assert_same, events, weights, without_times
 from test_submit import DEBUG, REPO, RUN, left
-from test_train import assert_same, events, weights, without_times
 
 from launch import logs, snapshot, submit
 

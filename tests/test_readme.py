@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch.nn.functional as F
 from PIL import Image
-from test_train import assert_same, no_figures, weights  # noqa: F401 (a fixture)
+from small_runs import assert_same, no_figures, weights  # noqa: F401 (a fixture)
 
 import bench
 import evaluate

@@ -8,14 +8,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from test_train import events, no_figures, run  # noqa: F401 (a fixture)
+from small_runs import events, no_figures, run  # noqa: F401 (a fixture)
 
 import replay
 from errors import UserError
-from model.vit import VARIANTS
+from model.variants import VARIANTS
 
 STEPS = 4  # per epoch; test_train.py's runs have more
-SHORT = ["--train_samples", 200, "--lr_warmup_steps", STEPS]
+SHORT = ["--train_samples", 80, "--lr_warmup_steps", STEPS]
 DATA = [*SHORT, "--mode", "full", "--keep_every", 1, "--eval_every", 9]
 
 

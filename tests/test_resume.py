@@ -28,8 +28,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from small_runs import REPO, assert_same, events, weights, without_times
 from test_parallel import PLAIN, watching
-from test_train import REPO, assert_same, events, weights, without_times
 
 import start
 import train
