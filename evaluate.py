@@ -1,14 +1,15 @@
-"""Top-1, top-5 and loss over the whole validation set, each image once, on any number of ranks.
+"""Top-1, top-5 and loss over the whole validation set, each image once, on any number of processes.
 
-    python evaluate.py runs/debug                                    a run's newest checkpoint, whatever its phase
-    python evaluate.py runs/debug/checkpoints/step_00001250          one of its checkpoints
-    python evaluate.py runs/debug --merged True                      with the adapters merged into the base, as an export has it
+    python evaluate.py runs/debug                           a run's newest checkpoint, whatever its phase
+    python evaluate.py runs/debug/checkpoints/step_00001250 one of its checkpoints
+    python evaluate.py runs/debug --merged True             adapters merged into the base, as an export has it
     torchrun --nproc_per_node 4 evaluate.py runs/vit_l16_in1k --data_dir /data/imagenet
     python evaluate.py timm:vit_base_patch16_224.augreg_in1k --dataset imagenet --data_dir /data/imagenet
     python evaluate.py FILE.safetensors --dataset fashion_mnist --data_dir datasets/fashion_mnist
 
-With adapters: also how far the logits of the merged model are from those of the unmerged one, both in float32. The last line is JSON.
-A checkpoint's index is a pickle: take RUN from nobody you don't trust. safetensors hold none.
+With adapters: also how far the logits of the merged model are from those of the unmerged one, both in
+float32. The last line is JSON. A checkpoint's index is a pickle: take RUN from nobody you don't trust.
+safetensors hold none.
 """
 
 import copy
@@ -16,21 +17,33 @@ import dataclasses
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 import train
+from config.checks import check_config
+from config.cli import parse_flags, typed_config
+from config.ranges import NonNegativeInt, PositiveInt, check_ranges
 from data.datasets import DATASETS
 from data.device import normalise
-from data.loader import prefetch
+from data.loader import Loader, build_loader, prefetch
+from data.order import DataError
+from errors import UserError
+from launch import distributed, failures
 from lora.inject import merge_lora
 from lora.kernels import separate_products
-from model import checkpoint, distributed
+from model import checkpoint, parallel
+from model.checkpoint import on_process_0
 from model.pretrained import copy_weights, find_variant, load_pretrained
 from model.sources import TIMM, read_pretrained
+from model.variants import VARIANTS
+from start import State, read_state
 
 
 @dataclass
@@ -40,156 +53,165 @@ class Evaluation:
     merged: bool = False  # merge the adapters into the base first, in float32
     data_dir: str | None = None  # holds val.beton, or the raw files
     loader: Literal["ffcv", "folder", "synthetic"] | None = None
-    num_workers: int | None = None
-    batch_size: int = 256  # images of a rank's forward pass
-    dtype: Literal["float32", "bfloat16"] | None = (
-        None  # of the compute; None = the run's, float32 with merged
-    )
+    num_workers: NonNegativeInt | None = None
+    batch_size: PositiveInt = 256  # images of a process's forward pass
+    dtype: Literal["float32", "bfloat16"] | None = None  # None = the run's, float32 with merged
     dataset: str | None = None  # of weights that are no run's: a row of data/datasets.py's DATASETS
-    num_classes: int | None = None  # of a tree of one's own, for weights that are no run's
+    num_classes: PositiveInt | None = None  # of a tree of one's own, for weights that are no run's
 
 
-def load_checkpoint(path: Path, meta: dict, **changes) -> tuple[train.Config, train.State]:
-    """Config, with `changes` and without what only training needs, and State of a checkpoint. Raises ValueError if its meta is damaged, or
-    for changes out of range."""
-    cfg = train.typed_config(dict(meta["config"]), f"{path}/meta.json")
-    cfg = dataclasses.replace(
-        cfg,
-        compile=False,
-        activation_checkpointing="none",
-        rand_augment=0,
-        stage_dir=None,
-        baseline=None,
-        **changes,
-    )
-    train.check_config(cfg)
-    return cfg, train.read_state(meta, path)
+# ------------------------------------------------------------------------------------------------------------
+# a run's checkpoint, or weights that are no run's
+
+
+def load_checkpoint(path: Path, meta: dict, **changes) -> tuple[train.Config, State]:
+    """The Config of a checkpoint, with `changes` and without what only training needs, and its State.
+
+    Raises UserError if its meta is damaged, or for changes out of range.
+    """
+    cfg = typed_config(train.Config, meta["config"], f"{path}/meta.json")
+    without = dict(compile=False, activation_checkpointing="none", rand_augment=0)
+    cfg = dataclasses.replace(cfg, stage_dir=None, baseline=None, **without, **changes)
+    check_config(cfg)
+    return cfg, read_state(meta, path)
 
 
 def build_checkpoint(
-    cfg: train.Config, s: train.State, path: Path, device: torch.device | str = "cpu"
-) -> torch.nn.Module:
-    """The model of a checkpoint, whole on this rank, in evaluation mode. With cfg.dtype float32 all of it is float32, and a base stored
-    in bfloat16 has just those values. On all ranks together. Raises OSError for damaged files."""
+    cfg: train.Config, s: State, path: Path, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """The model of a checkpoint, whole on this process, in evaluation mode. All processes together.
+
+    With cfg.dtype float32 all of it is float32, and a base stored in bfloat16 has just those values. Raises
+    UserError for damaged files.
+    """
     model = train.build_model(cfg, s.phase, s.ranks, device)
     checkpoint.load_weights(path, model)
     return model.eval()
 
 
-def read_weights(source: str, asked: Evaluation) -> tuple[train.Config, dict, list[str]]:
-    """(Config that builds it, weights, notes) of timm:NAME or FILE.safetensors. Raises ValueError or OSError."""
-    found = (
-        None if source.startswith(TIMM) else read_pretrained(source)
-    )  # a file's mistakes first, a download last
+def read_target(
+    target: str, asked: Evaluation, weights: dict[str, Tensor]
+) -> tuple[train.Config, State, Path | None, list[str]]:
+    """(Config that builds the model, State, its checkpoint, notes), for one process to call.
+
+    Of weights that are no run's the checkpoint is None, and they are put into `weights`. Raises UserError, or
+    OSError, for what can't be read.
+    """
+    if target.startswith(TIMM) or Path(target).suffix == ".safetensors" or Path(target).is_file():
+        cfg, found, notes = read_weights(target, asked)
+        weights.update(found)
+        return cfg, State(), None, notes
+    weights_file = Path(target, "model.safetensors")
+    if weights_file.is_file():
+        raise UserError(f"{target} is no run, it holds weights: give {weights_file}")
+    path, meta, notes = checkpoint.resolve(Path(target))
+    if asked.dataset or asked.num_classes:
+        raise UserError(
+            "dataset and num_classes are the run's own: these flags are for weights that are no run's"
+        )
+    changes = {}
+    for name in ("data_dir", "loader", "num_workers", "dtype"):
+        if getattr(asked, name) is not None:
+            changes[name] = getattr(asked, name)
+    if asked.merged:
+        changes.setdefault("dtype", "float32")
+    cfg, s = load_checkpoint(path, meta, **changes)
+    return cfg, s, path, notes
+
+
+def read_weights(source: str, asked: Evaluation) -> tuple[train.Config, dict[str, Tensor], list[str]]:
+    """(Config that builds the model, weights, notes) of timm:NAME or FILE.safetensors. Raises UserError."""
+    found = None
+    if not source.startswith(TIMM):  # a file's mistakes come first, a download last
+        found = read_pretrained(source)
     if not asked.dataset:
-        raise ValueError(
+        raise UserError(
             f"{source} is not a run: say what to evaluate it on, --dataset {' or '.join(DATASETS)}"
         )
     if asked.dataset not in DATASETS:
-        raise ValueError(f"unknown dataset {asked.dataset!r}, there are: {', '.join(DATASETS)}")
-    found = found or read_pretrained(source)
+        raise UserError(f"unknown dataset {asked.dataset!r}, there are: {', '.join(DATASETS)}")
+    if found is None:
+        found = read_pretrained(source)
     data = DATASETS[asked.dataset]
-    given = {name: getattr(asked, name) for name in ("data_dir", "loader") if getattr(asked, name)}
     cfg = train.Config(
         model=find_variant(found, source),
         dataset=asked.dataset,
-        num_classes=asked.num_classes,
+        data_dir=asked.data_dir or f"datasets/{asked.dataset}",
+        loader=asked.loader or "ffcv",
         num_workers=asked.num_workers,
+        num_classes=asked.num_classes,
         layer_norm_eps=found.layer_norm_eps or 1e-6,
         dtype=asked.dtype or "float32",
         compile=False,
-        **{"data_dir": f"datasets/{asked.dataset}", **given},
     )
-    train.check_config(cfg)
-    head, here = found.weights.get("head.weight"), cfg.num_classes or data.num_classes
-    classes = len(head) if head is not None and head.ndim else 0
-    if classes != here:
-        raise ValueError(
-            f"{source} {f'is for {classes} classes' if classes else 'has no head'}, the data has {here} classes"
-        )
+    check_config(cfg)
+    check_classes(source, found.weights.get("head.weight"), cfg.num_classes or data.num_classes)
     weights, notes = load_pretrained(source, train.build_on_meta(cfg), data.mean, data.std)
     return cfg, weights, notes
 
 
+def check_classes(source: str, head: Tensor | None, num_classes: int) -> None:
+    """Raise UserError unless `head` (C, D) is for the data's number of classes."""
+    if head is None or head.ndim == 0 or len(head) == 0:
+        raise UserError(f"{source} has no head, the data has {num_classes} classes")
+    if len(head) != num_classes:
+        raise UserError(f"{source} is for {len(head)} classes, the data has {num_classes} classes")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
 @torch.no_grad()
-def compare_merged(cfg: train.Config, model, merged, loader, device: torch.device) -> tuple[float, float]:
-    """(largest difference of the two models' logits, largest logit) over the validation set, on all ranks."""
+def compare_merged(
+    cfg: train.Config, model: nn.Module, merged: nn.Module, batches: Iterator, device: torch.device
+) -> dict[str, float]:
+    """The largest difference of the two models' logits, and the largest logit, of all processes' batches."""
     data, worst = DATASETS[cfg.dataset], torch.zeros(2, device=device)
-    for images, labels in prefetch(loader.epoch(0), device):
+    for images, labels in prefetch(batches, device):
         images = normalise(images, data.mean, data.std)
-        with separate_products():  # where fp32 on a CPU would have it multiply by a sum of its own
-            logits = model(images)[labels >= 0]
+        with separate_products():  # in float32 on a CPU an adapter is else multiplied as W + B A: merged, too
+            logits = model(images)[labels >= 0]  # (N, C)
         others = merged(images)[labels >= 0]
         if len(logits):
             worst = torch.maximum(worst, torch.stack([(logits - others).abs().max(), logits.abs().max()]))
-    return tuple(distributed.max_over_ranks(value, device) for value in worst.tolist())
+    difference, largest = [distributed.max_over_processes(value, device) for value in worst.tolist()]
+    return {"merge_difference": difference, "largest_logit": largest}
 
 
 def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
-    """What the last line says. All ranks together. Raises ValueError, OSError or RuntimeError, in one sentence, for what can't be read."""
-    rank, ranks, weights = distributed.get_rank(), distributed.get_world_size(), {}
-    flags = {
-        name: getattr(asked, name)
-        for name in ("data_dir", "loader", "num_workers", "dtype")
-        if getattr(asked, name) is not None
-    }
-    if target.startswith(TIMM) or Path(target).suffix == ".safetensors" or Path(target).is_file():
+    """What the last line says. All processes together.
 
-        def read():
-            cfg, found, notes = read_weights(target, asked)
-            weights.update(found)
-            return cfg, train.State(), None, notes
-
-        cfg, s, path, notes = distributed.on_rank_0(read)
-    else:
-
-        def read():
-            if (weights_file := Path(target, "model.safetensors")).is_file():
-                raise ValueError(f"{target} is no run, it holds weights: give {weights_file}")
-            return checkpoint.resolve(Path(target))
-
-        path, meta, notes = distributed.on_rank_0(read)
-        if asked.dataset or asked.num_classes:
-            raise ValueError(
-                "dataset and num_classes are the run's own: these flags are for weights that are no run's"
-            )
-        cfg, s = load_checkpoint(path, meta, **flags)
-        if asked.merged and not asked.dtype:
-            cfg = dataclasses.replace(cfg, dtype="float32")
-    for note in notes if rank == 0 else ():
-        print(note)
+    Raises UserError for what can't be read: a SharedError, which every process has, but for the DataError of
+    a damaged image, which is one process's own.
+    """
+    world_rank, world_size = distributed.get_world_rank(), distributed.get_world_size()
+    weights: dict[str, Tensor] = {}  # on process 0
+    cfg, s, path, notes = on_process_0(read_target, target, asked, weights)
+    if world_rank == 0:
+        for note in notes:
+            print(note)
+    parallel.set_threads(device, VARIANTS[cfg.model]["embed_dim"])
     with distributed.together():
-        loader = train.build_loader(
+        loader = build_loader(
             cfg.loader,
             cfg.dataset,
             cfg.data_dir,
             "val",
-            asked.batch_size,
-            cfg.seed,
-            cfg.num_workers,
-            None,
-            cfg.num_classes,
-            0,
-            rank,
-            ranks,
+            batch_size=asked.batch_size,
+            seed=cfg.seed,
+            num_workers=cfg.num_workers,
+            num_classes=cfg.num_classes,
+            world_rank=world_rank,
+            world_size=world_size,
         )
-    exact = dataclasses.replace(cfg, dtype="float32")
-    has_adapters = s.phase != "full"
-    if path:
-        model = build_checkpoint(exact if asked.merged else cfg, s, path, device)
-    else:
-        model = train.build_model(cfg, "full", None, device)
-        copy_weights(model, weights)
-    difference = None
-    if has_adapters:
-        unmerged = (
-            model if asked.merged or cfg.dtype == "float32" else build_checkpoint(exact, s, path, device)
-        )
-        merged = merge_lora(copy.deepcopy(unmerged))
-        difference, largest = compare_merged(cfg, unmerged, merged, loader, device)
-        model = merged if asked.merged else model
-    result = train.evaluate(cfg, model, loader, device)
-    loader.close()
+    with closing(loader):
+        if path is None:
+            model = train.build_model(cfg, "full", None, device)
+            copy_weights(model, weights)
+            metrics = train.evaluate(cfg, model, loader.epoch(0), device)
+        else:
+            metrics = evaluate_checkpoint(cfg, s, path, asked.merged, loader, device)
     return {
         "target": target,
         "checkpoint": path and path.name,
@@ -197,63 +219,83 @@ def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
         "phase": path and s.phase,
         "epoch": path and s.epoch,
         "step": path and s.step,
-        "merged": asked.merged and has_adapters,
+        "merged": asked.merged and s.phase != "full",
         "dtype": cfg.dtype,
-        "ranks": ranks,
+        "ranks": world_size,
         "images": loader.num_samples,
-        **result,
-        **({"merge_difference": difference, "largest_logit": largest} if has_adapters else {}),
+        **metrics,
     }
 
 
+def evaluate_checkpoint(
+    cfg: train.Config, s: State, path: Path, merge: bool, loader: Loader, device: torch.device
+) -> dict[str, float]:
+    """Loss, top-1 and top-5 of a checkpoint's model, its adapters merged if `merge`; with adapters, also what
+    merging changes."""
+    exact = dataclasses.replace(cfg, dtype="float32")
+    model = build_checkpoint(exact if merge else cfg, s, path, device)
+    if s.phase == "full":
+        return train.evaluate(cfg, model, loader.epoch(0), device)
+    unmerged = model
+    if not merge and cfg.dtype != "float32":
+        unmerged = build_checkpoint(exact, s, path, device)
+    merged = merge_lora(copy.deepcopy(unmerged))
+    differences = compare_merged(cfg, unmerged, merged, loader.epoch(0), device)
+    return train.evaluate(cfg, merged if merge else model, loader.epoch(0), device) | differences
+
+
+def print_result(result: dict) -> None:
+    """A few lines for a person, then the line of JSON."""
+    where, how = "", ""
+    if result["checkpoint"]:
+        where = f"{result['checkpoint']}, epoch {result['epoch']}, phase {result['phase']}, "
+    if result["merged"]:
+        how = ", adapters merged"
+    print(f"{result['target']}: {where}{result['images']:,} images{how}")
+    print(
+        f"top-1 {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %, loss {result['val_loss']:.4f}"
+    )
+    if "merge_difference" in result:
+        print(
+            f"merged and unmerged logits differ by {result['merge_difference']:.1e} at most, "
+            f"the largest is {result['largest_logit']:.1f}"
+        )
+    print(json.dumps(result))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def parse(argv: list[str]) -> tuple[str, Evaluation]:
+    """TARGET [--flag value …] -> (target, flags). Raises UserError."""
+    has_target = bool(argv) and not argv[0].startswith("-")
+    if not has_target and "--help" not in argv:
+        raise UserError(
+            "evaluate what? python evaluate.py RUN, or RUN/checkpoints/step_00001234, timm:NAME, "
+            "FILE.safetensors; flags come after it"
+        )
+    flags = argv[1:] if has_target else ["--help"]
+    asked = parse_flags(flags, Evaluation(), prog="evaluate.py", description=__doc__)
+    check_ranges(asked)
+    return argv[0], asked
+
+
 def main(argv: list[str]) -> int:
-    """Exit status: 0; 2 for what can't be read or evaluated; 1 if another rank is lost."""
+    """Exit status: 0; 2 for what can't be read or evaluated; 1 if another process is lost."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it is
-    target = argv[0] if argv and not argv[0].startswith("-") else None
     try:
         device = distributed.start()
         with distributed.together():
-            if not target and "--help" not in argv:
-                raise ValueError(
-                    "evaluate what? python evaluate.py RUN, or RUN/checkpoints/step_00001234, timm:NAME, FILE.safetensors; "
-                    "flags come after it"
-                )
-            asked = train.parse_flags(
-                argv[1:] if target else ["--help"], Evaluation(), prog="evaluate.py", description=__doc__
-            )
-            if asked.batch_size < 1:
-                raise ValueError(f"batch_size must be above 0, not {asked.batch_size}")
+            target, asked = parse(argv)
         result = evaluate(target, asked, device)
-    except (ValueError, OSError) as e:
-        everywhere = isinstance(
-            e, (ValueError, distributed.SharedError)
-        )  # not a damaged image, which one rank has met
-        if distributed.get_rank() == 0 or not everywhere:
-            print(f"error: {e}", file=sys.stderr)
-        if everywhere:
-            distributed.finish()
+    except DataError as error:  # a damaged image, which this process alone has met: the others lose it
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as e:
-        if not distributed.is_lost_rank(e):
-            raise
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    if distributed.get_rank() == 0:
-        where = (
-            f"{result['checkpoint']}, epoch {result['epoch']}, phase {result['phase']}, "
-            if result["checkpoint"]
-            else ""
-        )
-        print(
-            f"{target}: {where}{result['images']:,} images{', adapters merged' if result['merged'] else ''}\n"
-            f"top-1 {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %, loss {result['val_loss']:.4f}"
-        )
-        if "merge_difference" in result:
-            print(
-                f"merged and unmerged logits differ by {result['merge_difference']:.1e} at most, "
-                f"the largest is {result['largest_logit']:.1f}"
-            )
-        print(json.dumps(result))
+    except (UserError, RuntimeError) as error:
+        return failures.refuse(error)
+    if distributed.get_world_rank() == 0:
+        print_result(result)
     distributed.finish()
     return 0
 

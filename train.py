@@ -141,9 +141,10 @@ def build_net(cfg: Config) -> nn.Module:
 def get_loss(cfg: Config, logits: Tensor, targets: list[tuple[Tensor, float]], reduction="mean") -> Tensor:
     """Cross-entropy of logits (B, C), in training and in evaluation. `targets`: labels (B,), -1 for padding,
     and their share; mixup makes two such pairs, whose shares add up to 1."""
+    options = dict(ignore_index=-1, reduction=reduction)
     loss = 0.0
     for labels, share in targets:
-        loss += share * F.cross_entropy(logits, labels, ignore_index=-1, reduction=reduction)
+        loss += share * F.cross_entropy(logits, labels, **options)
     return loss
 
 
@@ -330,7 +331,9 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
     phase, ranks = get_next_phase(cfg, s, log.epochs)
     costs = enter_phase(cfg, s, model, optimizer, device) if phase == s.phase else {}
-    log.write(get_start_record(s, device, start.hosts, start.notes, costs))
+    log.write(get_start_record(s, start, device, mesh, costs))
+    if len(start.hosts) > 1:
+        log.message(distributed.describe_places(start.hosts))
 
     stopped = False
     while s.epoch < cfg.epochs:

@@ -1,4 +1,5 @@
-"""Weights that leave and enter: evaluate.py, export.py against timm, transformers and PEFT, --init_from, and every file that is refused."""
+"""Weights that leave and enter: evaluate.py, export.py against timm, transformers and PEFT, --init_from, and
+every file that is refused."""
 
 import contextlib
 import copy
@@ -15,43 +16,51 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from small_runs import REPO, events, no_figures, weights  # noqa: F401 (a fixture)
-from test_parallel import PLAIN
-from test_resume import captured
+from torch.utils.tensorboard import SummaryWriter
 
 import evaluate
 import export
+import formats
 import train
+from config.checks import check_config
+from config.cli import typed_config
 from data.datasets import DATASETS
 from data.device import normalise
 from data.images import FILES, open_dataset, prepare_fashion_mnist
+from data.loader import build_loader
 from errors import UserError
 from files import write_json
-from lora.inject import is_adapter, merge_lora
+from lora import kernels
+from lora.inject import merge_lora
 from model import checkpoint, pretrained, sources
 from model.huggingface import from_huggingface, to_huggingface
-from model.variants import VARIANTS
+from model.tensors import get_stored
 from model.vit import VisionTransformer
+from monitor.log import load_run
 
-# 4 steps an epoch: full 1-3 (the test decides), warmup 4-5, lora 6-7. A high learning rate, so that adapters and head matter
-RUN = [
-    *PLAIN,
-    "--epochs",
-    "7",
-    "--lora_warmup_epochs",
-    "2",
-    "--lr",
-    "1e-2",
-    "--keep_every",
-    "1",
-    "--eval_every",
-    "7",
-]
-BF16 = "--dtype bfloat16 --lora_alpha 16 --lora_scaling rslora --target_modules q v fc2 --lora_trainable adapters+rest".split()
+REPO = Path(__file__).parent.parent
+# 4 steps an epoch: full 1-3 (the test decides), warmup 4-5, lora 6-7. A high learning rate, so that adapters
+# and head matter.
+RUN = (
+    "--loader folder --num_workers 0 --train_samples 64 --epochs 7 --batch_size 16 --lr 1e-2 "
+    "--lr_warmup_steps 4 --dtype float32 --compile False --tau 90 --zeta 90 --num_windows 2 --window_epochs 1 "
+    "--lora_warmup_epochs 2 --rank_min 4 --rank_max 32 --keep_every 1 --eval_every 7"
+).split()
+BF16 = (
+    "--dtype bfloat16 --lora_alpha 16 --lora_scaling rslora --target_modules q v fc2 "
+    "--lora_trainable adapters+rest"
+).split()
 ENDS = {"full": 12, "warmup": 20, "lora": 28}  # the last step of each phase
 DATA = DATASETS["fashion_mnist"]
 ZERO = 1e-30  # a learning rate that leaves every weight as it is
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """TensorBoard's heat maps take a second an epoch."""
+    monkeypatch.setattr(SummaryWriter, "add_figure", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +123,30 @@ def to_input(images):
 def trained_logits(path, images):
     """What the run's own model computes in float32: its weights read from the checkpoint, adapters unmerged."""
     meta = checkpoint.read_meta(path)
-    cfg = dataclasses.replace(train.typed_config(meta["config"], ""), dtype="float32", compile=False)
+    cfg = dataclasses.replace(typed_config(train.Config, meta["config"], ""), dtype="float32", compile=False)
     model = train.build_model(cfg, meta["state"]["phase"], meta["state"]["ranks"], "cpu").eval()
     model.load_state_dict(stored(path), strict=True)
     return model(to_input(images))
 
 
 def stored(path):
-    return {
-        key.removeprefix("model."): t for key, t in weights(None, path).items() if key.startswith("model.")
+    """The model's tensors in a checkpoint, in the types they lie there in."""
+    tensors = {
+        f"model.{name}": torch.empty(info.size, dtype=info.properties.dtype)
+        for name, info in get_stored(path, "model.").items()
     }
+    dcp.load(tensors, checkpoint_id=path)
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def is_adapter(name):
+    return ".lora_" in name
+
+
+def get_notes(run_dir):
+    """What a run said at its start."""
+    first = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()[0]
+    return json.loads(first)["notes"]
 
 
 def merged_by_hand(path):
@@ -254,7 +277,7 @@ def test_a_card_says_what_is_known(runs, checkpoint_alone, tmp_path, monkeypatch
         shutil.rmtree(tmp_path / "out")
         return text
 
-    logged = f"top-1 {events(runs['plain'], 'epoch')[-1]['val_top1']:.2f} %"
+    logged = f"top-1 {load_run(runs['plain']).epochs[-1]['val_top1']:.2f} %"
     (tmp_path / "link").symlink_to(runs.at("plain", "lora"))
     monkeypatch.chdir(runs.at("plain", "lora").parent)
     for target in (runs["plain"], tmp_path / "link", "step_00000028"):  # the log is found
@@ -295,7 +318,7 @@ def test_what_only_training_needs_is_left_out(runs, checkpoint_alone, tmp_path, 
         status, _, err = run_main(main, [checkpoint_alone, "--loader", "synthetic", *flags], capsys)
         assert status == 0, err
     cfg = train.Config(activation_checkpointing="selective", rank_rule="budget", rank_budget=0.2)
-    train.check_config(cfg)  # counts the base
+    check_config(cfg)  # counts the base
     assert train.build_on_meta(cfg).grad_checkpointing is False
     with pytest.raises(
         ValueError, match="selective"
@@ -304,12 +327,11 @@ def test_what_only_training_needs_is_left_out(runs, checkpoint_alone, tmp_path, 
 
 
 def test_the_trained_model_is_not_compared_with_a_sum_of_its_own(runs, tmp_path, monkeypatch, capsys):
-    """In float32 on a CPU an adapter is multiplied as W + B A, which would agree with a merged weight whatever B A is."""
-    from lora import layers
-
+    """In float32 on a CPU an adapter is multiplied as W + B A, which would agree with a merged weight
+    whatever B A is."""
     used = []
-    add = layers.add_product
-    monkeypatch.setattr(layers, "add_product", lambda *args: used.append(1) or add(*args))
+    add = kernels.add_product
+    monkeypatch.setattr(kernels, "add_product", lambda *args: used.append(1) or add(*args))
     path, x = runs.at("plain", "lora"), torch.randn(32, 3, 28, 28)
     cfg, s = evaluate.load_checkpoint(path, checkpoint.read_meta(path))
     model = evaluate.build_checkpoint(cfg, s, path)
@@ -317,14 +339,14 @@ def test_the_trained_model_is_not_compared_with_a_sum_of_its_own(runs, tmp_path,
         plain = model(x)
         assert used  # control
         used.clear()
-        with layers.separate_products():
+        with kernels.separate_products():
             torch.testing.assert_close(model(x), plain, rtol=0, atol=1e-5 * plain.abs().max().item())
         assert not used
         merged = merge_lora(copy.deepcopy(model))
         export.check_logits(model, merged, x, "timm")
-        loader = train.build_loader("folder", "fashion_mnist", str(runs.data), "val", 130, 0, 0)
+        loader = build_loader("folder", "fashion_mnist", str(runs.data), "val", 130, 0, 0)
         with contextlib.closing(loader):
-            evaluate.compare_merged(cfg, model, merged, loader, torch.device("cpu"))
+            evaluate.compare_merged(cfg, model, merged, loader.epoch(0), torch.device("cpu"))
         assert not used
 
 
@@ -485,16 +507,21 @@ def nudge(write):
 
 
 @pytest.mark.parametrize(
-    "flags, name, wrong",
+    "flags, module, name, wrong",
     [
-        (["--format", "timm"], "merge_lora", merge_too_much),
-        (["--format", "timm"], "write_weights", nudge(export.write_weights)),
-        (["--format", "hf"], "to_huggingface", swap_q_and_k),
-        (["--format", "hf", "--adapters_only", "True"], "write_weights", nudge(export.write_weights)),
+        (["--format", "timm"], export, "merge_lora", merge_too_much),
+        (["--format", "timm"], formats, "write_weights", nudge(formats.write_weights)),
+        (["--format", "hf"], formats, "to_huggingface", swap_q_and_k),
+        (
+            ["--format", "hf", "--adapters_only", "True"],
+            formats,
+            "write_weights",
+            nudge(formats.write_weights),
+        ),
     ],
 )
-def test_control_a_wrong_weight_is_refused(runs, tmp_path, monkeypatch, capsys, flags, name, wrong):
-    monkeypatch.setattr(export, name, wrong)
+def test_control_a_wrong_weight_is_refused(runs, tmp_path, monkeypatch, capsys, flags, module, name, wrong):
+    monkeypatch.setattr(module, name, wrong)
     status, _, err = run_main(
         export.main, [runs.at("plain", "lora"), *flags, "--out", tmp_path / "out"], capsys
     )
@@ -642,7 +669,7 @@ def test_evaluate_says_what_training_did(runs, capsys, on_ranks, run, phase):
     assert (got["images"], got["phase"], got["step"], got["ranks"]) == (130, phase, ENDS[phase], 1)
     assert f"top-1 {got['val_top1']:.2f} %" in out
     if phase == "lora":  # the run evaluated there
-        logged = events(runs[run], "epoch")[-1]
+        logged = load_run(runs[run]).epochs[-1]
         assert [got[key] for key in ("val_loss", "val_top1", "val_top5")] == pytest.approx(
             [logged[key] for key in ("val_loss", "val_top1", "val_top5")], rel=1e-3
         )
@@ -770,7 +797,7 @@ def test_evaluate_an_export(runs, tmp_path, capsys, format):
 
 @pytest.fixture
 def deit(tmp_path, monkeypatch):
-    """timm's deit_tiny_patch16_224 with weights from a file instead of the hub, random but for 1000 classes' head."""
+    """timm's deit_tiny_patch16_224 with random weights, from a file instead of the hub."""
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_patch16_224").eval()
     with torch.no_grad():
@@ -805,7 +832,7 @@ def test_evaluate_timms_own(deit, capsys):
         and got["images"] == 64
         and "the difference is in the patch embedding now" in out
     )
-    loader = train.build_loader("synthetic", "imagenet", "", "val", 16, 0)
+    loader = build_loader("synthetic", "imagenet", "", "val", 16, 0)
     assert deit.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
     loss = {"theirs": 0, "ours": 0}
     with torch.no_grad():
@@ -1193,7 +1220,7 @@ def test_a_run_starts_from_an_export(runs, tmp_path, monkeypatch, format):
     got, expected = start(tmp_path, "out/model.safetensors"), load_file(out / "model.safetensors")
     expected = from_huggingface(expected) if format == "hf" else expected
     assert got.keys() == expected.keys() and all(torch.equal(t, got[name]) for name, t in expected.items())
-    notes = events(tmp_path / "run", "start")[0]["notes"]
+    notes = get_notes(tmp_path / "run")
     assert not notes if format == "timm" else not any("warning" in note for note in notes), notes
     assert json.loads((tmp_path / "run/config.json").read_text())["init_from"] == str(
         out / "model.safetensors"
@@ -1217,7 +1244,7 @@ def test_other_image_size_other_classes_and_static_lora(tmp_path, capsys):
         torch.testing.assert_close(
             got["pos_embed"], pretrained.interpolate_positions(source.pos_embed.detach(), 4), rtol=0, atol=0
         )
-        notes = "\n".join(events(tmp_path / run_dir, "start")[0]["notes"])
+        notes = "\n".join(get_notes(tmp_path / run_dir))
         assert (
             "positions interpolated from 6 × 6 to 4 × 4" in notes
             and "fresh head for 10 classes instead of its own for 7" in notes
@@ -1304,9 +1331,9 @@ def test_a_fork_of_a_run_that_started_from_weights(tmp_path, capsys):
 
 
 def train_on_rank(argv):
-    with captured() as console:
+    with contextlib.redirect_stderr(io.StringIO()) as err:
         status = train.main([str(a) for a in argv])
-    return status, console[0]
+    return status, err.getvalue()
 
 
 @pytest.mark.parametrize("flags", [["--dp_shard", "2"], ["--dp_shard", "1", "--mode", "lora"]])
@@ -1385,7 +1412,8 @@ def test_submit_takes_the_file_along(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["timm", "hf"])
 def test_the_papers_model(tmp_path, format):
-    """ViT-L/16 at 224 with adapters of rank 64 that matter, as a checkpoint of its lora phase in bfloat16; in timm under its own name."""
+    """ViT-L/16 at 224 with adapters of rank 64 that matter, as a checkpoint of its lora phase in bfloat16; in
+    timm under its own name."""
     run_dir = tmp_path / "run"
     argv = [
         "--model",

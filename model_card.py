@@ -1,0 +1,169 @@
+"""README.md of an export, the model card: what a run's files know of the model. export.py writes it.
+
+Its licence is for whoever publishes the model to fill in. No path and nothing of this machine goes in.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import train
+from config.cli import split_fork, typed_config
+from data.datasets import DATASETS
+from errors import UserError
+from lora.inject import get_adapter_names
+from model import checkpoint
+from model.sources import TIMM
+from monitor.log import load_run
+from start import State
+
+# Not for the recipe: paths, what is this machine's, and what the card says in words.
+PRIVATE = "run_dir data_dir stage_dir baseline fork init_from resume num_workers compile".split()
+
+USAGE = {
+    "timm": """import json, safetensors.torch, timm
+config = json.load(open("config.json"))
+model = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+# or: timm.create_model("local-dir:FOLDER", pretrained=True)""",
+    "transformers": """from transformers import AutoImageProcessor, ViTForImageClassification
+model = ViTForImageClassification.from_pretrained("FOLDER")
+processor = AutoImageProcessor.from_pretrained("FOLDER")""",
+    "peft": """from peft import PeftModel
+from transformers import ViTForImageClassification
+base = ViTForImageClassification.from_pretrained("FOLDER/base")
+model = PeftModel.from_pretrained(base, "FOLDER")""",
+}
+
+
+def write_card(
+    folder: Path, library: str, path: Path, meta: dict, s: State, model: nn.Module, images: int
+) -> None:
+    """folder/README.md of the checkpoint at `path`: its meta, State and model, adapters unmerged.
+
+    `library`: timm, transformers or peft, whose logits of `images` images are compared. Raises OSError.
+    """
+    cfg = typed_config(train.Config, meta["config"], f"{path}/meta.json")  # as it was trained
+    data = f"an image folder of {cfg.num_classes:,} classes" if cfg.num_classes else cfg.dataset
+    pixels = DATASETS[cfg.dataset].image_size
+    phases, metrics = describe_metrics(cfg, s, path.resolve().parent.parent)
+    recipe = {name: value for name, value in vars(cfg).items() if name not in PRIVATE and value is not None}
+    facts = [
+        *describe_start(cfg),
+        f"data: {data}, {meta['train_images']:,} training images of {pixels} pixels",
+        f"phases: {phases}; exported from step {s.step:,}, epoch {s.epoch} of {cfg.epochs}, phase {s.phase}",
+        f"metrics: {metrics}",
+        f"base precision: {describe_precision(path, model)}",
+        f"checked: {library}'s logits are the trained model's, on {images} validation images, in float32",
+        "licence: to be filled in by whoever publishes this",
+    ]
+    header = ["---", f"library_name: {library}", "pipeline_tag: image-classification"]
+    header += ["license:  # yours to fill in", "---"]
+    sections = [
+        "\n".join(header),
+        f"# ViT {cfg.model} on {data}",
+        describe_training(cfg, s),
+        "\n".join(f"- {fact}" for fact in facts),
+        *describe_adapters(s, library),
+        "## Use",
+        f"```python\n{USAGE[library]}\n```",
+        "## Recipe",
+        f"```json\n{json.dumps(recipe, indent=1)}\n```",
+    ]
+    (folder / "README.md").write_text("\n\n".join(sections) + "\n")
+
+
+def describe_training(cfg: train.Config, s: State) -> str:
+    """A sentence or two: what this run trained, up to this checkpoint."""
+    paper = "PreLoRA (arXiv 2509.21619)"
+    if cfg.mode == "full":
+        return f"Trained with all parameters from beginning to end: the baseline of {paper}."
+    if cfg.mode == "lora":
+        return (
+            "Trained as static LoRA, adapters, head, norms and embeddings on a base that was frozen from the "
+            f"first step: a baseline of {paper}."
+        )
+    text = (
+        f"Trained with {paper}: first all parameters, then base and LoRA adapters together, then adapters on "
+        "a frozen base."
+    )
+    if s.phase == "full":
+        text += " This is a checkpoint of the first phase: there are no adapters yet."
+    if s.phase == "warmup":
+        text += " This is a checkpoint of the second phase: the base was not frozen yet."
+    return text
+
+
+def describe_start(cfg: train.Config) -> list[str]:
+    """What the run started from, where that was not an init of its own."""
+    if cfg.init_from:
+        source = cfg.init_from if cfg.init_from.startswith(TIMM) else Path(cfg.init_from).name
+        head = ", with a fresh head" if cfg.fresh_head else ""
+        return [f"started from: the weights of {source}{head}"]
+    if cfg.fork:
+        run, _ = split_fork(cfg.fork)
+        name = Path(run).name
+        return [f"started from: a checkpoint of another run, {name}, whose own beginning is not told here"]
+    return []
+
+
+def describe_metrics(cfg: train.Config, s: State, run_dir: Path) -> tuple[str, str]:
+    """(phases with their epochs, the last evaluation) by the log of the run whose checkpoint this is, if the
+    log is still there."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return s.phase, "not known, the run's log was not beside the checkpoint"
+    try:
+        logged = load_run(run_dir).epochs if s.epoch else []
+    except UserError:
+        return s.phase, "not known, the run's log was damaged"
+    epochs = [epoch for epoch in logged if epoch["epoch"] <= s.epoch]
+    spans = []
+    for phase in ("full", "warmup", "lora"):
+        numbers = [epoch["epoch"] for epoch in epochs if epoch["phase"] == phase]
+        if numbers:
+            spans.append(f"{phase}: epochs {numbers[0]} to {numbers[-1]}")
+    phases = "; ".join(spans) or s.phase
+    evaluated = [epoch for epoch in epochs if epoch["val_top1"] is not None]
+    if not epochs:
+        return phases, "no epoch was finished"
+    if not evaluated:
+        return phases, "not evaluated"
+    last = evaluated[-1]
+    metrics = (
+        f"after epoch {last['epoch']}, on the whole validation set: top-1 {last['val_top1']:.2f} %, "
+        f"top-5 {last['val_top5']:.2f} %, loss {last['val_loss']:.4f}"
+    )
+    if cfg.dtype != "float32":
+        metrics += f" (as trained, computed in {cfg.dtype})"
+    return phases, metrics
+
+
+def describe_precision(path: Path, model: nn.Module) -> str:
+    """In which precision the base lies in the checkpoint at `path`."""
+    dtypes, adapters = checkpoint.get_stored_dtypes(path), get_adapter_names(model)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name not in adapters}
+    rounded = sum(size for name, size in sizes.items() if dtypes[name] == torch.bfloat16)
+    if not rounded:
+        return "float32 throughout"
+    return (
+        f"bfloat16 for {rounded:,} of its {sum(sizes.values()):,} parameters, which the freeze rounded to it "
+        "and training went on with, float32 for the others; exported are just these values, as float32"
+    )
+
+
+def describe_adapters(s: State, library: str) -> list[str]:
+    """Where the adapters are, and a table of their ranks; nothing where there are none."""
+    if s.phase == "full":
+        return []
+    where = "Adapters are merged into the base: W + s·B·A, summed in float32."
+    if library == "peft":
+        where = (
+            "Adapters are separate: the base in `base/` is without them. Their parameters have the names of "
+            "transformers 5's modules: transformers 4 names them otherwise and does not find them."
+        )
+    table = ["| family | rank of each layer |", "|---|---|"]
+    for family, layers in s.ranks.items():
+        table.append(f"| {family} | {' '.join(map(str, layers))} |")
+    return [where, "\n".join(table)]
