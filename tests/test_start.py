@@ -122,7 +122,7 @@ def test_extended_after_its_last_epoch_in_warmup(small, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
-    """A run of three epochs that began with --resume True and an empty folder, and was extended to four."""
+    """A run of three epochs that began with --resume True in a folder that was not there."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     run(small, run_dir, "--epochs", 3, "--resume", True)
     return run_dir
