@@ -240,19 +240,20 @@ def check_checkpoint(cfg, start: Start, images: int) -> None:
     """Raise UserError for a checkpoint of other data or another run than `cfg` describes, or whose run has
     lost its logs."""
     path, meta, s = start.checkpoint, start.meta, start.state
+    fixed = FIXED
+    if s.ranks:  # and what the lora phase trains, with a base in which precision, which the freeze decides
+        fixed = FIXED + ADAPTERS + ["lora_trainable", "dtype"]
+    if not start.forked:  # what a fork shares was looked at when it was found
+        check_same(cfg, get_config(cfg, path, meta), fixed, path)
     if meta["train_images"] != images:
         raise UserError(f"{path} was trained on {meta['train_images']} images, {cfg.data_dir} gives {images}")
     total_steps = images // cfg.batch_size * cfg.epochs
     if s.step > total_steps:
         raise UserError(f"{path} is past the end of {cfg.epochs} epochs, {total_steps} steps")
-    if start.forked:  # what it shares was looked at when it was found, and its own logs are yet to be written
+    if start.forked:  # its own logs are yet to be written
         s.metrics_bytes = s.steps_bytes = 0
-        return
-    fixed = FIXED
-    if s.ranks:  # and what the lora phase trains, with a base in which precision, which the freeze decides
-        fixed = FIXED + ADAPTERS + ["lora_trainable", "dtype"]
-    check_same(cfg, get_config(cfg, path, meta), fixed, path)
-    check_logs(cfg.run_dir, s.metrics_bytes, s.steps_bytes, path)
+    else:
+        check_logs(cfg.run_dir, s.metrics_bytes, s.steps_bytes, path)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -391,7 +391,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         save(cfg, s, log, model, optimizer, train_loader.num_samples, pinned)
         if s.step >= last_step:
             break
-    log.end(s.step, stop.signal or "another process was told to stop" if stopped else None)
+    log.end(s.step, stop.signal or "another rank was told to stop" if stopped else None)
     return not stopped
 
 
@@ -435,9 +435,10 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
     except (UserError, RuntimeError) as error:
         return failures.refuse(error)
     run_dir = Path(cfg.run_dir)
-    with distributed.process_log(run_dir) as say, distributed.StopRequest(signals) as stop, closing(start):
+    with distributed.process_log(run_dir) as say, distributed.StopRequest(signals) as stop:
         try:
-            ended = train(cfg, start, device, mesh, stop)
+            with closing(start):
+                ended = train(cfg, start, device, mesh, stop)
             distributed.finish()
         except (UserError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
             return failures.explain(error, run_dir, say)

@@ -121,7 +121,8 @@ def test_step_command(tiny_step, monkeypatch, extra):
         "full_vs_timm"
     ] == pytest.approx(ms["timm full"] / ms["full"])
     assert result["limit_fraction"] == pytest.approx(ms["full"] / ms["lora"] / result["lora_limit"])
-    # weights, gradients (while they are there) and moments of the peers are ours; a weight's gradient needs oneDNN's copies of its factors
+    # weights, gradients (while they are there) and moments of the peers are ours; a weight's gradient needs
+    # oneDNN's copies of its factors
     assert result["memory_bytes"]["full"] == pytest.approx(
         result["memory_bytes"]["timm full"], rel=0.05 if "--no_onednn" in extra else 0.15
     )
@@ -168,8 +169,8 @@ def test_contenders_do_the_same_work(tiny_step):
 
 
 def test_count_spared_is_what_the_operator_leaves_out(tiny_step):
-    """By hand, products of rows: merged and frozen (A x) B and (dy B) A go, merged and trained all of the adapters'; W + B A comes
-    once, and then the adapters' two from dW."""
+    """By hand, products of rows: merged and frozen (A x) B and (dy B) A go, merged and trained all of the
+    adapters'; W + B A comes once, and then the adapters' two from dW."""
     cfg, rows = Config(model="Ti/16", dataset="imagenet", compile=False), 1000
     ranks = uniform_ranks("Ti/16")
     ranks = {family: [4, 8] for family in ranks}
@@ -252,7 +253,8 @@ def test_estimate(on_ranks):
     plain = rows["plain replication", "full"]
     assert plain["optimizer"] == pytest.approx(steps * 28 * params / 1555e9, rel=1e-3)
     assert rows["HSDP, dp_shard 4", "full"]["optimizer"] == pytest.approx(plain["optimizer"] / 4, rel=1e-3)
-    # an all-reduce of all gradients in float32 round 8 GPUs, over 50 GB/s a node; gathering with oneself costs nothing
+    # an all-reduce of all gradients in float32 round 8 GPUs, over 50 GB/s a node; gathering with oneself
+    # costs nothing
     assert plain["wire"] == pytest.approx(steps * 2 * 4 * params * 7 / 8 / 50e9, rel=1e-2)
     for row in rows.values():
         assert (

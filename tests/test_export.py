@@ -121,7 +121,8 @@ def to_input(images):
 
 @torch.no_grad()
 def trained_logits(path, images):
-    """What the run's own model computes in float32: its weights read from the checkpoint, adapters unmerged."""
+    """What the run's own model computes in float32: its weights read from the checkpoint, adapters
+    unmerged."""
     meta = checkpoint.read_meta(path)
     cfg = dataclasses.replace(typed_config(train.Config, meta["config"], ""), dtype="float32", compile=False)
     model = train.build_model(cfg, meta["state"]["phase"], meta["state"]["ranks"], "cpu").eval()

@@ -1,5 +1,5 @@
-"""benchmarks/sharding.py: its bytes and its memory against arithmetic on shapes, against processes that really send and really allocate, and against
-what it says where the sharding is wrong on purpose."""
+"""benchmarks/sharding.py: its bytes and its memory against arithmetic on shapes, against processes that
+really send and really allocate, and against what it says where the sharding is wrong on purpose."""
 
 import contextlib
 import math
@@ -82,7 +82,8 @@ def wire_by_arithmetic(model, shards, copies):
 
 @with_tiny
 def fake_wire(model, world_size, asked, by_rows=False):
-    """[(counted, by arithmetic)] of each (dp_shard, case, ranks) asked. `by_rows`: sharded along dim 0, as FSDP does by itself."""
+    """[(counted, by arithmetic)] of each (dp_shard, case, ranks) asked. `by_rows`: sharded along dim 0, as
+    FSDP does by itself."""
 
     def fully_shard_rows(module, shard_placement_fn, **options):
         return fully_shard(module, **options)
@@ -234,10 +235,11 @@ def fake_memory(model, world_size, images, asked, options={}, keep_gradients=Fal
     enabled=False
 )  # oneDNN's copies of its factors are inside its operators, where no tracker looks
 def real_memory(model, images, cases):
-    """The largest sum of a step's allocations less frees, of each case, on real ranks, as torch's profiler has it from the allocator.
+    """The largest sum of a step's allocations less frees, of each case, on real ranks, as torch's profiler
+    has it from the allocator.
 
-    The least of ten steps: gloo's threads hold what they have sent until they are scheduled, which the peak may see or not.
-    """
+    The least of ten steps: gloo's threads hold what they have sent until they are scheduled, which the peak
+    may see or not."""
     distributed.start()
     peaks = []
     for case in cases:
@@ -262,7 +264,8 @@ def real_memory(model, images, cases):
 
 @with_tiny
 def fake_switch(model, shards, before, after):
-    """A switch's peak; by arithmetic its lower limit, the old model with its moments beside the new one, and a block's largest weight."""
+    """A switch's peak; by arithmetic its lower limit, the old model with its moments beside the new one, and
+    a block's largest weight."""
     cfg, ranks = make_config(model, after), bench.uniform_ranks(model)
     with bench.fake_ranks(8) as mode:
         mesh = build_mesh(shards, "cpu", distributed.TIMEOUT)
@@ -347,8 +350,9 @@ def test_memory_of_real_ranks_is_that_of_fake_ones(on_ranks):
 
 
 def test_activations_are_what_the_blocks_keep(on_ranks):
-    """In bfloat16, D features and H heads, for each token: the residual stream twice (4 D each), both norms' outputs (2 D each), qkv
-    (6 D), attention's output (2 D), fc1's and gelu's (8 D each); attention's log-sum (4 H); both norms' mean and deviation (16)."""
+    """In bfloat16, D features and H heads, for each token: the residual stream twice (4 D each), both norms'
+    outputs (2 D each), qkv (6 D), attention's output (2 D), fc1's and gelu's (8 D each); attention's log-sum
+    (4 H); both norms' mean and deviation (16)."""
 
     def activations(model, case, checkpointing="none"):
         options = {"dataset": "imagenet", "activation_checkpointing": checkpointing}
