@@ -1,36 +1,38 @@
-"""What a step, a switch and data loading cost on this machine, beside peers and beside the arithmetic limit; and what a step costs on many
-GPUs, without having them.
+"""What a step, a switch and data loading cost on this machine, beside peers and beside the arithmetic limit;
+and what a step costs on many GPUs, without having them.
 
-    python bench.py step                                     full, warmup and LoRA step beside Hugging Face, PEFT and timm; on a GPU in bf16
+    python bench.py step                   full, warmup and LoRA step beside Hugging Face, PEFT and timm
     python bench.py step --model B/16 --ranks 64
-    python bench.py switch                                   how long a run stands still at each switch, and what it compiles
-    python bench.py data                                     images/s of FFCV, beside torchvision's DataLoader on the same images
-    python bench.py data --images /data/imagenet/val         … on a tree of one's own
-    python bench.py wire                                     ViT-L/16 on 64 ranks: what each rank sends in a step
+    python bench.py switch                 how long a run stands still at each switch, and what it compiles
+    python bench.py data                   images/s of FFCV, beside torchvision's DataLoader on the same images
+    python bench.py data --images /data/imagenet/val        … on a tree of one's own
+    python bench.py wire                   ViT-L/16 on 64 processes: what each of them sends in a step
     python bench.py wire --model B/16 --world_size 16 --dp_shard 16
-    python bench.py memory                                   ViT-L/16 on 64 ranks, 64 images each: a rank's peak, and what it is made of
+    python bench.py memory                 … with 64 images each: a process's peak, and what it is made of
     python bench.py memory --dp_shard 1 --activation_checkpointing none --grad_accum_steps 2 --fit 40
-    python bench.py estimate --gpus 64 --device a100-40gb    an epoch of each phase by arithmetic: an estimate, nothing is measured
-    python bench.py all                                      all of them, into docs/bench.md: an hour on 2 cores
+    python bench.py estimate --gpus 64 --device a100-40gb   an epoch by arithmetic, nothing is measured
+    python bench.py all                    all of them, into docs/bench.md: an hour on 2 cores
 """
 
 import os
 import sys
 
-if (
-    sys.argv[1:2] == ["data"]
-):  # the loader's threads and torch's would spin against each other on few cores; a step's products are slower with it
+if sys.argv[1:2] == ["data"]:
+    # The loader's threads and torch's would spin against each other on few cores; a step's products are
+    # slower with it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its word on every start and stop of the profiler
 
-import tyro
+import tyro  # noqa: E402, the environment comes first
 
-from benchmarks.estimate import estimate
-from benchmarks.loading import data
-from benchmarks.report import write_report
-from benchmarks.sharding import memory, wire
-from benchmarks.step import MODES, PEERS, step
-from benchmarks.switch import switch
+from benchmarks.estimate import estimate  # noqa: E402
+from benchmarks.loading import data  # noqa: E402
+from benchmarks.memory import memory  # noqa: E402
+from benchmarks.report import write_report  # noqa: E402
+from benchmarks.step import MODES, PEERS, step  # noqa: E402
+from benchmarks.switch import switch  # noqa: E402
+from benchmarks.wire import wire  # noqa: E402
+from errors import UserError  # noqa: E402
 
 COMMANDS = {
     "step": step,
@@ -43,20 +45,23 @@ COMMANDS = {
 }
 
 
+def split_lists(argv: list[str]) -> list[str]:
+    """`hf,peft` as `hf peft`, which is how tyro takes a list."""
+    words = []
+    for argument in argv:
+        parts = argument.split(",")
+        words += parts if {*PEERS, *MODES}.issuperset(parts) else [argument]
+    return words
+
+
 def main(argv: list[str]) -> int:
     """Exit status: 0, or 2 for a user's mistake."""
-    lists = {*PEERS, *MODES}  # hf,peft as well as hf peft
-    argv = [
-        word
-        for argument in argv
-        for word in (argument.split(",") if lists.issuperset(argument.split(",")) else [argument])
-    ]
     try:
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="bench.py", args=argv, description=__doc__, use_underscores=True
+            COMMANDS, prog="bench.py", args=split_lists(argv), description=__doc__, use_underscores=True
         )
-    except (ValueError, OSError, RuntimeError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -8,10 +8,16 @@ from errors import UserError
 
 
 def write_json(path: Path, value) -> None:
-    """Write JSON through a temporary name, so that a killed process leaves the old file or the new one. Raises OSError."""
+    """Write JSON through a temporary name, so that a killed process leaves the old file or the new one.
+
+    Raises UserError, naming the file, where the disk refuses.
+    """
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
 
 
 def read_json(path: Path) -> dict:

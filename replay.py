@@ -25,9 +25,13 @@ import numpy as np
 from scipy import stats
 
 import train
+from config.checks import check_config
+from config.cli import parse_flags, typed_config
 from errors import UserError
+from lora.ranks import Ranks, choose_ranks, count_parameters
 from monitor.convergence import find_switch, get_changes
 from monitor.log import load_run
+from start import count_base
 
 
 @dataclass
@@ -52,8 +56,6 @@ SWITCH_SETTINGS = SETTINGS[:-1]
 SHARED = ("dataset", "model", "epochs", "batch_size", "train_samples", "seed")
 SHARED += ("lr", "lr_warmup_steps", "rand_augment", "mixup")
 
-Ranks = dict[str, list[int]]  # family -> rank of each layer
-
 
 def replay_run(cfg: train.Config, epochs: list[dict]) -> tuple[int | None, Ranks | None]:
     """(epoch of the switch, ranks) under `cfg`, from the epoch records of a full phase; (None, None) if they
@@ -69,7 +71,8 @@ def replay_run(cfg: train.Config, epochs: list[dict]) -> tuple[int | None, Ranks
         raise UserError(str(error)) from None
     if epoch is None:
         return None, None
-    return epoch, train.choose_ranks(cfg, get_changes(epochs[:epoch], cfg))
+    changes = get_changes(epochs[:epoch], cfg)
+    return epoch, choose_ranks(cfg, changes, *count_base(cfg, train.build_net(cfg)))
 
 
 def get_phase_seconds(run: str) -> dict[str, float]:
@@ -121,28 +124,26 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], str]:
     can't be replayed.
     """
     config, epochs, _ = load_run(run)
-    cfg = train.typed_config(config, f"{run}/config.json")
+    cfg = typed_config(train.Config, config, f"{run}/config.json")
     cfg = dataclasses.replace(cfg, mode="prelora", fork=None, baseline=None)
-    if any(
-        getattr(asked, name) for name in SWITCH_SETTINGS
-    ):  # a run with a fixed switch epoch: now the test decides
-        cfg = dataclasses.replace(cfg, switch_epoch=None)
+    if any(getattr(asked, name) for name in SWITCH_SETTINGS):
+        cfg = dataclasses.replace(cfg, switch_epoch=None)  # now the test decides, not a fixed epoch
     full = [record for record in epochs if record["phase"] == "full"]
     if not full:
         raise UserError(f"{run} has no full phase")
     seconds = get_timing(cfg, run, asked)
-    base, costs = train.count_base(cfg)
+    base, costs = count_base(cfg, train.build_net(cfg))
     rows = []
     for setting in get_settings(cfg, asked):
         budget = None if setting["rank_rule"] == "minmax" else cfg.rank_budget
         tried = dataclasses.replace(cfg, **setting, rank_budget=budget)
-        train.check_config(tried)
+        check_config(tried)
         epoch, ranks = replay_run(tried, full)
         row = {**setting, "switch_epoch": epoch}
         if epoch is None:
             row["after"] = len(full)
         else:
-            params = train.count_parameters(ranks, costs)
+            params = count_parameters(ranks, costs)
             row["adapter_params"] = params
             row["share"] = 100 * params / base
             row["rank_mean"] = float(np.mean([rank for layers in ranks.values() for rank in layers]))
@@ -276,7 +277,7 @@ def main(argv: list[str]) -> int:
     """
     run = argv[0] if argv and not argv[0].startswith("-") else None
     try:
-        asked = train.parse_flags(argv[1:] if run else argv, Replay(), prog="replay.py", description=__doc__)
+        asked = parse_flags(argv[1:] if run else argv, Replay(), prog="replay.py", description=__doc__)
         if asked.ttest:
             if (
                 len(asked.ttest) != 2

@@ -16,8 +16,9 @@ from data.loader import Loader, build_loader
 from data.staging import get_staged_dir, stage
 from errors import UserError
 from files import write_json
-from launch.distributed import get_world_rank, get_world_size, once_per_node, together
-from lora.inject import match_families
+from launch.distributed import gather, get_host, get_world_rank, get_world_size, once_per_node, together
+from lora.inject import match_families, rank_costs
+from lora.ranks import choose_ranks
 from model import checkpoint
 from model.checkpoint import on_process_0
 from model.pretrained import load_pretrained
@@ -71,6 +72,8 @@ class Start:
     weights: dict[str, Tensor] = field(default_factory=dict)  # of init_from, on process 0
     notes: list[str] = field(default_factory=list)  # what a person should know: overrides, differences
     passed_over: list[str] = field(default_factory=list)  # damaged checkpoints, in sentences
+    hosts: list[str] = field(default_factory=list)  # of each process
+    baseline: list[dict] | None = None  # epoch records of the run to warn of a plateau above
     train_loader: Loader | None = None
     val_loader: Loader | None = None
     log: RunLogger | None = None
@@ -88,7 +91,9 @@ def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
     All processes together. Raises UserError on all of them for data that is missing, damaged or too small for
     a batch, a schedule that ends in its warmup, and a checkpoint that is damaged or of another run than `cfg`
     describes."""
-    start = Start(notes=list(notes))
+    start = Start(notes=list(notes), hosts=gather(get_host()))
+    if cfg.baseline:
+        start.baseline = load_run(cfg.baseline).epochs
     if cfg.resume:
         start.checkpoint, start.meta, start.passed_over = on_process_0(checkpoint.find, Path(cfg.run_dir))
     if cfg.fork and not start.checkpoint:
@@ -103,10 +108,12 @@ def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
             start.state = read_state(start.meta, start.checkpoint)
             check_checkpoint(cfg, start, images)
         elif cfg.mode == "lora":
-            families = match_families(net, LORA_FAMILIES, cfg.target_modules)
+            _, costs = count_base(cfg, net)
             start.state.phase = "lora"
-            start.state.ranks = {family: [cfg.rank_max] * len(layers) for family, layers in families.items()}
+            start.state.ranks = {family: [cfg.rank_max] * len(layers) for family, layers in costs.items()}
         check_data(cfg, images, start.train_loader.classes, start.val_loader.classes)
+        if cfg.mode == "prelora":
+            check_budget(cfg, net)
         if cfg.init_from and not start.checkpoint and get_world_rank() == 0:
             start.weights, remarks = load_init(cfg, net)
             start.notes += remarks
@@ -180,6 +187,21 @@ def build_loaders(cfg) -> tuple[Loader, Loader]:
     return loaders[0], loaders[1]
 
 
+def count_base(cfg, net: nn.Module) -> tuple[int, dict[str, list[int]]]:
+    """Parameters of `net`, a model without adapters, and what one more rank adds to each layer of each
+    family."""
+    costs = rank_costs(net, match_families(net, LORA_FAMILIES, cfg.target_modules))
+    return sum(p.numel() for p in net.parameters()), costs
+
+
+def check_budget(cfg, net: nn.Module) -> None:
+    """Raise UserError, long before the switch, for a rank_budget that does not pay for rank_min in every
+    layer."""
+    base, costs = count_base(cfg, net)
+    unchanged = {family: [0.0] * len(layers) for family, layers in costs.items()}
+    choose_ranks(cfg, unchanged, base, costs)
+
+
 def load_init(cfg, net: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """The weights that `cfg.init_from` names, made to fit `net` (on meta will do) and this run's images, and
     what was done to them. Raises UserError where they can't be had or don't fit."""
@@ -230,7 +252,7 @@ def check_checkpoint(cfg, start: Start, images: int) -> None:
     if s.ranks:  # and what the lora phase trains, with a base in which precision, which the freeze decides
         fixed = FIXED + ADAPTERS + ["lora_trainable", "dtype"]
     check_same(cfg, get_config(cfg, path, meta), fixed, path)
-    check_logs(Path(cfg.run_dir), path, s.metrics_bytes, s.steps_bytes)
+    check_logs(cfg.run_dir, s.metrics_bytes, s.steps_bytes, path)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from data.device import mixup, normalise
 from data.loader import prefetch
 from errors import UserError
 from launch import distributed, failures
-from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families, rank_costs
+from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families
 from lora.onednn import use_onednn
 from lora.ranks import Ranks, choose_ranks
 from model import checkpoint, parallel
@@ -49,12 +49,12 @@ from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
 from model.vit import VisionTransformer
 from monitor.clock import EpochClock
 from monitor.convergence import get_changes, get_signs, rank_signs, switch_due
-from monitor.log import get_freeze_step, load_run
+from monitor.log import get_freeze_step
 from monitor.logger import RunLogger
 from monitor.norms import get_norms
 from monitor.perf import count_flops, peak_memory, reset_peak_memory
 from monitor.records import get_epoch_record, get_start_record, get_switch_record
-from start import Start, State, begin, open_log, say_done
+from start import Start, State, begin, count_base, open_log, say_done
 
 
 @dataclass
@@ -141,9 +141,10 @@ def build_net(cfg: Config) -> nn.Module:
 def get_loss(cfg: Config, logits: Tensor, targets: list[tuple[Tensor, float]], reduction="mean") -> Tensor:
     """Cross-entropy of logits (B, C), in training and in evaluation. `targets`: labels (B,), -1 for padding,
     and their share; mixup makes two such pairs, whose shares add up to 1."""
+    options = dict(ignore_index=-1, reduction=reduction)
     loss = 0.0
     for labels, share in targets:
-        loss += share * F.cross_entropy(logits, labels, ignore_index=-1, reduction=reduction)
+        loss += share * F.cross_entropy(logits, labels, **options)
     return loss
 
 
@@ -231,14 +232,6 @@ def switch_phase(
     return new, new_optimizer
 
 
-def count_base(cfg: Config) -> tuple[int, Ranks]:
-    """Parameters of the model without adapters; what one more rank adds to each layer, {family: [per
-    layer]}."""
-    net = build_net(cfg)
-    costs = rank_costs(net, match_families(net, LORA_FAMILIES, cfg.target_modules))
-    return sum(p.numel() for p in net.parameters()), costs
-
-
 def enter_phase(cfg: Config, s: State, model: nn.Module, optimizer, device: torch.device) -> dict:
     """What a phase costs, for the log. Its graphs are compiled now, so that no epoch's time has the stall in
     it: by a training step and an evaluation of black images, which leave no trace in model or optimiser."""
@@ -247,13 +240,10 @@ def enter_phase(cfg: Config, s: State, model: nn.Module, optimizer, device: torc
     images = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
     skip = torch.ones((), dtype=torch.bool, device=device)  # no update
-    batch = itertools.repeat((images, labels))
-    compiled = parallel.compile_graphs(
-        cfg.compile,
-        model,
-        lambda: train_step(cfg, model.train(), optimizer, batch, 0, 0.0, skip),
-        lambda: evaluate(cfg, model, itertools.islice(batch, 1), device),
-    )
+    black = ((images, labels) for _ in itertools.count())
+    train_once = lambda: train_step(cfg, model.train(), optimizer, black, 0, 0.0, skip)
+    evaluate_once = lambda: evaluate(cfg, model, ((images, labels) for _ in range(1)), device)
+    compiled = parallel.compile_graphs(cfg.compile, model, optimizer, train_once, evaluate_once)
     flops = count_flops(build_on_meta(cfg, s.phase, s.ranks), torch.empty(1, 3, size, size, device="meta"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {**compiled, "trainable_params": trained, "flops_per_image": flops}
@@ -305,8 +295,9 @@ def get_next_phase(cfg: Config, s: State, epochs: list[dict]) -> tuple[str, Rank
     """The phase and the ranks of the epoch to come, from the log's epoch records alone: Algorithm 1 ends the
     full phase, Algorithm 2 gives the ranks, `lora_warmup_epochs` epochs end the warmup."""
     if s.phase == "full" and switch_due(epochs, cfg) and cfg.mode == "prelora":
-        ranks = choose_ranks(cfg, get_changes(epochs, cfg), *count_base(cfg))
-        return "warmup" if cfg.lora_warmup_epochs else "lora", ranks
+        ranks = choose_ranks(cfg, get_changes(epochs, cfg), *count_base(cfg, build_net(cfg)))
+        next_phase = "warmup" if cfg.lora_warmup_epochs else "lora"
+        return next_phase, ranks
     warmed_up = sum(epoch["phase"] == "warmup" for epoch in epochs)
     if s.phase == "warmup" and warmed_up >= cfg.lora_warmup_epochs:
         return "lora", s.ranks
@@ -325,7 +316,6 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     last_step = min(cfg.max_steps or total_steps, total_steps)
     schedule = dict(peak=cfg.lr, warmup_steps=cfg.lr_warmup_steps, total_steps=total_steps)
     lr_at = partial(get_lr, **schedule, rewarm_steps=cfg.lora_rewarm_steps)
-    baseline = load_run(cfg.baseline).epochs if cfg.baseline else None
     if s.step >= last_step and s.epoch_step < steps_per_epoch:
         return say_done(cfg, s, total_steps)
 
@@ -341,8 +331,9 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
     phase, ranks = get_next_phase(cfg, s, log.epochs)
     costs = enter_phase(cfg, s, model, optimizer, device) if phase == s.phase else {}
-    hosts = distributed.gather(distributed.get_host())
-    log.write(get_start_record(s, device, hosts, start.notes, costs))
+    log.write(get_start_record(s, start, device, mesh, costs))
+    if len(start.hosts) > 1:
+        log.message(distributed.describe_places(start.hosts))
 
     stopped = False
     while s.epoch < cfg.epochs:
@@ -395,7 +386,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         log.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
         s.begin_epoch()
         phase, ranks = get_next_phase(cfg, s, log.epochs)
-        log.decided(s, get_signs(cfg, s, log.epochs, baseline, phase), ranks)
+        log.decided(s, get_signs(cfg, s, log.epochs, start.baseline, phase), ranks)
         pinned = phase != s.phase or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0)
         save(cfg, s, log, model, optimizer, train_loader.num_samples, pinned)
         if s.step >= last_step:
@@ -438,7 +429,7 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
         device = distributed.start()
         with distributed.together():
             cfg, notes = parse_config(Config, argv, __doc__)
-        parallel.set_threads(device, VARIANTS[cfg.model]["embed_dim"])
+        parallel.set_up_device(device, VARIANTS[cfg.model]["embed_dim"])
         mesh = parallel.build_mesh(cfg.dp_shard, device.type, distributed.TIMEOUT)
         start = begin(cfg, build_net(cfg), notes)
     except (UserError, RuntimeError) as error:

@@ -1,12 +1,11 @@
 """What the ranges in Config's types can't say: fields that contradict each other, names that are in no
 table."""
 
+from config.ranges import check_ranges
 from data.datasets import DATASETS
+from errors import UserError
 from model.variants import LORA_FAMILIES, VARIANTS
 from monitor.log import load_run
-
-from config.ranges import check_ranges
-from errors import UserError
 
 
 def check_config(cfg) -> None:
@@ -45,6 +44,8 @@ def check_tables(cfg) -> None:
 
 
 def check_start(cfg) -> None:
+    for name in ("run_dir", "fork", "init_from", "stage_dir"):
+        require(getattr(cfg, name) != "", f"{name} is empty")
     require(cfg.init_from != "timm:", "init_from must name a model of timm's: timm:NAME")
     require(
         cfg.init_from is None or cfg.fork is None,
@@ -58,6 +59,7 @@ def check_start(cfg) -> None:
 
 
 def check_training(cfg) -> None:
+    require(cfg.seed < 2**63, f"seed must be below 2**63, not {cfg.seed}")
     require(
         cfg.loader != "synthetic" or not cfg.rand_augment,
         "synthetic images are not augmented: loader synthetic goes with rand_augment 0",

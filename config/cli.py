@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import runpy
+import sys
 import types
 import typing
 from pathlib import Path
@@ -199,5 +200,7 @@ def load_config_class() -> type:
 
     tree.body = [node for node in tree.body if is_needed(node)]
     module = types.ModuleType("train_config")
-    exec(compile(tree, str(ROOT / "train.py"), "exec"), vars(module))
+    module.__file__ = str(ROOT / "train.py")
+    sys.modules[module.__name__] = module  # so that tyro finds the comments of its fields
+    exec(compile(tree, module.__file__, "exec"), vars(module))
     return module.Config

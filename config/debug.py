@@ -15,7 +15,7 @@ drop_path = 0.1  # dropout stays 0: its random numbers double the time of a step
 # The paper's thresholds (0.5, 2.5) belong to windows of 3 in 300 epochs. Here a window is 2 of 18, eleven
 # times as large a share of the run, and more happens from one to the next. Largest change of a family's norm
 # and of the loss, as measured in a full phase:
-#   epochs 3-4 -> 5-6: 3.4 %, 19 %    5-6 -> 7-8: 2.8 %, 12 %    7-8 -> 9-10: 2.2 %, 10 %    9-10 -> 11-12: 1.7 %, 9 %
+#   3-4 -> 5-6: 3.4 %, 19 %   5-6 -> 7-8: 2.8 %, 12 %    7-8 -> 9-10: 2.2 %, 10 %    9-10 -> 11-12: 1.7 %, 9 %
 # Thresholds between the first pair and the second: the test fails after epoch 8 and passes after 10, the
 # middle of the run.
 tau = 3.1

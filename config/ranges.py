@@ -27,10 +27,6 @@ Fraction = Annotated[float, Range("must be in [0, 1)", lambda value: 0 <= value 
 PowerOfTwo = Annotated[
     int, Range("must be a power of two", lambda value: value > 0 and value.bit_count() == 1)
 ]
-Text = Annotated[str, Range("must not be empty", bool)]
-Seed = Annotated[
-    int, ABOVE_0._replace(text="must be below 2**63 and not negative", holds=lambda v: 0 <= v < 2**63)
-]
 
 
 def check_ranges(values: object) -> None:

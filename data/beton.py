@@ -245,21 +245,27 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="data.beton", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    # fmt: off
-    add("source", metavar="SRC", help="a folder of class folders of images; or imagenet:train, imagenet:val, "
-                                      "fashion_mnist:train, fashion_mnist:val in --root")
-    add("path", metavar="OUT.beton", help="with OUT.json beside it: number of samples, class names")
-    add("--root", help="where a named data set lies (default: datasets/NAME)")
-    add("--mode", choices=["jpg", "raw"], help="how images are kept (default: jpg; fashion_mnist: raw)")
-    add("--max_resolution", type=int, default=500,
-        help="larger images are made smaller: pixels of the longer side")
-    add("--quality", type=int, default=90, help="of the JPEGs")
-    add("--workers", type=int, help="processes (default: the CPUs there are)")
-    add("--skip_bad", action="store_true",
-        help="leave out files that cannot be read, listed in OUT.skipped.txt, and keep classes without "
-             "images, instead of stopping at the first")
-    # fmt: on
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="a folder of class folders of images; or imagenet:train, imagenet:val, "
+        "fashion_mnist:train, fashion_mnist:val in --root",
+    )
+    parser.add_argument(
+        "path", metavar="OUT.beton", help="with OUT.json beside it: number of samples, class names"
+    )
+    parser.add_argument("--root", help="where a named data set lies (default: datasets/NAME)")
+    modes = "how images are kept (default: jpg; fashion_mnist: raw)"
+    parser.add_argument("--mode", choices=["jpg", "raw"], help=modes)
+    smaller = "larger images are made smaller: pixels of the longer side"
+    parser.add_argument("--max_resolution", type=int, default=500, help=smaller)
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
+    parser.add_argument("--workers", type=int, help="processes (default: the CPUs there are)")
+    skip = (
+        "leave out files that cannot be read, listed in OUT.skipped.txt, and keep classes without images, "
+        "instead of stopping at the first"
+    )
+    parser.add_argument("--skip_bad", action="store_true", help=skip)
     return parser.parse_args(argv)
 
 

@@ -4,8 +4,10 @@ python -m data.folder fashion_mnist DIR     # prepares the raw files: from Debia
 """
 
 import argparse
+import atexit
 import signal
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,6 +131,28 @@ def _start_workers(loader: DataLoader) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _stop_workers(batches: Iterator[Any]) -> None:
+    """End what _start_workers began, now: while a traceback holds `batches`, torch leaves the workers alone.
+
+    Collected as garbage later, torch no longer reaches them, and waits for each a while.
+    """
+    if hasattr(batches, "_shutdown_workers"):  # with num_workers = 0 there are none
+        batches._shutdown_workers()
+
+
+_epochs = weakref.WeakSet()  # iterators that may not have come to their end
+
+
+@atexit.register
+def _close_epochs() -> None:
+    """End the workers of epochs that a traceback broke off.
+
+    Python's own exit sends SIGTERM to such processes, which ours ignore, and then waits for them for ever.
+    """
+    for epoch in list(_epochs):
+        epoch.close()
+
+
 class FolderLoader:
     """A Loader (data/loader.py) that reads raw images. Two epochs may run at a time."""
 
@@ -158,7 +182,9 @@ class FolderLoader:
         order = get_epoch_indices(
             self.indices, o.train, o.batch_size, o.seed, epoch, start_batch, o.world_rank, o.world_size
         )
-        return self._iterate(order, epoch, len(self) - start_batch)
+        batches = self._iterate(order, epoch, len(self) - start_batch)
+        _epochs.add(batches)
+        return batches
 
     def _iterate(
         self, order: np.ndarray, epoch: int, num_batches: int
@@ -172,8 +198,9 @@ class FolderLoader:
             worker_init_fn=_init_worker,
             generator=torch.Generator(),  # else it draws from the global one, which dropout uses
         )
+        loaded = _start_workers(loader)
         try:
-            for batch in _start_workers(loader):
+            for batch in loaded:
                 if isinstance(batch, DataError):
                     raise batch
                 yield to_batch(*batch, self.batch_size)
@@ -182,6 +209,8 @@ class FolderLoader:
             if not str(error).startswith("DataLoader worker (pid"):
                 raise
             raise DataError(f"a loader process failed: {error}") from error
+        finally:
+            _stop_workers(loaded)
         for _ in range(num_batches - len(batches)):
             yield empty_batch(self.batch_size, self.options.spec.image_size)
 

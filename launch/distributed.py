@@ -40,6 +40,15 @@ def get_host() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def describe_places(hosts: list[str]) -> str:
+    """Which processes run where, in words. `hosts`: of each process, in the order of world ranks."""
+    places = []
+    for host in dict.fromkeys(hosts):
+        world_ranks = [world_rank for world_rank, other in enumerate(hosts) if other == host]
+        places.append(f"{world_ranks} on {host}")
+    return "ranks: " + ", ".join(places)
+
+
 # ----------------------------------------------------------------------------------------------------
 # start and end
 

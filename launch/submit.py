@@ -178,7 +178,7 @@ def check_launch(launch: Launch, presets: list[str]) -> None:
 
 
 def is_stored(flags: list[str]) -> bool:
-    """Whether the settings are those of a run to fork, or of this run's own past: then no preset is needed."""
+    """Whether the settings are those of a run to fork, or of this run's own past: it needs no preset."""
     asked = parse_flags(flags, Config())
     if asked.fork:
         return True

@@ -13,13 +13,14 @@ from errors import UserError
 Ranks = dict[str, list[int]]  # family -> rank of each layer
 
 
-def choose_ranks(cfg, changes: dict[str, Sequence[float]], base: int, costs: dict[str, Sequence[int]]) -> Ranks:
+def choose_ranks(
+    cfg, changes: dict[str, Sequence[float]], base: int, costs: dict[str, Sequence[int]]
+) -> Ranks:
     """Each layer's rank from its weight norm's change in %, by `cfg.rank_rule`.
 
-    `base`: parameters of the model without adapters. uniform and budget fill `cfg.rank_budget`'s share of them
-    or, without one, what minmax would use, so that rules are compared at equal size. Raises UserError for a
-    budget that rank_min everywhere exceeds.
-    """
+    `base`: parameters of the model without adapters. uniform and budget fill `cfg.rank_budget`'s share of
+    them or, without one, what minmax would use, so that rules are compared at equal size. Raises UserError
+    for a budget that rank_min everywhere exceeds."""
     ranks = assign_ranks(changes, cfg.rank_min, cfg.rank_max)
     if cfg.rank_rule == "minmax":
         return ranks

@@ -37,7 +37,8 @@ META_KEYS = {"state", "config", "train_images"}  # what those who go on from a c
 
 
 def save(run_dir: Path, model: nn.Module, optimizer: Optimizer, meta: dict, pinned: bool) -> Path:
-    """Write model, optimiser and `meta` as step_<meta["state"]["step"]>, move `latest` to it, prune the others.
+    """Write model, optimiser and `meta` as step_<meta["state"]["step"]>, move `latest` to it, prune the
+    others.
 
     All processes together. The last two intact checkpoints are kept, and every `pinned` one. Raises
     SharedError where the disk refuses (it is full, say), with `latest` still at the checkpoint before.

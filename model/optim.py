@@ -53,7 +53,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     Weight decay is for Linear and Conv weights and for adapters' matrices: not for biases, norms, positions
     and class token. What is an adapter a module says itself, by `adapter_parameters()`: {name: parameter}.
     """
-    adapters = {p for name, p in model.named_parameters() if ".lora_" in name}  # until LoRALinear says it
+    adapters = set()
     for module in model.modules():
         if hasattr(module, "adapter_parameters"):
             adapters.update(module.adapter_parameters().values())

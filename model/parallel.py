@@ -168,23 +168,31 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def compile_graphs(
-    compiled: bool, model: nn.Module, train_once: Callable[[], object], evaluate_once: Callable[[], object]
+    compiled: bool,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_once: Callable[[], object],
+    evaluate_once: Callable[[], object],
 ) -> dict[str, float]:
     """Let two steps that are taken for their graphs' sake compile them, if the model is `compiled` at all.
 
-    Returns how long that took and how many graphs were compiled, on this process. Buffers are afterwards what
-    they were before (a BatchNorm's statistics, say); that no weight changes is the steps' own affair.
+    Returns how long that took and how many graphs were compiled, on this process. That no weight changes is
+    the steps' own affair. Buffers are afterwards what they were before (a BatchNorm's statistics, say), and
+    states that the optimiser made for a first step, which was none, are gone.
     """
     stats = torch._dynamo.utils.counters["stats"]
     began, before = time.perf_counter(), stats["unique_graphs"]
     training = before
     if compiled:
         buffers = [buffer.clone() for buffer in model.buffers()]
+        stepped = set(optimizer.state)
         train_once()
         training = stats["unique_graphs"]
         evaluate_once()
         for buffer, value in zip(model.buffers(), buffers):
             buffer.copy_(value)
+        for p in set(optimizer.state) - stepped:
+            del optimizer.state[p]
     return {
         "seconds": time.perf_counter() - began,
         "graphs_compiled": training - before,
@@ -197,13 +205,19 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def set_threads(device: torch.device, width: int) -> None:
-    """On a CPU, one OpenMP thread for a model so narrow that several would mostly wait for each other.
+def set_up_device(device: torch.device, width: int) -> None:
+    """How this process computes, in one place: TF32 on a GPU; on a CPU the number of threads for a model's
+    width.
+
+    Narrow models get one OpenMP thread, because several would mostly wait for each other.
 
     A parallel region of such a model takes microseconds. As soon as another process wants a core, one thread
     of the region is late, and all others spin for it. An explicit OMP_NUM_THREADS decides otherwise.
     """
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and width < NARROW:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    elif "OMP_NUM_THREADS" not in os.environ and width < NARROW:
         torch.set_num_threads(1)
 
 

@@ -5,6 +5,9 @@ What goes wrong there reaches every process wrapped in a BaseException of DCP's 
 here it becomes what it was.
 """
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -24,7 +27,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], what: str) -> None:
     bug.
     """
     try:
-        dcp.save(tensors, checkpoint_id=path, storage_writer=Writer(path))
+        with quietly():
+            dcp.save(tensors, checkpoint_id=path, storage_writer=Writer(path))
     except CheckpointException as e:
         cause = get_cause(e)
         if isinstance(cause, BUGS):
@@ -41,9 +45,18 @@ def read_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     torch may say anything.
     """
     try:
-        dcp.load(tensors, checkpoint_id=path)
+        with quietly():
+            dcp.load(tensors, checkpoint_id=path)
     except CheckpointException as e:
         raise explain(get_cause(e), f"can't load {path}") from None
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without DCP's warning that there is one process, where that is so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def get_stored(path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:

@@ -152,10 +152,8 @@ def rank_heatmap(ranks: dict[str, list[int]]) -> Figure:
     for row, values in enumerate(ranks.values()):
         table[row, : len(values)] = values
     levels = np.log2(np.maximum(table, 1))
-    low, high = (
-        np.nanmin(levels) - 1,
-        np.nanmax(levels) + 0.5,
-    )  # not from white: the lowest rank must be seen as a cell
+    # The scale does not begin at the lowest rank: white would not be seen as a cell.
+    low, high = np.nanmin(levels) - 1, np.nanmax(levels) + 0.5
     figure = build_figure(max(4.5, 1.5 + 0.4 * layers), 1.4 + 0.4 * len(ranks))
     axes = figure.subplots()
     columns, rows = np.arange(layers + 1) - 0.5, np.arange(len(ranks) + 1) - 0.5  # the cells' borders

@@ -125,7 +125,8 @@ def check_logs(run_dir: str | Path, metrics_bytes: int, steps_bytes: int, checkp
 
 
 def get_freeze_step(epochs: list[dict]) -> int | None:
-    """The optimiser step after which the lora phase began: the last of the epochs before it, None without any."""
+    """The optimiser step after which the lora phase began: the last of the epochs before it, None without
+    any."""
     steps = [record["step"] for record in epochs if record["phase"] != "lora"]
     return steps[-1] if steps else None
 

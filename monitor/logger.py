@@ -187,7 +187,8 @@ class RunLogger:
                 self.tensorboard.add_scalar(f"{prefix}_by_layer/{family}/{i:02d}", value, step)
 
     def decided(self, s, signs: list[str], ranks: dict[str, list[int]] | None) -> None:
-        """What an epoch's end has told: `signs` as warnings, and the ranks of the epoch to come. `s`: the State."""
+        """What an epoch's end has told: `signs` as warnings, and the ranks of the epoch to come. `s`: the
+        State."""
         for sign in signs:
             self.warning(s.epoch, s.step, sign)
         if self.enabled and ranks != s.ranks:
@@ -217,7 +218,8 @@ class RunLogger:
         return self.run_dir / "profile" / f"{phase}.json"
 
     def end(self, step: int, stopped_by: str | None) -> None:
-        """The run's last words: its phases side by side, and what has `stopped_by` told it to stop, if anything has."""
+        """The run's last words: its phases side by side, and what has `stopped_by` told it to stop, if
+        anything has."""
         if stopped_by:
             self.message(f"{stopped_by}: saved at step {step}, go on with --resume True")
         self.bar.close()

@@ -37,9 +37,8 @@ def plot_runs(runs: list[str], family: str | None, out: str | None) -> None:
     """Read all runs, then draw each and, if there are several, compare them. Raises UserError, before
     anything is written, for a run that can't be read, has no such family, or whose folder can't be made.
     """
-    paths = list(
-        {os.path.realpath(run): Path(run) for run in runs}.values()
-    )  # one that is named twice is no second seed
+    # A run that is named twice is no second seed.
+    paths = list({os.path.realpath(run): Path(run) for run in runs}.values())
     loaded = [(path, *read_run(path)) for path in paths]
     drawings = [get_drawing(path, events, family) for path, _, events in loaded]
     shared = Path(out) if out else get_common_parent(paths) / "figures"
@@ -69,16 +68,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m monitor.plot",
         description="Write the paper's figures to RUN/figures/, of several runs compared to DIR.",
     )
-    add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="run directory; seeds of one experiment are found by their config.json",
-    )
-    add("--family", help="family of figure3.png and figure6.png (default: q, or else the run's first)")
-    where = "where figure4.png … figure7.png go (default: figures/ in the runs' common parent)"
-    add("--out", metavar="DIR", help=where)
+    seeds = "run directory; seeds of one experiment are found by their config.json"
+    family = "family of figure3.png and figure6.png (default: q, or else the run's first)"
+    out = "where figure4.png … figure7.png go (default: figures/ in the runs' common parent)"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=seeds)
+    parser.add_argument("--family", help=family)
+    parser.add_argument("--out", metavar="DIR", help=out)
     return parser.parse_args(argv)
 
 

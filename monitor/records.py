@@ -6,12 +6,13 @@
 import platform
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from monitor.perf import peak_flops
 
 
-def get_start_record(s, device: torch.device, hosts: list[str], notes: list[str], costs: dict) -> dict:
-    """Where a run starts, or goes on, and with what. `hosts`: of each process; `costs`: of the phase."""
+def get_start_record(s, start, device: torch.device, mesh: DeviceMesh | None, costs: dict) -> dict:
+    """Where a run starts, or goes on, and with what. `start`: the run's Start; `costs`: of the phase."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     return {
         "event": "start",
@@ -19,9 +20,10 @@ def get_start_record(s, device: torch.device, hosts: list[str], notes: list[str]
         "step": s.step,
         "phase": s.phase,
         "device": device.type,
-        "world_size": len(hosts),
-        "hosts": hosts,
-        "notes": notes,
+        "world_size": len(start.hosts),
+        "hosts": start.hosts,
+        "mesh": mesh and dict(zip(mesh.mesh_dim_names, mesh.shape)),
+        "notes": start.notes,
         "versions": versions,
         **costs,
     }

@@ -8,6 +8,7 @@ import traceback
 import numpy as np
 import pytest
 import torch
+from small_runs import run
 from torch.utils.tensorboard import SummaryWriter
 
 from data.beton import write_beton
@@ -24,7 +25,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """600 + 130 learnable images in Fashion-MNIST's files: class c is a bright square at place c, in noise."""
+    """600 + 130 images in Fashion-MNIST's files, to be learned: class c is a bright square at place c."""
     root, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -45,6 +46,22 @@ def small(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def reference(small, tmp_path_factory):
+    """The uninterrupted run, through three phases."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    run(small, run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def baseline(small, tmp_path_factory):
+    """Full training with every epoch's checkpoint kept."""
+    run_dir = tmp_path_factory.mktemp("baseline") / "full"
+    run(small, run_dir, "--mode", "full", "--keep_every", 1, "--eval_every", 3)
+    return run_dir
+
+
 class RankPool:
     """Processes that play ranks and stay, because importing torch takes longer than most tests."""
 
@@ -52,9 +69,10 @@ class RankPool:
         self.workers = []
 
     def __call__(self, ranks, function, *args, timeout=240, **environment):
-        """[function(*args) of each rank], run with the environment torchrun would set. `function`: at the top of a test module.
+        """[function(*args) of each rank], run with the environment torchrun would set. `function`: at the top
+        of a test module.
 
-        Raises AssertionError with the first failing rank's traceback; processes that die or hang are replaced.
+        Raises AssertionError with the first failing rank's traceback; who dies or hangs is replaced.
         """
         while len(self.workers) < ranks:
             here, there = multiprocessing.Pipe()
@@ -82,7 +100,7 @@ class RankPool:
                 )
             )
         results, failed = [], []
-        for rank, (process, pipe) in enumerate(self.workers[:ranks]):
+        for rank, (_, pipe) in enumerate(self.workers[:ranks]):
             try:
                 ok, value = pipe.recv() if pipe.poll(timeout) else (False, "did not answer in time")
             except EOFError:
@@ -97,7 +115,7 @@ class RankPool:
         return results
 
     def close(self):
-        for process, pipe in self.workers:
+        for process, _ in self.workers:
             process.kill()
             process.join()
         self.workers = []
@@ -105,7 +123,7 @@ class RankPool:
 
 def serve(pipe):
     torch.set_num_threads(1)
-    SummaryWriter.add_figure = lambda *args: None  # half a second each, and test_train.py looks at them
+    SummaryWriter.add_figure = lambda *args: None  # half a second each, and the reference run draws them
     while True:
         function, args, environment = pipe.recv()
         os.environ.update(environment)

@@ -1,4 +1,6 @@
-"""A real Slurm cluster on this machine: slurmctld, munged and one slurmd per node, all this user's own; no root, no cgroups."""
+"""A real Slurm cluster on this machine: slurmctld, munged and one slurmd per node, all this user's own; no
+root, no cgroups.
+"""
 
 import ctypes
 import getpass
@@ -49,8 +51,10 @@ KillWait=15
 MinJobAge=3600
 SlurmdTimeout=10
 FirstJobId={first_job}
-NodeName=127.0.0.[11-{last}] NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=8 RealMemory=4000 Gres=gpu:4 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+NodeName=127.0.0.[11-{last}] NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] \\
+  CPUs=8 RealMemory=4000 Gres=gpu:4 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 \\
+  PreemptMode=REQUEUE GraceTime=20
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -62,7 +66,9 @@ def is_installed() -> bool:
 
 
 class SlurmCluster:
-    """Nodes 127.0.0.11 … with 8 CPUs and 4 pretended GPUs each; partitions main and high, which preempts it. Sets SLURM_CONF."""
+    """Nodes 127.0.0.11 … with 8 CPUs and 4 pretended GPUs each; partitions main and high, which preempts it.
+    Sets SLURM_CONF.
+    """
 
     def __init__(self, nodes: int):
         self.dir = Path(

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import math
 
 import pytest
 import torch

@@ -20,6 +20,7 @@ from test_data import epochs_of_ranks, equal, needs_ffcv, within
 from torchvision.datasets import imagenet
 
 import train
+from config.cli import typed_config
 from data import folder
 from data.beton import check_beton, main, read_classes, read_samples
 from data.datasets import DATASETS
@@ -29,7 +30,8 @@ from data.loader import build_loader
 from data.order import DataError
 from data.staging import get_staged_dir, stage
 from errors import UserError
-from model import checkpoint, distributed
+from launch import distributed
+from model import checkpoint
 
 pytestmark = needs_ffcv
 LONG = "ü" * 120 + ".jpg"  # 244 bytes of the 255 that a name may have
@@ -653,14 +655,14 @@ def test_staging_that_cannot_be(betons, tmp_path, at_28_pixels, monkeypatch, cap
 
 def count_calls(calls, fails):
     def work():
-        (calls / str(distributed.get_rank())).touch()
+        (calls / str(distributed.get_world_rank())).touch()
         time.sleep(2.5)  # longer than a collective may take
-        if distributed.get_rank() == fails:
-            raise OSError("the disk is full")
+        if distributed.get_world_rank() == fails:
+            raise UserError("the disk is full")
 
     distributed.start()
     dist.set_timeout(timedelta(seconds=1.5), dist.group.WORLD)
-    os.environ["LOCAL_RANK"] = str(distributed.get_rank() % 2)
+    os.environ["LOCAL_RANK"] = str(distributed.get_world_rank() % 2)
     try:
         distributed.once_per_node(work)
     except ValueError as error:
@@ -713,13 +715,13 @@ def test_top1_is_the_same_through_both_loaders(tmp_path, monkeypatch):
     assert train_on(tmp_path, tmp_path / "run", *flags) == 0
     last = epochs(tmp_path / "run")[-1]
     assert last["val_top1"] > 60
-    cfg = train.typed_config(json.loads((tmp_path / "run/config.json").read_text()), "stored")
+    cfg = typed_config(train.Config, json.loads((tmp_path / "run/config.json").read_text()), "stored")
     model = train.build_model(cfg, "full", None, "cpu")
     checkpoint.load(checkpoint.latest(tmp_path / "run"), model, train.build_optimizer(model, 0.1))
     tops = [
-        train.evaluate(cfg, model, build(backend, root, "val", 100, num_classes=10), torch.device("cpu"))[
-            "val_top1"
-        ]
+        train.evaluate(
+            cfg, model, build(backend, root, "val", 100, num_classes=10).epoch(0), torch.device("cpu")
+        )["val_top1"]
         for backend, root in (("ffcv", tmp_path), ("folder", tmp_path / "tree"))
     ]
     print(f"top-1: {tops[0]:.2f} from .beton JPEGs, {tops[1]:.2f} from the originals")

@@ -186,10 +186,8 @@ def test_windows_average_their_epochs():
 
 def test_windows_by_hand():
     windows = get_windows(log([1.0, 3.0, 5.0, 6.0, 7.0], [4.0, 5.0, 1.0, 2.0, 9.0]), settings(2, 2))
-    assert windows == [
-        (0, {"q": [2.0, 4.0]}, 4.5),
-        (2, {"q": [5.5, 11.0]}, 1.5),
-    ]  # the fifth epoch fills none
+    # The fifth epoch fills none.
+    assert windows == [(0, {"q": [2.0, 4.0]}, 4.5), (2, {"q": [5.5, 11.0]}, 1.5)]
     assert get_windows([], settings()) == [] and not switch_due([], settings())
 
 
@@ -207,13 +205,10 @@ def test_changes_per_layer_by_hand():
     epochs = log([{"q": norms, "fc1": [5.0]} for norms in layers] + [{"q": [99, 99], "fc1": [99.0]}])
     cfg = settings(2, 2, families=("q", "fc1"))
     assert get_changes(epochs[:6], cfg) == {"q": [25.0, -5.0], "fc1": [0.0]}  # 2.5 / 10, −2 / 40
-    assert get_changes(epochs, cfg) == {
-        "q": [25.0, -5.0],
-        "fc1": [0.0],
-    }  # a window under way is not looked at
-    assert get_changes(epochs, settings(2, 2, families=("fc1",))) == {
-        "fc1": [0.0]
-    }  # of the families asked for
+    # A window under way is not looked at.
+    assert get_changes(epochs, cfg) == {"q": [25.0, -5.0], "fc1": [0.0]}
+    # Of the families asked for.
+    assert get_changes(epochs, settings(2, 2, families=("fc1",))) == {"fc1": [0.0]}
     with pytest.raises(ValueError, match="3 epochs hold no two full windows of 2"):
         get_changes(epochs[:3], cfg)
 
@@ -371,19 +366,15 @@ def epochs(phases, losses):
 
 
 def test_loss_spike_after_the_freeze():
-    assert (
-        "loss spike" in failure_signs(epochs(["full", "warmup", "lora"], [3.0, 2.0, 2.11]), 2, 2.5)[0]
-    )  # +5.5 %
+    # +5.5 %
+    assert "loss spike" in failure_signs(epochs(["full", "warmup", "lora"], [3.0, 2.0, 2.11]), 2, 2.5)[0]
     assert failure_signs(epochs(["full", "warmup", "lora"], [3.0, 2.0, 2.09]), 2, 2.5) == []  # +4.5 %
-    assert (
-        failure_signs(epochs(["full", "warmup", "warmup"], [3.0, 2.0, 3.0]), 2, 2.5) == []
-    )  # no freeze here
-    assert (
-        failure_signs(epochs(["warmup", "lora", "lora"], [2.0, 2.0, 3.0]), 2, 2.5) == []
-    )  # not right after it
-    assert (
-        "loss spike" in failure_signs(epochs(["full", "lora"], [2.0, 3.0]), 2, 2.5)[0]
-    )  # frozen without a warmup
+    # No freeze here.
+    assert failure_signs(epochs(["full", "warmup", "warmup"], [3.0, 2.0, 3.0]), 2, 2.5) == []
+    # Not right after it.
+    assert failure_signs(epochs(["warmup", "lora", "lora"], [2.0, 2.0, 3.0]), 2, 2.5) == []
+    # Frozen without a warmup.
+    assert "loss spike" in failure_signs(epochs(["full", "lora"], [2.0, 3.0]), 2, 2.5)[0]
     assert failure_signs(epochs(["lora"], [3.0]), 2, 2.5) == []  # static LoRA: no freeze at all
 
 
@@ -464,9 +455,8 @@ def test_adapter_norms(build, alpha):
     }
     add_lora(model, families, ranks, alpha)
     init_adapters(model, 0)
-    assert adapter_norms(model, families) == {
-        family: [0.0] * len(ranks[family]) for family in families
-    }  # B = 0
+    # B = 0
+    assert adapter_norms(model, families) == {family: [0.0] * len(ranks[family]) for family in families}
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".lora_B" in name:

@@ -5,6 +5,7 @@ import dataclasses
 import graphlib
 import gzip
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -522,9 +523,31 @@ def test_a_bug_behind_the_folder_loader_comes_out_as_it_is(data, monkeypatch, nu
         monkeypatch.setattr(type(loader.source), "__getitem__", bug)
     else:
         monkeypatch.setattr(folder, "to_batch", bug)
+    before = set(multiprocessing.active_children())
     with pytest.raises(kind, match=text) as info:
         within(30, list, loader.epoch(1))
     assert not isinstance(info.value, UserError) and names_the_line(show(info), bug)
+    assert set(multiprocessing.active_children()) <= before  # though the traceback still holds the iterator
+
+
+BROKEN_OFF = """
+import sys
+from data.loader import build_loader
+def loop():
+    batches = build_loader("folder", "fashion_mnist", sys.argv[1], "train", 64, 0, num_workers=2).epoch(1)
+    next(batches)
+    a, b = 1, 2, 3
+loop()
+"""
+
+
+def test_a_bug_in_the_loop_ends_the_process(data):
+    """And is not followed by waiting for ever for the loader's processes."""
+    command = [sys.executable, "-c", BROKEN_OFF, data.root]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stderr.rstrip().endswith(
+        "too many values to unpack (expected 2)"
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

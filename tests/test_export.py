@@ -30,7 +30,6 @@ from data.datasets import DATASETS
 from data.device import normalise
 from data.images import FILES, open_dataset, prepare_fashion_mnist
 from data.loader import build_loader
-from data.order import DataError
 from errors import UserError
 from files import write_json
 from lora import kernels
@@ -38,7 +37,6 @@ from lora.inject import merge_lora
 from model import checkpoint, pretrained, sources
 from model.huggingface import from_huggingface, to_huggingface
 from model.tensors import get_stored
-from model.variants import VARIANTS
 from model.vit import VisionTransformer
 from monitor.log import load_run
 

@@ -57,9 +57,8 @@ def test_steps_are_written_in_full_precision_and_at_once(tmp_path):
     logger = RunLogger(tmp_path, 0, 10)
     records = build_steps(1, 3)
     logger.write_steps(records)
-    assert (
-        get_lines(tmp_path / "steps.jsonl") == records
-    )  # equal floats, to the bit, with the logger still open
+    # Equal floats, to the bit, with the logger still open.
+    assert get_lines(tmp_path / "steps.jsonl") == records
     assert logger.steps_bytes == (tmp_path / "steps.jsonl").stat().st_size
     logger.write_steps([])
     assert get_scalars(tmp_path, "step/loss") == pytest.approx({r["step"]: r["loss"] for r in records})
@@ -134,9 +133,8 @@ def test_logs_are_cut_back_to_the_checkpoint(stopped, capsys):
     assert get_lines(run_dir / "steps.jsonl") == build_steps(1, 3) + again
     assert [r["event"] for r in get_lines(run_dir / "metrics.jsonl")] == ["start", "epoch", "epoch"]
     losses = {r["step"]: r["loss"] for r in build_steps(1, 3) + again}
-    assert get_scalars(run_dir, "step/loss") == pytest.approx(
-        losses
-    )  # nothing twice, nothing of the killed run
+    # Nothing twice, nothing of the killed run.
+    assert get_scalars(run_dir, "step/loss") == pytest.approx(losses)
 
 
 def test_every_process_remembers_the_same_but_only_one_writes(stopped):
@@ -173,9 +171,8 @@ def test_a_fork_starts_with_no_steps_and_the_epochs_it_is_given(tmp_path):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "steps.jsonl"])
 def test_a_log_that_has_lost_something_is_an_error(stopped, name):
     run_dir, metrics_bytes, steps_bytes = stopped
-    check_logs(
-        run_dir, metrics_bytes, steps_bytes, "step_00000003"
-    )  # the control: longer is what a killed run leaves
+    # The control: longer is what a killed run leaves.
+    check_logs(run_dir, metrics_bytes, steps_bytes, "step_00000003")
     path = run_dir / name
     text = f"{path} is missing or shorter than it was when step_00000003 was saved"
     length = {"metrics.jsonl": metrics_bytes, "steps.jsonl": steps_bytes}[name]

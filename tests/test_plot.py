@@ -165,7 +165,7 @@ def get_switch_epochs(axes):
 
 
 def test_files_are_pictures_and_named_on_stdout(tmp_path, capsys):
-    run = write_run(tmp_path / "run", *make_records())
+    run = write_run(tmp_path / "run", *make_records(layers=2, families=["q", "k", "fc1"]))
     plot.main([str(run)])
     out = capsys.readouterr().out
     assert sorted(path.name for path in (run / "figures").iterdir()) == [
@@ -176,9 +176,8 @@ def test_files_are_pictures_and_named_on_stdout(tmp_path, capsys):
     ]
     for path in (run / "figures").iterdir():
         pixels = matplotlib.image.imread(path)
-        assert (
-            min(pixels.shape[:2]) > 300 and len(np.unique(pixels[..., :3] @ [1, 256, 65536])) > 50
-        )  # colours
+        # It is large, and has many colours.
+        assert min(pixels.shape[:2]) > 300 and len(np.unique(pixels[..., :3] @ [1, 256, 65536])) > 50
         assert f"wrote {path}\n" in out
     assert f"tensorboard --logdir {run / 'tb'}\n" in out
 
@@ -248,11 +247,10 @@ def test_rank_heatmap_writes_each_rank_in_its_cell():
     "records",
     [
         dict(layers=1, count=1, phase="full", val=False),
-        dict(layers=24, count=300, switch=152, freeze=162),
+        dict(layers=24, count=300, switch=152, freeze=162, families=["q", "fc1"]),
         dict(layers=2, count=12, phase="lora", families=["q", "k", "v"]),
-        dict(
-            layers=1, switch=1, freeze=16, families=["self_attn.out_proj"]
-        ),  # labels reach out of the axes at both ends
+        # Labels reach out of the axes at both ends.
+        dict(layers=1, switch=1, freeze=16, families=["self_attn.out_proj"]),
         dict(layers=1, count=3, switch=1, freeze=2, families=list("abcdefghi")),  # more families than colours
     ],
     ids=["one epoch", "large", "static lora", "switch at the ends", "nine families"],
@@ -337,6 +335,19 @@ def test_a_run_that_cannot_be_read_is_one_line_and_nothing_is_written(tmp_path):
         f"error: no run directory {tmp_path / 'absent'}\n",
     )
     assert not (good / "figures").exists()
+
+
+def test_a_figure_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    for name in ("norms_figure", "family_figure", "change_heatmap", "rank_heatmap"):
+        monkeypatch.setattr(plot, name, lambda *args: build_figure(1, 1))
+    run = write_run(tmp_path / "run", *make_records(layers=1))
+    (run / "figures").mkdir()
+    (run / "figures" / "figure1.png").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="error: .*figure1.png can't be written: No space left on device"):
+        plot.main([str(run)])
+    monkeypatch.setattr(plot, "norms_figure", lambda *args: 1 / 0)  # the control: a bug keeps its traceback
+    with pytest.raises(ZeroDivisionError):
+        plot.main([str(run)])
 
 
 def test_no_pyplot_state_is_made():
@@ -429,15 +440,11 @@ def test_comparisons_begin_shortly_before_the_first_switch_and_need_no_evaluatio
     ]
     baseline, arms = group_runs(runs)
     figure = arms_figure(baseline, arms)
-    assert {min(line.get_xdata()) for axes in figure.axes for line in get_curves(axes)} == {
-        55
-    }  # 100 epochs: 5 before
+    # Of 100 epochs they begin 5 before it.
+    assert {min(line.get_xdata()) for axes in figure.axes for line in get_curves(axes)} == {55}
     figure = arms_figure(baseline, arms[:1])
-    assert [axes.get_title()[:3] for axes in figure.axes] == [
-        "(a)",
-        "(b)",
-        "(c)",
-    ]  # nothing evaluated: no empty panel
+    # Nothing was evaluated: there is no empty panel.
+    assert [axes.get_title()[:3] for axes in figure.axes] == ["(a)", "(b)", "(c)"]
     assert min(get_curve(arms_figure(baseline, arms[1:]).axes[0], "full")) == 1  # nothing switches
 
 
@@ -459,13 +466,11 @@ def test_figure5_and_6_by_hand():
     )
     assert get_curve(speed, "w = 1")[4] == pytest.approx(10 / 12) and get_curve(speed, "full")[8] == 1
     assert get_curve(loss, "w = 1")[8] == pytest.approx(1 / 8 + 0.5) and len(get_band(loss)) == 8
-    assert get_band(loss)[8] == pytest.approx(
-        (1 / 8 + 0.5 - 0.5**0.5, 1 / 8 + 0.5 + 0.5**0.5)
-    )  # s of 0 and 1 is √½
+    # The standard deviation of 0 and 1 is √½.
+    assert get_band(loss)[8] == pytest.approx((1 / 8 + 0.5 - 0.5**0.5, 1 / 8 + 0.5 + 0.5**0.5))
     base, adapters = window_norms_figure(windows, "q").axes
-    assert get_curve(base, "w = 4") == {
-        e: e + 3 + 0.5 for e in range(-1, 6)
-    }  # from the switch after 3 to the last freeze, after 7
+    # From the switch after 3 to the last freeze, after 7.
+    assert get_curve(base, "w = 4") == {e: e + 3 + 0.5 for e in range(-1, 6)}
     assert get_curve(adapters, "w = 1") == {e: (e + 3) / 2 + 0.5 for e in range(1, 6)}
     lines = {line.get_xdata()[0]: line.get_color() for line in base.lines if line.get_label() == "_switch"}
     assert lines == {0: "0.4", 1: windows[0].style["color"], 4: windows[1].style["color"]}
@@ -491,10 +496,8 @@ def test_windows_of_seeds_that_switch_at_different_epochs_lie_on_each_other():
 
 def test_figure7_by_hand():
     runs = [make_run("full", "full"), make_run("exp-0"), make_run("exp-1", seed=1, seconds=1.2)]
-    runs[0][2][1] |= {
-        "epoch_seconds": 50,
-        "images_per_second": 120,
-    }  # one slow epoch: in the average, not in the median
+    # One slow epoch: in the average, not in the median.
+    runs[0][2][1] |= {"epoch_seconds": 50, "images_per_second": 120}
     time, rate, memory = costs_figure(*group_runs(runs)).axes
     rows = dict(
         zip(
@@ -547,7 +550,7 @@ def test_figure7_by_hand():
             make_run("full", "full", device="cpu"),
             make_run("exp", seconds=0.5),
             make_run("w0", w=0, seconds=20),
-            *[make_run(f"an_arm_with_a_name_that_takes_its_room-{tau}", tau=tau) for tau in range(8)],
+            *[make_run(f"an_arm_with_a_name_that_takes_its_room-{tau}", tau=tau) for tau in range(5)],
         ],
     ],
     ids=["one epoch", "three seeds of 300 epochs", "long names and many arms"],
@@ -612,19 +615,16 @@ def test_several_runs_are_compared_in_a_folder_beside_them(tmp_path, capsys, mon
     out = capsys.readouterr().out
     folder = tmp_path / "study" / "figures"
     assert sorted(path.name for path in folder.iterdir()) == ["figure4.png", "figure7.png"]
-    assert (
-        "arm full (baseline): runs 1, epochs 8\narm exp: runs 2, epochs 7 that all of them have, up to 8\n"
-        in out
-    )
+    arms = "arm full (baseline): runs 1, epochs 8\narm exp: runs 2, epochs 7 that all of them have, up to 8\n"
+    assert arms in out
     assert f"wrote {folder / 'figure4.png'}\nfigure5.png skipped: no two arms differ" in out
     assert (tmp_path / "study" / "exp" / "seed1" / "figures" / "figure1.png").exists()
+    monkeypatch.setattr(plot, "compare", lambda *args: {"figure4": build_figure(1, 1)})
     plot.main([*dirs[:2], "--out", str(tmp_path / "elsewhere" / "deep")])
     assert (tmp_path / "elsewhere" / "deep" / "figure4.png").exists()
     plot.main([dirs[0], "--out", str(tmp_path / "unused")])
-    assert (
-        not (tmp_path / "unused").exists()
-        and "skipped: a single run has nothing beside it" in capsys.readouterr().out
-    )
+    assert not (tmp_path / "unused").exists()
+    assert "skipped: a single run has nothing beside it" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="absent"):
         plot.main([*dirs, str(tmp_path / "absent"), "--out", str(tmp_path / "unused")])
     with pytest.raises(SystemExit, match="File exists"):

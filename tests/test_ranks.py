@@ -1,4 +1,4 @@
-"""lora/ranks.py: Algorithm 2 against tables worked by hand and an exact transcription of the paper's pseudo-code."""
+"""lora/ranks.py: Algorithm 2 against tables worked by hand and the paper's pseudo-code, worked exactly."""
 
 import math
 import random
@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 
+from errors import UserError
 from lora.ranks import assign_ranks, budget_ranks, count_parameters, uniform_ranks
 
 NAN, INF = float("nan"), float("inf")
@@ -13,7 +14,8 @@ NAN, INF = float("nan"), float("inf")
 
 def test_several_families_by_hand():
     changes = {
-        # min 0.1, span 0.9: v = 0, 1/3, 2/3, 1, 1/6; v·4 = 0, 1.33, 2.67, 4, 0.67; ⌈·⌉ − 1 = 0 (v = 0), 1, 2, 3, 0
+        # min 0.1, span 0.9: v = 0, 1/3, 2/3, 1, 1/6; v·4 = 0, 1.33, 2.67, 4, 0.67; ⌈·⌉ − 1 = 0 (v = 0), 1, 2,
+        # 3, 0
         "q": [0.1, 0.4, 0.7, 1.0, 0.25],
         # min 5, span 80: v = 0, 0.9, 1, 0.1, 0.3; v·4 = 0, 3.6, 4, 0.4, 1.2; index 0, 3, 3, 0, 1
         # (each family has its own min and max)
@@ -23,7 +25,8 @@ def test_several_families_by_hand():
 
 
 def test_negative_changes_count_by_magnitude():
-    # magnitudes 2, 0.5, 1, 1.5: min 0.5, span 1.5: v = 1, 0, 1/3, 2/3; v·4 = 4, 0, 1.33, 2.67; index 3, 0, 1, 2
+    # magnitudes 2, 0.5, 1, 1.5: min 0.5, span 1.5: v = 1, 0, 1/3, 2/3; v·4 = 4, 0, 1.33, 2.67; index 3, 0, 1,
+    # 2
     assert assign_ranks({"k": [-2.0, 0.5, -1.0, 1.5]}, 8, 64) == {"k": [64, 8, 16, 32]}
     # the formula as printed, signed, would give the layer that changed most the lowest rank
     assert transcription([Fraction(c) for c in (-2.0, 0.5, -1.0, 1.5)], 8, 64, magnitude=False)[0] == 8
@@ -57,7 +60,8 @@ def test_bucket_edges_belong_to_the_lower_bucket():
 
 @pytest.mark.parametrize("scale", [0.1, 0.01, 0.7, 1.1])
 def test_bucket_edges_survive_rounding(scale):
-    """The same edges where binary fractions put v·4 a hair above an integer: a bare ceil takes the next rank."""
+    """The same edges where binary fractions put v·4 a hair above an integer: a bare ceil takes the next
+    rank."""
     changes = [scale * i for i in (1, 2, 3, 4, 5)]
     assert assign_ranks({"q": changes}, 8, 64) == {"q": [8, 8, 16, 32, 64]}
 
@@ -91,9 +95,9 @@ def transcription(changes, rank_min, rank_max, magnitude=True):
         R.append(rank_min if not R else R[-1] * 2)
     deltas = [abs(c) if magnitude else c for c in changes]
     ranks = []
+    low, span = min(deltas), max(deltas) - min(deltas)
     for delta in deltas:
-        span = max(deltas) - min(deltas)
-        v = (delta - min(deltas)) / span if span else Fraction(0)
+        v = (delta - low) / span if span else Fraction(0)
         ranks.append(R[math.ceil(v * len(R)) - 1 if v else 0])
     return ranks
 
@@ -167,7 +171,7 @@ def test_budget_gives_equal_changes_equal_ranks_level_by_level():
 @pytest.mark.parametrize("rule", [uniform_ranks, budget_ranks])
 def test_a_budget_below_rank_min_everywhere(rule):
     assert rule(CHANGES, COSTS, 84, 4, 32)
-    with pytest.raises(ValueError, match="a budget of 83 parameters is not enough for rank_min 4"):
+    with pytest.raises(UserError, match="a budget of 83 parameters is not enough for rank_min 4"):
         rule(CHANGES, COSTS, 83, 4, 32)
 
 

@@ -19,15 +19,17 @@ import numpy as np
 import pytest
 import torch.nn.functional as F
 from PIL import Image
-from test_train import assert_same, no_figures, weights  # noqa: F401 (a fixture)
+from small_runs import assert_same, no_figures, weights  # noqa: F401 (a fixture)
 
 import bench
 import evaluate
 import export
 import replay
 import train
+from config.checks import check_config
+from config.cli import load_preset, parse_flags
 from data.beton import import_ffcv
-from launch import submit
+from launch import snapshot, submit
 from monitor.plot import load_run
 
 REPO = Path(__file__).parent.parent
@@ -237,13 +239,13 @@ def check_train(words: list[str]) -> None:
     """A command line of train.py's, as far as no run has to be there. Raises ValueError."""
     defaults, flags = train.Config(), words
     if words and not words[0].startswith("-"):
-        defaults, flags = train.load_preset(REPO / words[0]), words[1:]
-    train.check_config(train.parse_flags(flags, defaults))
+        defaults, flags = load_preset(train.Config, REPO / words[0]), words[1:]
+    check_config(parse_flags(flags, defaults))
 
 
 def check_submit(words: list[str]) -> None:
     launch, presets, flags = submit.split_argv(words)
-    train.parse_flags(launch, submit.Launch())
+    parse_flags(launch, submit.Launch())
     for preset in presets or [submit.PAPER]:
         check_train([preset, *flags])
 
@@ -253,7 +255,7 @@ def check_with(default) -> Callable[[list[str]], None]:
 
     def check(words: list[str]) -> None:
         flags = words[1:] if words and not words[0].startswith("-") else words
-        train.parse_flags(flags, default)
+        parse_flags(flags, default)
 
     return check
 
@@ -437,7 +439,7 @@ def test_the_diff_is_a_variant(small, tmp_path, monkeypatch, capsys):
     (lines,) = [lines for info, _, lines in get_blocks(README.read_text()) if info == "diff"]
     diff = "\n".join([*lines, ""])
     assert len(re.findall(r"^[+-](?![+-]{2} )", diff, re.MULTILINE)) <= 5
-    submit.take_snapshot(tmp_path / "code")
+    snapshot.take_snapshot(tmp_path / "code")
     subprocess.run(["git", "init", "-q", tmp_path / "code"], check=True)  # or git looks further up
     patched = load_patched(tmp_path / "code", diff)
 
@@ -549,7 +551,7 @@ def test_a_newcomers_road(tmp_path):
     if not (data / "val.beton").exists():
         pytest.skip("no Fashion-MNIST here: make data")
     text, root = WALK.read_text(), tmp_path / "checkout"
-    submit.take_snapshot(root)
+    snapshot.take_snapshot(root)
     subprocess.run(["git", "init", "-q", root], check=True)
     (root / ".venv").symlink_to(sys.prefix)
     (root / "datasets").mkdir()

@@ -1,20 +1,32 @@
 """replay.py: it says what a run would do, and the run does it."""
 
 import csv
+import dataclasses
 import json
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
+from small_runs import events, no_figures, run  # noqa: F401 (a fixture)
 
 import replay
-from test_train import events, no_figures, run  # noqa: F401 (a fixture)
+from errors import UserError
+from model.variants import VARIANTS
 
-DATA = ["--mode", "full", "--keep_every", "1", "--eval_every", "9"]
+STEPS = 4  # per epoch; test_train.py's runs have more
+SHORT = ["--train_samples", 80, "--lr_warmup_steps", STEPS]
+DATA = [*SHORT, "--mode", "full", "--keep_every", 1, "--eval_every", 9]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_blocks():
+    with mock.patch.dict(VARIANTS["tiny-debug"], depth=2):
+        yield
 
 
 @pytest.fixture(scope="module")
-def baseline(small, tmp_path_factory):
+def baseline(small, two_blocks, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("replay") / "full"
     run(small, run_dir, *DATA)
     return run_dir
@@ -26,55 +38,43 @@ def rows_of(run_dir, *flags):
         return list(csv.DictReader(file))
 
 
-def test_replay_agrees_with_what_runs_do(small, baseline, tmp_path, capsys):
-    """Thresholds between the changes that were logged, so that the runs switch at different epochs; every combination is run."""
+# Of the rows of 2 zeta × 2 window_epochs × 2 rank_rule, the first four have every pair of them.
+@pytest.mark.parametrize("chosen", [(0, 3, 5, 6), pytest.param((1, 2, 4, 7), marks=pytest.mark.slow)])
+def test_replay_agrees_with_what_runs_do(small, baseline, tmp_path, capsys, chosen):
+    """Thresholds between the changes that were logged, so that the runs switch at different epochs."""
     epochs = events(baseline, "epoch")
     loss = [abs(b["train_loss"] / a["train_loss"] - 1) * 100 for a, b in zip(epochs, epochs[1:])]
     zetas = [sorted(loss[1:])[1] + 1e-3, 90]
-    rows = rows_of(
-        baseline, "--tau", 90, "--zeta", *zetas, "--window_epochs", 1, 2, "--rank_rule", "minmax", "budget"
-    )
+    asked = ["--tau", 90, "--zeta", *zetas, "--window_epochs", 1, 2, "--rank_rule", "minmax", "budget"]
+    rows = rows_of(baseline, *asked)
     assert len(rows) == 8 and len({row["switch_epoch"] for row in rows}) >= 3
-    for i, row in enumerate(rows):
+    for minmax, budget in zip(rows[::2], rows[1::2]):  # the rank rule has no say in when
+        assert minmax["switch_epoch"] == budget["switch_epoch"]
+    for i in chosen:
+        row = rows[i]
         flags = [f"--{name}={row[name]}" for name in replay.SETTINGS]
         if row["switch_epoch"]:
-            flags += ["--max_steps", 12 * int(row["switch_epoch"]) + 1]
-        did = run(
-            small,
-            tmp_path / str(i),
-            "--mode",
-            "prelora",
-            "--fork",
-            f"{baseline}@2",
-            "--epochs",
-            9,
-            "--eval_every",
-            9,
-            *flags,
-        )
+            flags += ["--max_steps", STEPS * int(row["switch_epoch"]) + 1]
+        fork = [*SHORT, "--mode", "prelora", "--fork", f"{baseline}@2", "--epochs", 9, "--eval_every", 9]
+        did = run(small, tmp_path / str(i), *fork, *flags)
         switches = [r for r in did if r["event"] == "switch"]
-        assert [s["epoch"] for s in switches[:1]] == (
-            [int(row["switch_epoch"])] if row["switch_epoch"] else []
-        )
+        expected = [int(row["switch_epoch"])] if row["switch_epoch"] else []
+        assert [s["epoch"] for s in switches[:1]] == expected
         if switches:
             assert switches[0]["ranks"] == json.loads(row["ranks"])
             base = epochs[0]["trainable_params"]
-            assert (
-                switches[0]["trainable_params"] - base
-                == int(row["adapter_params"])
-                == pytest.approx(float(row["share"]) / 100 * base)
-            )
+            added = switches[0]["trainable_params"] - base
+            assert added == int(row["adapter_params"]) == pytest.approx(float(row["share"]) / 100 * base)
 
 
 def test_the_switch_by_hand(baseline, tmp_path, capsys):
-    """Norms and losses of which one can see what happens: windows of 1, the first overlaps the learning rate's warmup."""
+    """Norms and losses of which one can see what happens: windows of 1, the first in the lr's warmup."""
     lines = [e | {"event": "epoch"} for e in events(baseline, "epoch")]
     norm = [100, 100, 110, 112, 113, 113.1, 113.1, 113.1, 113.1]  # changes in %: 0, 10, 1.8, 0.89, 0.09, 0 …
     loss = [9, 8, 7, 6, 5.9, 5.8, 5.5, 5.4, 5.3]  # -11, -13, -14, -1.7, -1.7, -5.2, -1.8, -1.9
     for e, n, value in zip(lines, norm, loss):
-        e["weight_norms"] = {family: [n] * 4 for family in e["weight_norms"]} | {
-            "v": [n, n, n, n * (1 + 0.001 * (e["epoch"] >= 5))]
-        }
+        last = n * 1.001 if e["epoch"] >= 5 else n
+        e["weight_norms"] = {family: [n, n] for family in e["weight_norms"]} | {"v": [n, last]}
         e["train_loss"] = value
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -82,42 +82,21 @@ def test_the_switch_by_hand(baseline, tmp_path, capsys):
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines))
     rows = rows_of(run_dir, "--tau", 1, 2, "--zeta", 2, 15, "--num_windows", 2, 3)
     found = {(float(r["tau"]), float(r["zeta"]), int(r["num_windows"])): r["switch_epoch"] for r in rows}
-    assert found == {
-        (1, 2, 2): "5",
-        (1, 2, 3): "6",
-        (1, 15, 2): "5",
-        (1, 15, 3): "6",
-        (2, 2, 2): "5",
-        (2, 2, 3): "6",
-        (2, 15, 2): "4",
-        (2, 15, 3): "5",
-    }
+    # fmt: off
+    assert found == {(1, 2, 2): "5", (1, 2, 3): "6", (1, 15, 2): "5", (1, 15, 3): "6",
+                     (2, 2, 2): "5", (2, 2, 3): "6", (2, 15, 2): "4", (2, 15, 3): "5"}
+    # fmt: on
     never = rows_of(run_dir, "--tau", 1e-6, "--zeta", 1e-6)
     assert never[0]["switch_epoch"] == never[0]["ranks"] == "" and "not by 9" in capsys.readouterr().out
-    # of v's layers the last changed more between epochs 4 and 5
-    assert json.loads(rows[0]["ranks"]) == {
-        family: [4] * 3 + [32 if family == "v" else 4] for family in lines[0]["weight_norms"]
-    }
+    # Of v's layers the last changed more between epochs 4 and 5.
+    expected = {family: [4, 4] for family in lines[0]["weight_norms"]} | {"v": [4, 32]}
+    assert json.loads(rows[0]["ranks"]) == expected
 
 
 def test_past_its_own_switch_a_log_is_refused(small, baseline, tmp_path, capsys):
     switched = tmp_path / "run"
-    run(
-        small,
-        switched,
-        "--fork",
-        f"{baseline}@3",
-        "--mode",
-        "prelora",
-        "--switch_epoch",
-        4,
-        "--epochs",
-        9,
-        "--max_steps",
-        84,
-        "--lora_warmup_epochs",
-        1,
-    )
+    fork = [*SHORT, "--fork", f"{baseline}@3", "--mode", "prelora", "--switch_epoch", 4, "--epochs", 9]
+    run(small, switched, *fork, "--max_steps", 7 * STEPS, "--lora_warmup_epochs", 1)
     capsys.readouterr()
     assert replay.main([str(switched), "--tau", "90", "1e-6"]) == 1
     out, err = capsys.readouterr()
@@ -131,14 +110,12 @@ def test_past_its_own_switch_a_log_is_refused(small, baseline, tmp_path, capsys)
         switched, "--tau", 90
     )  # before it the log is as good as the baseline's, and it has timed all phases
     assert rows[0]["switch_epoch"] == "3"
-    seconds = {
-        e["phase"]: [f["epoch_seconds"] for f in events(switched, "epoch") if f["phase"] == e["phase"]]
-        for e in events(switched, "epoch")
-    }
+    seconds = {}
+    for e in events(switched, "epoch"):
+        seconds.setdefault(e["phase"], []).append(e["epoch_seconds"])
     full, warmup, lora = (np.median(seconds[phase]) for phase in ("full", "warmup", "lora"))
-    assert float(rows[0]["time_saved"]) == pytest.approx(
-        100 * (1 - (3 * full + warmup + 5 * lora) / (9 * full))
-    )
+    spent = 3 * full + warmup + 5 * lora
+    assert float(rows[0]["time_saved"]) == pytest.approx(100 * (1 - spent / (9 * full)))
     assert rows_of(baseline, "--tau", 90)[0]["time_saved"] == ""
     assert rows_of(baseline, "--tau", 90, "--times", switched)[0]["time_saved"] != ""
 
@@ -172,19 +149,34 @@ def test_ttest_by_hand(baseline, tmp_path, capsys):
     assert "share 0 epochs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags, reason",
-    [
-        (["nowhere"], "no run directory nowhere"),
-        ([], "which run?"),
-        (["{}", "--tau", "0"], "tau must be above 0"),
-        (["{}", "--num_windows", "1"], "num_windows must be at least 2"),
-        (["{}", "--rank_rule", "best"], "rank_rule"),
-        (["{}", "--taus", "1"], "unknown flag --taus"),
-        (["{}", "--times", "{}"], "has timed only: full"),
-        (["--ttest", "{}"], "two runs"),
-    ],
-)
+def test_a_log_with_a_nan_is_the_users_error_and_a_bug_is_not(baseline, monkeypatch):
+    cfg = replay.typed_config(replay.train.Config, replay.load_run(baseline).config, "config.json")
+    cfg = dataclasses.replace(cfg, mode="prelora")
+    epochs = replay.load_run(baseline).epochs
+    assert replay.replay_run(cfg, epochs)[0] == 3  # the control
+    with pytest.raises(UserError, match="epoch 2: the training loss are not finite"):
+        replay.replay_run(cfg, [epochs[0], epochs[1] | {"train_loss": math.nan}])
+    monkeypatch.setattr(replay, "find_switch", lambda *args: int("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        replay.main([str(baseline)])
+
+
+def test_a_table_that_cannot_be_written_is_one_line(baseline, tmp_path, capsys):
+    assert replay.main([str(baseline), "--csv", str(tmp_path / "absent" / "table.csv")]) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: {tmp_path / 'absent' / 'table.csv'} can't be written: No such file or directory\n"
+
+
+@pytest.mark.parametrize("flags, reason", [
+    (["nowhere"], "no run directory nowhere"),
+    ([], "which run?"),
+    (["{}", "--tau", "0"], "tau must be above 0"),
+    (["{}", "--num_windows", "1"], "num_windows must be at least 2"),
+    (["{}", "--rank_rule", "best"], "rank_rule"),
+    (["{}", "--taus", "1"], "unknown flag --taus"),
+    (["{}", "--times", "{}"], "has timed only: full"),
+    (["--ttest", "{}"], "two runs"),
+])  # fmt: skip
 def test_bad_input_is_one_line(baseline, capsys, flags, reason):
     assert replay.main([flag.format(baseline) for flag in flags]) == 2
     err = capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""What a run on several ranks survives: kills, signals, damaged checkpoints, full disks, NaN, ranks that hang or die, bad input."""
+"""What a run on several ranks survives: kills, signals, damaged checkpoints, full disks, NaN, ranks that hang
+or die, bad input."""
 
 import contextlib
 import ctypes
@@ -27,15 +28,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from small_runs import REPO, assert_same, events, weights, without_times
+from test_parallel import PLAIN, watching
 
+import start
 import train
-from model import checkpoint, distributed
+from launch import distributed
+from model import checkpoint
 from model.optim import get_optimizer_state
 from model.parallel import reshard, to_plain
 from model.variants import VARIANTS
 from monitor import logger
-from test_parallel import PLAIN, watching
-from test_train import REPO, assert_same, events, weights, without_times
 
 # 4 steps an epoch, 20 in all: full 1-3 (the test decides), warmup 4, lora 5.
 RUN = [*PLAIN, "--epochs", "5", "--lora_warmup_epochs", "1"]
@@ -97,10 +100,10 @@ def lean():
 
 @contextlib.contextmanager
 def recording(images):
-    build_loader = train.build_loader
+    build_loader = start.build_loader
 
-    def building(*args):
-        loader = build_loader(*args)
+    def building(*args, **kw):
+        loader = build_loader(*args, **kw)
         if loader.train:
             loader.epoch = lambda *a, original=loader.epoch, **kw: watched(original(*a, **kw))
         return loader
@@ -116,7 +119,7 @@ def recording(images):
                 )
                 yield batch, labels
 
-    with mock.patch.object(train, "build_loader", building):
+    with mock.patch.object(start, "build_loader", building):
         yield
 
 
@@ -189,7 +192,8 @@ def assert_same_run(run_dir, reference):
 
 
 class Launcher:
-    """Forks the ranks of a run from a process that has imported all it needs: real processes, with real exit statuses, in a moment."""
+    """Forks the ranks of a run from a process that has imported all it needs: real processes, with real exit
+    statuses, in a moment."""
 
     def __init__(self):
         self.pipe, there = multiprocessing.Pipe()
@@ -201,7 +205,8 @@ class Launcher:
         return self.pipe.recv()
 
     def start(self, ranks, folder, argv, *fault):
-        """Start train.py; rank 1 prints to folder/console_1. Returns the pids, each also the number of a process group."""
+        """Start train.py; rank 1 prints to folder/console_1. Returns the pids, each also the number of a
+        process group."""
         folder.mkdir(exist_ok=True)
         return self.ask(
             "start",
@@ -310,10 +315,10 @@ def before_step(rank, step, do, *args):
     """On one rank, do(*args) as optimiser step `step`, counted from 0, begins."""
     get_lr, todo = train.get_lr, [do]
 
-    def watched(at, *rest):
+    def watched(at, **rest):
         if at == step and todo:
             todo.pop()(*args)
-        return get_lr(at, *rest)
+        return get_lr(at, **rest)
 
     with mock.patch.object(train, "get_lr", watched if int(os.environ["RANK"]) == rank else get_lr):
         yield
@@ -414,7 +419,8 @@ class Killed(BaseException):
 
 
 def save_killed_at(point, save):
-    """Run `save`, and leave everything as SIGKILL would at its `point`-th change to the disk, that change half made; whether it came."""
+    """Run `save`, and leave everything as SIGKILL would at its `point`-th change to the disk, that change
+    half made; whether it came."""
     left = [point]
 
     def cut(function, half):
@@ -471,7 +477,7 @@ def test_no_moment_of_a_save_loses_the_last_complete_checkpoint(tmp_path, first,
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     save = lambda run_dir, step, mark: checkpoint.save(
-        run_dir, model, optimizer, {"step": step, "mark": mark}, pinned=False
+        run_dir, model, optimizer, {"state": {"step": step}, "mark": mark}, pinned=False
     )
     start = tmp_path / "start"
     for step in first:
@@ -490,7 +496,10 @@ def test_no_moment_of_a_save_loses_the_last_complete_checkpoint(tmp_path, first,
         run_dir = shutil.copytree(start, tmp_path / f"{point}")
         killed = save_killed_at(point, lambda: save(run_dir, then, "new"))
         found, meta, _ = checkpoint.find(run_dir)
-        assert found and (meta["step"], meta["mark"]) in [(int(before.name[5:]), "old"), (then, "new")], point
+        assert found and (meta["state"]["step"], meta["mark"]) in [
+            (int(before.name[5:]), "old"),
+            (then, "new"),
+        ], point
         if not killed:
             break
         save(run_dir, then, "again")  # what the resumed run will do
@@ -553,7 +562,7 @@ def test_a_damaged_checkpoint_is_passed_over(stopped, tmp_path, damage):
     assert checkpoint.find(run_dir)[0].name == "step_00000010"
     DAMAGES[damage](run_dir / "checkpoints/step_00000010")
     found, meta, warnings = checkpoint.find(run_dir)
-    assert found.name == "step_00000008" and meta["step"] == 8
+    assert found.name == "step_00000008" and meta["state"]["step"] == 8
     assert (
         len(warnings) == 1
         and "passed over a damaged checkpoint" in warnings[0]
@@ -627,21 +636,22 @@ def test_all_checkpoints_damaged_is_one_error_and_nothing_is_deleted(runs, stopp
 
 @contextlib.contextmanager
 def full_disk(rank, step, what):
-    """From the save of `step` on, one rank's files can't grow beyond 100 bytes, as on a full disk: its shards or, after them, meta.json.
+    """From the save of `step` on, one rank's files can't grow beyond 100 bytes, as on a full disk: its shards
+    or, after them, meta.json.
 
-    Python ignores SIGXFSZ, so a write beyond the limit fails with an OSError, and really so: nothing is mocked.
-    """
+    Python ignores SIGXFSZ, so a write beyond the limit fails with an OSError, and really so: nothing is
+    mocked."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     save, write_json = checkpoint.save, checkpoint.write_json
     fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
 
     def saving(run_dir, model, optimizer, meta, pinned):
-        if what == "shards" and meta["step"] == step:
+        if what == "shards" and meta["state"]["step"] == step:
             fill()
         return save(run_dir, model, optimizer, meta=meta, pinned=pinned)
 
     def writing(path, value):
-        if what == "meta.json" and path.name == what and value["step"] == step:
+        if what == "meta.json" and path.name == what and value["state"]["step"] == step:
             fill()
         return write_json(path, value)
 
@@ -690,7 +700,7 @@ def test_a_disk_that_is_full_for_everything(runs, whole, tmp_path):
             len(errors) == 1 and errors[0].startswith("error: ") and "No space left on device" in errors[0]
         ), first["console"]
         assert "Traceback" not in first["console"] and second["console"] == ""
-        step = checkpoint.find(disk / "run")[1]["step"]
+        step = checkpoint.find(disk / "run")[1]["state"]["step"]
         assert steps_in(disk / "run")[-1] == step < 20 and "No space" not in "".join(
             map(str, events(disk / "run"))
         )
@@ -706,7 +716,8 @@ def test_a_disk_that_is_full_for_everything(runs, whole, tmp_path):
 
 @contextlib.contextmanager
 def poisoned(rank, step):
-    """On one rank, NaN images from optimiser step `step` on; yields the weights and the optimiser's state in memory, at the end."""
+    """On one rank, NaN images from optimiser step `step` on; yields the weights and the optimiser's state in
+    memory, at the end."""
     build_optimizer, normalise, finish = train.build_optimizer, train.normalise, dist.destroy_process_group
     memory, current = {}, []
 
@@ -799,7 +810,7 @@ def test_a_signal_on_one_rank_saves_the_same_step_on_all(runs, whole, tmp_path, 
     assert [len(r["losses"]) for r in before] == [step + 1] * 2
     meta = checkpoint.find(run_dir)[1]
     assert (
-        meta["step"] == step + 1
+        meta["state"]["step"] == step + 1
         and meta["state"]["epoch"] == step // 4
         and meta["state"]["epoch_step"] == step % 4 + 1
     )
@@ -843,9 +854,9 @@ def test_a_signal_with_ffcv(on_ranks, small, tmp_path):
 def test_a_signal_that_came_before_training_is_heeded():
     early = []
     with distributed.StopRequest(early) as stop:
-        assert not stop.on_any_rank(torch.device("cpu"))
+        assert not stop.on_any_process(torch.device("cpu"))
     with distributed.StopRequest([signal.SIGUSR2]) as stop:
-        assert stop.on_any_rank(torch.device("cpu")) and stop.signal == "SIGUSR2"
+        assert stop.on_any_process(torch.device("cpu")) and stop.signal == "SIGUSR2"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
@@ -870,7 +881,7 @@ def test_a_signal_to_all_processes_of_a_rank_spares_its_loader_workers(
     assert processes_of(pids[0]) == processes_of(pids[1]) == []
     assert (
         "rror" not in (run_dir / "logs/rank_0001.log").read_text()
-        and 8 < checkpoint.find(run_dir)[1]["step"] < 20
+        and 8 < checkpoint.find(run_dir)[1]["state"]["step"] < 20
     )
     assert launcher.wait(launcher.start(2, tmp_path, [*argv, "--resume", True])) == [0, 0]
     assert_same_run(run_dir, reference)
@@ -880,7 +891,7 @@ def test_a_signal_to_all_processes_of_a_rank_spares_its_loader_workers(
 def slowed(seconds):
     """Every step takes longer: time for what happens in the middle of an epoch."""
     get_lr = train.get_lr
-    with mock.patch.object(train, "get_lr", lambda *a: time.sleep(seconds) or get_lr(*a)):
+    with mock.patch.object(train, "get_lr", lambda *a, **kw: time.sleep(seconds) or get_lr(*a, **kw)):
         yield
 
 
@@ -970,7 +981,7 @@ def dying_in(rank, name):
         (0, "model.checkpoint.complete"),
         (1, "train.evaluate"),
         (1, "train.switch_phase"),
-        (1, "train.build_loader"),
+        (1, "start.build_loader"),
         (0, "model.checkpoint.find"),
     ],
 )
@@ -983,7 +994,7 @@ def test_a_rank_that_dies_outside_of_a_step(launcher, tmp_path, tiny, rank, name
     assert len(errors) == 1 and "Traceback" not in consoles[1 - rank] and "error" not in consoles[rank], (
         consoles
     )
-    early = name in ("train.build_loader", "model.checkpoint.find")
+    early = name in ("start.build_loader", "model.checkpoint.find")
     assert (tmp_path / "run").exists() != early and (
         early or f"error: rank {rank} did not join " in errors[0]
     ), errors
@@ -994,14 +1005,13 @@ def test_a_rank_that_dies_outside_of_a_step(launcher, tmp_path, tiny, rank, name
 
 @contextlib.contextmanager
 def without_data(rank):
-    build_loader = train.build_loader
+    build_loader = start.build_loader
 
-    def building(loader, dataset, data_dir, *rest):
-        return build_loader(
-            loader, dataset, "nowhere" if int(os.environ["RANK"]) == rank else data_dir, *rest
-        )
+    def building(loader, dataset, data_dir, *rest, **kw):
+        where = "nowhere" if int(os.environ["RANK"]) == rank else data_dir
+        return build_loader(loader, dataset, where, *rest, **kw)
 
-    with mock.patch.object(train, "build_loader", building):
+    with mock.patch.object(start, "build_loader", building):
         yield
 
 
@@ -1063,46 +1073,41 @@ def test_meta_json_says_where_a_run_stands(runs, tmp_path):
     runs(2, run_dir, "--max_steps", 14, "--grad_accum_steps", 2)
     meta = json.loads((run_dir / "checkpoints/step_00000014/meta.json").read_text())
     state, ranks = meta["state"], json.loads((run_dir / "ranks.json").read_text())
-    assert (state["phase"], state["ranks"], meta["step"]) == ("warmup", ranks, 14)
-    assert (state["epoch"], state["epoch_step"], state["phase_epochs"]) == (3, 2, 0)
-    assert meta["order"] == {"seed": 0, "epoch": 3, "next_image": 32}
-    assert meta["rng"] == {"seed": 0, "step": 14, "micro_batches_per_step": 4}
-    assert (
-        meta["loader"] == "folder"
-        and meta["train_images"] == 64
-        and meta["world_size"] == 2
-        and meta["mesh"] == {"dp_shard": 2}
-    )
-    assert (
-        meta["config"].keys() == {f.name for f in dataclasses.fields(train.Config)}
-        and meta["config"]["batch_size"] == 16
-    )
-    assert meta["versions"]["torch"] == torch.__version__ and {"python", "cuda"} <= meta["versions"].keys()
+    assert (state["phase"], state["ranks"], state["step"]) == ("warmup", ranks, 14)
+    assert (state["epoch"], state["epoch_step"]) == (3, 2)
+    assert meta.keys() == {"state", "config", "train_images", "pinned"} and meta["train_images"] == 64
+    assert meta["config"].keys() == {f.name for f in dataclasses.fields(train.Config)}
+    assert meta["config"]["batch_size"] == 16
+    started = events(run_dir, "start")[0]
+    assert started["versions"]["torch"] == torch.__version__ and started["world_size"] == 2
+    assert {"python", "cuda"} <= started["versions"].keys()
     epochs = events(run_dir, "epoch")
     assert len(epochs) == 3 and "monitor" not in meta  # the log is its state
-    assert meta["state"]["metrics_bytes"] == (run_dir / "metrics.jsonl").stat().st_size
+    assert state["metrics_bytes"] == (run_dir / "metrics.jsonl").stat().st_size
+    assert state["steps_bytes"] == (run_dir / "steps.jsonl").stat().st_size
 
 
 # ---- kills
 
 
 def after_a_kill(run_dir):
-    """(step of the last complete checkpoint, whether a save was under way), having checked what must be there: saves come every
-    4 steps, those of 12 and 16 stay, and so do the last two."""
+    """(step of the last complete checkpoint, whether a save was under way), having checked what must be
+    there: saves come every 4 steps, those of 12 and 16 stay, and so do the last two."""
     found, meta, warnings = checkpoint.find(run_dir)
-    last, steps, folder = meta["step"] if found else 0, steps_in(run_dir), run_dir / "checkpoints"
+    last, steps, folder = meta["state"]["step"] if found else 0, steps_in(run_dir), run_dir / "checkpoints"
     assert {step for step in (last, last - 4, 12, 16) if 0 < step <= last} <= set(steps) and (
         found is None or found == checkpoint.latest(run_dir)
     )
     assert warnings == [] and all(
-        checkpoint.verify(folder / f"step_{step:08d}")["step"] == step for step in steps
+        checkpoint.verify(folder / f"step_{step:08d}")["state"]["step"] == step for step in steps
     )
     return last, bool(list(folder.glob("step_*.tmp"))) or last < max(steps, default=0)
 
 
 @slow
 def test_twenty_kills(launcher, tiny, tmp_path):
-    """At random moments of the run, every other one in a save. Nothing complete is lost, and what comes out is the same to the bit."""
+    """At random moments of the run, every other one in a save. Nothing complete is lost, and what comes out
+    is the same to the bit."""
     argv = [*RUN, *RANDOM, "--data_dir", tiny, "--resume", True, "--run_dir"]
     reference, start = tmp_path / "reference", time.monotonic()
     assert launcher.wait(launcher.start(2, tmp_path, [*argv, reference])) == [0, 0]
@@ -1192,7 +1197,7 @@ def test_killed_and_told_to_stop_under_torchrun(tiny, tmp_path):
         process.wait() != 0
         and "rror" not in (run_dir / "logs/rank_0001.log").read_text().split("starts on")[-1]
     )
-    third = checkpoint.find(run_dir)[1]["step"]
+    third = checkpoint.find(run_dir)[1]["state"]["step"]
     assert third >= 12 and checkpoint.read_meta(checkpoint.latest(run_dir))["state"]["epoch_step"] == (
         third % 4 or 4
     )

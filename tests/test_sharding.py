@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import sharding as bench
+from launch import distributed
 from lora.inject import init_adapters
-from model import distributed, parallel
+from model import parallel
 from model.optim import build_optimizer
 from model.parallel import build_mesh
 from model.variants import VARIANTS
