@@ -1,0 +1,421 @@
+"""Where a run begins: killed and resumed, stopped and gone on, forked from another, and what is refused."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import (
+    EPOCHS,
+    FREEZE,
+    REPO,
+    STEPS,
+    SWITCH,
+    TOTAL_STEPS,
+    argv,
+    assert_same,
+    assert_same_run,
+    events,
+    get_error,
+    get_steps,
+    no_figures,  # noqa: F401 (a fixture)
+    resume,
+    run,
+    saved_at,
+    weights,
+    without_times,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from lora.ranks import assign_ranks, count_parameters
+from model import checkpoint
+from model.variants import LORA_FAMILIES
+from start import count_base
+
+slow = pytest.mark.slow
+
+
+def get_epoch_steps_in_tensorboard(run_dir) -> list[int]:
+    tb = EventAccumulator(str(run_dir / "tb"))
+    tb.Reload()
+    return [scalar.step for scalar in tb.Scalars("train/loss")]
+
+
+EACH_EPOCH_ONCE = list(range(STEPS, TOTAL_STEPS + 1, STEPS))
+
+# ---- kills and resumes
+
+
+def get_epochs_of_a_killed_run(run_dir) -> list[str]:
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.exists():
+        return []
+    return [line for line in metrics.read_text().splitlines() if '"event": "epoch"' in line]
+
+
+def kill_in(phase, command, run_dir):
+    """Start a run and SIGKILL it once its first epoch of `phase` is logged: it is saving then, or in the next
+    epoch."""
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while f'"phase": "{phase}"' not in "".join(get_epochs_of_a_killed_run(run_dir)):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(get_epochs_of_a_killed_run(run_dir)) < EPOCHS
+
+
+@pytest.mark.parametrize(
+    "phase", [pytest.param("full", marks=slow), "warmup", pytest.param("lora", marks=slow)]
+)
+def test_killed_and_resumed_is_the_same_to_the_bit(small, reference, tmp_path, phase):
+    run_dir = tmp_path / "run"
+    kill_in(phase, [sys.executable, "train.py", *argv(small, run_dir)], run_dir)
+    run(small, run_dir, "--resume", True)
+    assert_same_run(run_dir, reference)
+
+
+@slow
+@pytest.mark.parametrize("phase", ["full", "warmup", "lora"])
+def test_killed_and_resumed_compiled_with_ffcv(small, tmp_path, phase):
+    pytest.importorskip("ffcv")
+    flags = "--compile True --loader ffcv --num_workers 1".split()
+    whole, cut = (
+        [sys.executable, "train.py", *argv(small, tmp_path / name, *flags)] for name in ("whole", "cut")
+    )
+    subprocess.run(whole, cwd=REPO, check=True, capture_output=True)
+    kill_in(phase, cut, tmp_path / "cut")
+    subprocess.run([*cut, "--resume", "True"], cwd=REPO, check=True, capture_output=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_stop_in_mid_epoch_and_go_on(small, reference, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert train.main(argv(small, run_dir, "--max_steps", 5)) == 0
+    assert "stopped at step 5" in capsys.readouterr().out
+    for steps in (15, SWITCH * STEPS, 27):  # in mid-epoch, at the switch, in mid-warmup
+        run(small, run_dir, "--max_steps", steps, "--resume", True)
+        assert checkpoint.read_meta(checkpoint.latest(run_dir))["state"]["step"] == steps
+        assert resume(run_dir) == 0  # nothing to do, and it says how to go on
+        assert f"--max_steps None goes on to {TOTAL_STEPS}" in capsys.readouterr().out
+    run(small, run_dir, "--max_steps", None, "--resume", True)
+    assert_same_run(run_dir, reference)
+    assert get_epoch_steps_in_tensorboard(run_dir) == EACH_EPOCH_ONCE  # none lost, none doubled
+
+
+def test_extended_after_its_last_epoch_in_warmup(small, tmp_path):
+    """A run that ends with a phase goes on with the next one. (Its schedule was shorter, so it isn't the
+    reference run.)"""
+    run(small, tmp_path, "--epochs", FREEZE)
+    run(small, tmp_path, "--epochs", FREEZE + 1, "--resume", True)
+    phases = [epoch["phase"] for epoch in events(tmp_path, "epoch")]
+    assert phases == ["full"] * 3 + ["warmup"] * 2 + ["lora"]
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """A run of three epochs that began with --resume True and an empty folder, and was extended to four."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    run(small, run_dir, "--epochs", 3, "--resume", True)
+    return run_dir
+
+
+def test_a_run_that_is_there_is_left_alone(small, finished, capsys):
+    assert train.main(argv(small, finished)) == 2
+    reason = f"{finished} already holds a run: continue it with --resume True or choose another --run_dir"
+    assert get_error(capsys) == f"error: {reason}\n"
+
+
+def test_a_finished_run_prints_its_table_and_trains_nothing(finished, tmp_path, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    # a preset may say it too
+    (tmp_path / "preset.py").write_text(f"resume = True\nrun_dir = {str(finished)!r}\n")
+    for args in ([str(tmp_path / "preset.py")], ["--run_dir", str(finished), "--resume", "True"]):
+        assert train.main(args) == 0
+        out = capsys.readouterr().out
+        assert f"is done: {3 * STEPS} steps" in out and "full" in out
+    assert (finished / "metrics.jsonl").read_bytes() == before and len(events(finished, "epoch")) == 3
+
+
+@pytest.fixture
+def longer(finished, tmp_path):
+    """A copy of it, to go on with."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_resumed_run_takes_the_stored_config_and_explicit_flags(longer, capsys):
+    assert resume(longer, "--tau", 70, "--epochs", 4) == 0
+    assert "resume: tau = 70.0 overrides the stored 90.0" in capsys.readouterr().err
+    assert len(events(longer, "epoch")) == 4 and json.loads((longer / "config.json").read_text())["tau"] == 70
+    # another model, data set, order: refused
+    changed = "seed 5, batch_size 60, mode full, train_samples 110, window_epochs 2, rank_max 16".split(", ")
+    for flag in changed:
+        name, value = flag.split()
+        assert resume(longer, f"--{name}", value) == 2
+        assert f"was trained with {name} =" in get_error(capsys)
+    assert resume(longer, "--epochs", 3) == 2
+    assert "is past the end of 3 epochs" in get_error(capsys)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", '{"epochs": "nine"}'),
+        ("config.json", '{"epoch": 9}'),
+        ("checkpoints/step_00000018/meta.json", "{}"),
+        ("metrics.jsonl", ""),
+        ("steps.jsonl", ""),
+    ],
+)
+def test_a_damaged_file_is_named(longer, capsys, name, text):
+    (longer / name).write_text(text)
+    assert resume(longer, "--epochs", 5) == 2
+    assert str(longer / name) in get_error(capsys)
+
+
+def test_a_missing_log_is_named(longer, capsys):
+    (longer / "steps.jsonl").unlink()
+    assert resume(longer, "--epochs", 5) == 2
+    assert f"{longer}/steps.jsonl is missing" in get_error(capsys)
+
+
+def test_a_data_set_of_another_size_under_the_same_name(small, tmp_path, capsys):
+    run(small, tmp_path / "run", "--train_samples", None, "--batch_size", 100, "--max_steps", 1)
+    for split in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            name = Path("FashionMNIST/raw") / f"{split}-{kind}-ubyte"
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes((small / name.parent / f"t10k-{kind}-ubyte").read_bytes())
+    capsys.readouterr()
+    assert resume(tmp_path / "run", "--data_dir", tmp_path) == 2
+    assert "was trained on 600 images" in get_error(capsys)
+
+
+def test_killed_before_the_first_checkpoint_starts_over(small, reference, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text((reference / "config.json").read_text())
+    (run_dir / "metrics.jsonl").write_text('{"event": "start"}\n{"event": "ep')
+    (run_dir / "steps.jsonl").write_text('{"step": 1, "epoch": 1, "lo')
+    run(small, run_dir, "--resume", True, "--max_steps", STEPS)
+    assert without_times(events(run_dir, "epoch")) == without_times(events(reference, "epoch")[:1])
+    assert get_steps(run_dir) == get_steps(reference)[:STEPS]
+
+
+# ---- forks
+
+FORK = ("--mode", "prelora", "--fork")  # the rest is as in the source
+
+
+@pytest.mark.parametrize("epoch", ["", pytest.param("@3", marks=slow), "@1"])
+def test_a_fork_is_the_uninterrupted_run_to_the_bit(small, reference, baseline, tmp_path, epoch):
+    """The reference's settings, its full phase shared with the baseline up to the switch (found by itself, or
+    named), or in part."""
+    run_dir = tmp_path / "fork"
+    records = run(small, run_dir, *FORK, f"{baseline}{epoch}")
+    start = int(epoch[1:] or SWITCH)
+    assert [(r["epoch"], r["phase"]) for r in records if r["event"] == "start"] == [(start, "full")]
+
+    def without_evaluation(records):  # the baseline was evaluated every third epoch only
+        return [
+            {key: value for key, value in record.items() if not key.startswith("val_")}
+            for record in without_times(records)
+        ]
+
+    assert without_evaluation(records) == without_evaluation(events(reference))
+    epochs = [record for record in records if record["event"] == "epoch"]
+    assert epochs[:start] == events(baseline, "epoch")[:start]  # their times too
+    assert_same(weights(run_dir), weights(reference))
+    assert get_steps(run_dir) == get_steps(reference)[start * STEPS :]  # its own ones
+    assert get_epoch_steps_in_tensorboard(run_dir) == EACH_EPOCH_ONCE
+
+
+def test_a_fork_decides_by_its_own_settings(small, baseline, tmp_path):
+    """Other windows, families and rules than the source's: what counts is the logged norms."""
+    run_dir = tmp_path / "fork"
+    flags = (
+        "--mode prelora --tau 90 --zeta 90 --num_windows 2 --window_epochs 2 --lora_warmup_epochs 0 "
+        "--target_modules fc2 q --epochs 8"
+    ).split()
+    assert train.main(["--fork", str(baseline), "--run_dir", str(run_dir), *flags]) == 0
+    config, epochs = json.loads((run_dir / "config.json").read_text()), events(run_dir, "epoch")
+    # without a preset the source's settings are taken
+    assert config["batch_size"] == 20 and config["fork"] == str(baseline)
+    # windows 3-4 and 5-6: the first overlaps the learning rate's warmup
+    assert [epoch["phase"] for epoch in epochs] == ["full"] * 6 + ["lora"] * 2
+    assert all(list(epoch["weight_norms"]) == ["fc2", "q"] for epoch in epochs)
+    norms = [epoch["weight_norms"] for epoch in events(baseline, "epoch")]
+    by_hand = {}
+    for family in ("fc2", "q"):
+        before, last = (np.mean([norms[first][family], norms[first + 1][family]], axis=0) for first in (2, 4))
+        by_hand[family] = (100 * (last / before - 1)).tolist()
+    assert epochs[-1]["adapter_norms"].keys() == {"fc2", "q"}
+    assert json.loads((run_dir / "ranks.json").read_text()) == assign_ranks(by_hand, 4, 32)
+
+
+def test_a_fork_can_be_killed_and_resumed(small, reference, baseline, tmp_path):
+    run_dir = tmp_path / "fork"
+    run(small, run_dir, *FORK, f"{baseline}@3", "--max_steps", 20)
+    run(small, run_dir, *FORK, f"{baseline}@3", "--max_steps", None, "--resume", True)
+    assert_same(weights(run_dir), weights(reference))
+    assert [epoch["epoch"] for epoch in events(run_dir, "epoch")] == list(range(1, EPOCHS + 1))
+    assert get_steps(run_dir) == get_steps(reference)[SWITCH * STEPS :]
+    killed = tmp_path / "killed"  # before its first checkpoint: it starts over, from the fork
+    killed.mkdir()
+    for name in ("config.json", "metrics.jsonl", "steps.jsonl"):
+        (killed / name).write_bytes((run_dir / name).read_bytes())
+    run(small, killed, "--resume", True, "--max_steps", SWITCH * STEPS + 1)
+    assert events(killed, "start")[0]["epoch"] == SWITCH
+
+
+def test_forks_after_the_switch(small, reference, tmp_path, capsys):
+    """From a PreLoRA run: what lies ahead may differ, what was done may not."""
+    flags = "--lora_warmup_epochs 3 --lora_trainable adapters+rest".split()
+    longer = run(small, tmp_path / "longer", "--fork", f"{reference}@{FREEZE}", *flags)
+    assert [record["epoch"] for record in longer if record["event"] == "switch"] == [3, 6]
+    assert longer[-1]["trainable_params"] > events(reference, "epoch")[-1]["trainable_params"]
+    flags = "--switch_epoch 5 --epochs 6".split()
+    later = run(small, tmp_path / "later", "--fork", str(reference), *flags)
+    # not what came after its own switch
+    starts = [(record["epoch"], record["phase"]) for record in later if record["event"] == "start"]
+    assert starts == [(SWITCH, "full")]
+    assert [record["epoch"] for record in later if record["event"] == "switch"] == [5]
+    capsys.readouterr()
+    for flags, reason in (
+        ("--tau 1e-6", "comes after a switch at epoch 3, these settings switch later"),
+        ("--switch_epoch 2", "comes after a switch at epoch 3, these settings switch after epoch 2"),
+        ("--lora_warmup_epochs 1", "2 epochs into its warmup, which lora_warmup_epochs = 1 would have ended"),
+        ("--rank_max 16", "trained with rank_max = 32"),
+        ("--mode full", "trained with mode = prelora"),
+    ):
+        fork = f"{reference}@{FREEZE}"
+        assert train.main(argv(small, tmp_path / "bad", "--fork", fork, *flags.split())) == 2
+        assert reason in get_error(capsys)
+
+
+@pytest.mark.parametrize(
+    "fork, flags, reason",
+    [
+        ("nowhere", "", "no run nowhere to fork from"),
+        ("{}@abc", "", "full@abc to fork from (--fork RUN, or RUN@epoch with a whole number)"),
+        ("", "", "fork is empty"),
+        ("{}@99", "", "keeps no checkpoint of epoch 99; it keeps those of 1, 2, 3"),
+        (
+            "{}@4",
+            "",
+            "keeps no checkpoint of epoch 4 that these settings share: they switch after epoch 3; it keeps",
+        ),
+        ("{}@7", "--mode full", "of epoch 7 that these settings share: they end after epoch 7"),
+        ("{}@3", "--max_steps 18", "of epoch 3 that these settings share: they end after epoch 3"),
+        ("{}", "--model Ti/16 --rank_max 64", "patches of 16"),
+        ("{}", "--batch_size 60", "trained with batch_size = 20, it can't go on with 60"),
+        ("{}", "--train_samples 110", "trained with train_samples = 120"),
+        ("{}", "--mode lora", "is in its full phase, mode lora has none"),
+    ],
+)
+def test_bad_forks_are_one_line(small, baseline, tmp_path, capsys, fork, flags, reason):
+    assert train.main(argv(small, tmp_path / "run", *FORK, fork.format(baseline), *flags.split())) == 2
+    assert reason in get_error(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def source(baseline, tmp_path):
+    """A copy of the baseline, to damage."""
+    return Path(shutil.copytree(baseline, tmp_path / "source", symlinks=True))
+
+
+def test_a_fork_of_a_damaged_run_is_one_line(small, source, tmp_path, capsys):
+    metrics = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
+    unnamed = "".join(metrics).replace('"weight_norms"', '"norms"')
+    not_a_number = re.sub(r'"train_loss": [0-9.]+', '"train_loss": NaN', "".join(metrics))
+    damaged = [
+        # the start and two epochs
+        ("metrics.jsonl", "".join(metrics[:3]), "does not hold the epochs 1 to 3"),
+        ("metrics.jsonl", "".join(metrics[:2] + metrics[3:]), "does not hold the epochs 1 to 3"),
+        ("metrics.jsonl", unnamed, "has no weight norms of q, k, v"),
+        ("metrics.jsonl", not_a_number, "training loss are not finite"),
+        ("checkpoints/step_00000018/meta.json", "{}", "keeps no checkpoint of epoch 3;"),
+        # rolled back by hand: what came later is gone
+        ("checkpoints/latest", "step_00000012", "keeps no checkpoint of epoch 3;"),
+    ]
+    for name, text, reason in damaged:
+        whole = (source / name).read_text()
+        (source / name).write_text(text)
+        assert train.main(argv(small, tmp_path / "run", *FORK, f"{source}@3")) == 2
+        assert reason in get_error(capsys)
+        (source / name).write_text(whole)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fork_says_what_is_different_and_outlives_its_source(small, source, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    run(small, run_dir, *FORK, f"{source}@2", "--seed", 7, "--max_steps", 13)
+    notes = events(run_dir, "start")[0]["notes"]
+    assert sorted(notes) == [
+        f"fork: mode = prelora, {source} had full",
+        f"fork: seed = 7, {source} had 0",
+    ]
+    assert "fork: seed = 7" in capsys.readouterr().err
+    shutil.rmtree(source)
+    assert resume(run_dir, "--fork", f"{source}@2", "--max_steps", 18) == 0
+    assert [epoch["epoch"] for epoch in events(run_dir, "epoch")] == [1, 2, 3]
+
+
+# ---- the ablations' options, on forks
+
+
+@pytest.mark.parametrize("kept", ["keep", "reset"])
+def test_optimizer_at_switch(small, baseline, tmp_path, kept):
+    """Step counts of the moments: the base's after the warmup, the adapters' after the LoRA phase's first
+    epoch."""
+    flags = ["--optimizer_at_switch", kept, "--epochs", FREEZE + 1]
+    run(small, tmp_path / "run", *FORK, f"{baseline}@3", *flags)
+    freeze, last = saved_at(tmp_path / "run", FREEZE * STEPS), weights(tmp_path / "run")
+    steps = lambda saved, name: saved[f"optimizer.{name}.step"].item()
+    assert steps(freeze, "blocks.0.attn.qkv.weight") == {"keep": 5 * STEPS, "reset": 2 * STEPS}[kept]
+    assert steps(freeze, "blocks.0.attn.qkv.lora_A") == 2 * STEPS
+    assert steps(last, "blocks.0.attn.qkv.lora_A") == {"keep": 3 * STEPS, "reset": STEPS}[kept]
+
+
+def test_lora_rewarm_steps(small, reference, baseline, tmp_path):
+    run_dir = tmp_path / "run"
+    flags = ["--lora_rewarm_steps", 8, "--max_steps", FREEZE * STEPS + 2]
+    run(small, run_dir, *FORK, f"{baseline}@3", *flags)
+    run(small, run_dir, "--resume", True, "--max_steps", None)  # in mid-rewarm
+    plain, rewarmed = ([epoch["lr"] for epoch in events(d, "epoch")] for d in (reference, run_dir))
+    assert rewarmed[:FREEZE] == plain[:FREEZE] and rewarmed[FREEZE + 1 :] == plain[FREEZE + 1 :]
+    # the epoch's last step is the 6th since the freeze
+    assert rewarmed[FREEZE] == pytest.approx(plain[FREEZE] * 6 / 8)
+    lrs = [[record["lr"] for record in get_steps(d)][-2 * STEPS :] for d in (reference, run_dir)]
+    factors = [now / before for before, now in zip(*lrs)]
+    assert factors == pytest.approx([n / 8 for n in range(1, 9)] + [1.0] * 4)
+
+
+def test_rank_rules_use_what_minmax_uses(small, baseline, tmp_path):
+    def choose(name, *flags):
+        flags = [*flags, "--max_steps", SWITCH * STEPS + 1]
+        return run(small, tmp_path / name, *FORK, f"{baseline}@3", *flags)[-1]["ranks"]
+
+    minmax, uniform, budget = (choose(rule, "--rank_rule", rule) for rule in ("minmax", "uniform", "budget"))
+    costs = {family: [5 * 64 if "fc" in family else 2 * 64] * 4 for family in LORA_FAMILIES}
+    cfg = train.Config(dtype="float32", compile=False)
+    base = events(baseline, "epoch")[0]["trainable_params"]
+    assert count_base(cfg, train.build_net(cfg)) == (base, costs)
+    allowed = count_parameters(minmax, costs)
+    for ranks in (uniform, budget):
+        assert 0.9 * allowed < count_parameters(ranks, costs) <= allowed and ranks != minmax
+    count_different = lambda ranks: len({rank for layers in ranks.values() for rank in layers})
+    assert count_different(uniform) == 1 < count_different(budget)
+    share = choose("share", "--rank_rule", "budget", "--rank_budget", 0.1)
+    assert 0.09 * base < count_parameters(share, costs) <= 0.1 * base
