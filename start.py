@@ -220,7 +220,8 @@ def get_config(cfg, path: Path, meta: dict):
 
 
 def read_state(meta: dict, path: Path) -> State:
-    """The State in the meta of the checkpoint at `path`. Raises UserError if it is damaged."""
+    """The State in the meta of the checkpoint at `path`. Raises UserError if the meta is damaged."""
+    checkpoint.check_meta(path, meta)
     try:
         return State(**meta["state"])
     except TypeError as error:

@@ -45,8 +45,8 @@ REPO = Path(__file__).parent.parent
 # and head matter.
 RUN = (
     "--loader folder --num_workers 0 --train_samples 64 --epochs 7 --batch_size 16 --lr 1e-2 "
-    "--lr_warmup_steps 4 --dtype float32 --compile False --tau 90 --zeta 90 --num_windows 2 --window_epochs 1 "
-    "--lora_warmup_epochs 2 --rank_min 4 --rank_max 32 --keep_every 1 --eval_every 7"
+    "--lr_warmup_steps 4 --dtype float32 --compile False --tau 90 --zeta 90 --num_windows 2 "
+    "--window_epochs 1 --lora_warmup_epochs 2 --rank_min 4 --rank_max 32 --keep_every 1 --eval_every 7"
 ).split()
 BF16 = (
     "--dtype bfloat16 --lora_alpha 16 --lora_scaling rslora --target_modules q v fc2 "
@@ -240,10 +240,10 @@ def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
     )
     rounded = [name for name, t in stored(path).items() if t.dtype == torch.bfloat16 and not is_adapter(name)]
     total = sum(p.numel() for p in model.parameters())
-    assert (
-        f"base precision: {f'bfloat16 for {sum(exact[n].numel() for n in rounded):,} of its {total:,}' if rounded else 'float32'}"
-        in card
+    said = (
+        f"bfloat16 for {sum(exact[n].numel() for n in rounded):,} of its {total:,}" if rounded else "float32"
     )
+    assert f"base precision: {said}" in card
     assert (
         bool(rounded) == (run == "bf16") and "patch_embed.proj.weight" not in rounded
     )  # adapters+rest: it is trained, so not rounded

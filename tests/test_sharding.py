@@ -1,5 +1,5 @@
-"""bench.py's wire and memory: their bytes against arithmetic on shapes, against processes that really send and
-really allocate, and against what they say where the sharding is wrong on purpose."""
+"""bench.py's wire and memory: their bytes against arithmetic on shapes, against processes that really send
+and really allocate, and against what they say where the sharding is wrong on purpose."""
 
 import contextlib
 import itertools
