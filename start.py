@@ -16,7 +16,15 @@ from data.loader import Loader, build_loader
 from data.staging import get_staged_dir, stage
 from errors import UserError
 from files import write_json
-from launch.distributed import gather, get_host, get_world_rank, get_world_size, once_per_node, together
+from launch.distributed import (
+    describe_places,
+    gather,
+    get_host,
+    get_world_rank,
+    get_world_size,
+    once_per_node,
+    together,
+)
 from lora.inject import match_families, rank_costs
 from lora.ranks import choose_ranks
 from model import checkpoint
@@ -138,6 +146,8 @@ def open_log(cfg, start: Start, last_step: int) -> RunLogger:
     log.epochs = on_process_0(list, log.epochs)
     for record in start.records:
         log.copy(record)
+    if len(start.hosts) > 1:
+        log.message(describe_places(start.hosts))
     for note in start.notes:
         log.message(note)
     for sentence in start.passed_over:
