@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_runs
 import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from small_runs import REPO, events, no_figures, weights  # noqa: F401 (a fixture)
+from small_runs import REPO, events, no_figures  # noqa: F401 (a fixture)
 
 import evaluate
 import export
@@ -43,18 +44,18 @@ from model import checkpoint, pretrained, sources
 from model.huggingface import from_huggingface, to_huggingface
 from model.vit import VisionTransformer
 
-# 4 steps an epoch: full 1-3 (the test decides), warmup 4-5, lora 6-7. A high learning rate, so that adapters
+# 2 steps an epoch: full 1-3 (the test decides), warmup 4-5, lora 6-7. A high learning rate, so that adapters
 # and head matter.
 RUN = (
-    "--loader folder --num_workers 0 --train_samples 64 --epochs 7 --batch_size 16 --lr 1e-2 "
-    "--lr_warmup_steps 4 --dtype float32 --compile False --tau 90 --zeta 90 --num_windows 2 "
+    "--loader folder --num_workers 0 --train_samples 32 --epochs 7 --batch_size 16 --lr 1e-2 "
+    "--lr_warmup_steps 2 --dtype float32 --compile False --tau 90 --zeta 90 --num_windows 2 "
     "--window_epochs 1 --lora_warmup_epochs 2 --rank_min 4 --rank_max 32 --keep_every 1 --eval_every 7"
 ).split()
 BF16 = (
     "--dtype bfloat16 --lora_alpha 16 --lora_scaling rslora --target_modules q v fc2 "
     "--lora_trainable adapters+rest"
 ).split()
-ENDS = {"full": 12, "warmup": 20, "lora": 28}  # the last step of each phase
+ENDS = {"full": 6, "warmup": 10, "lora": 14}  # the last step of each phase
 STATIC = "--mode lora --epochs 2 --eval_every 1".split()
 DATA = DATASETS["fashion_mnist"]
 ZERO = 1e-30  # a learning rate that leaves every weight as it is
@@ -121,7 +122,7 @@ def to_input(images):
 
 @torch.no_grad()
 def trained_logits(path, images):
-    """What the run's own model computes in float32, adapters unmerged, its weights read from the checkpoint."""
+    """What the run's own model computes in float32, adapters unmerged, its weights read back."""
     meta = checkpoint.read_meta(path)
     cfg = dataclasses.replace(typed_config(train.Config, meta["config"], ""), dtype="float32", compile=False)
     model = train.build_model(cfg, meta["state"]["phase"], meta["state"]["ranks"], "cpu").eval()
@@ -131,7 +132,7 @@ def trained_logits(path, images):
 
 def stored(path):
     """The model's tensors in a checkpoint, in the types they lie there in."""
-    tensors = weights(None, path)
+    tensors = small_runs.weights(None, path)
     return {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
 
 
@@ -244,7 +245,7 @@ def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
     assert ("Trained as static LoRA" if run == "static" else "Trained with PreLoRA") in card and (
         "are no adapters yet" in card
     ) == (phase == "full")
-    assert "64 training images of 28 pixels" in card and "on 32 validation images" in card
+    assert "32 training images of 28 pixels" in card and "on 32 validation images" in card
     assert config["label_names"][0] == "T-shirt/top" and sorted(os.listdir(out)) == [
         "README.md",
         "config.json",
@@ -263,7 +264,7 @@ def change_meta(path, **config):
 @pytest.fixture
 def checkpoint_alone(runs, tmp_path):
     """A checkpoint of the lora phase without the run around it."""
-    return Path(shutil.copytree(runs.at("plain", "lora"), tmp_path / "alone/checkpoints/step_00000028"))
+    return Path(shutil.copytree(runs.at("plain", "lora"), tmp_path / "alone/checkpoints/step_00000014"))
 
 
 def test_a_card_says_what_is_known(runs, checkpoint_alone, tmp_path, monkeypatch):
@@ -275,7 +276,7 @@ def test_a_card_says_what_is_known(runs, checkpoint_alone, tmp_path, monkeypatch
     logged = f"top-1 {events(runs['plain'], 'epoch')[-1]['val_top1']:.2f} %"
     (tmp_path / "link").symlink_to(runs.at("plain", "lora"))
     monkeypatch.chdir(runs.at("plain", "lora").parent)
-    for target in (runs["plain"], tmp_path / "link", "step_00000028"):  # the log is found
+    for target in (runs["plain"], tmp_path / "link", "step_00000014"):  # the log is found
         text = card(target)
         assert "full: epochs 1 to 3; warmup: epochs 4 to 5; lora: epochs 6 to 7" in text and logged in text
     assert "not evaluated" in card(runs.at("plain", "warmup"))
@@ -638,13 +639,13 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(runs, tmp_path, capsys):
     assert (
         status == 0
         and "passed over a damaged checkpoint" in out
-        and json.loads(out.splitlines()[-1])["step"] == 24
+        and json.loads(out.splitlines()[-1])["step"] == 12
     )
     for main, flags in ((evaluate.main, []), (export.main, ["--format", "timm", "--out", tmp_path / "out"])):
         status, _, err = run_main(main, [newest, *flags], capsys)
         assert status == 2 and "is cut short" in err and err.count("\n") == 1
     status, out, _ = run_main(export.main, [run_dir, "--format", "timm", "--out", tmp_path / "out"], capsys)
-    assert status == 0 and "passed over" in out and "step_00000024" in out
+    assert status == 0 and "passed over" in out and "step_00000012" in out
 
 
 # ---- evaluate
@@ -813,6 +814,7 @@ def test_a_bug_is_a_traceback(runs, tmp_path, monkeypatch, main, module):
 
     def build(*args, **options):
         first, second = 1, 2, 3
+        return first or second
 
     monkeypatch.setattr(module, "build_loader", build)
     flags = ["--format", "timm", "--out", str(tmp_path / "out")] if module is export else []
@@ -863,7 +865,7 @@ def deit(tmp_path, monkeypatch):
 
 def test_evaluate_timms_own(deit, monkeypatch, capsys):
     """DeiT's images are normalised by ImageNet's mean and standard deviation, ours by 0.5."""
-    monkeypatch.setitem(synthetic.SIZES, "val", 16)
+    monkeypatch.setitem(synthetic.SIZES, "val", 8)
     argv = [
         "timm:deit_tiny_patch16_224.fb_in1k",
         "--dataset",
@@ -871,17 +873,17 @@ def test_evaluate_timms_own(deit, monkeypatch, capsys):
         "--loader",
         "synthetic",
         "--batch_size",
-        "8",
+        "4",
     ]
     status, out, err = run_main(evaluate.main, argv, capsys)
     assert status == 0, err
     got = json.loads(out.splitlines()[-1])
     assert (
         got["model"] == "Ti/16"
-        and got["images"] == 16
+        and got["images"] == 8
         and "the difference is in the patch embedding now" in out
     )
-    loader = build_loader("synthetic", "imagenet", "", "val", 8, 0)
+    loader = build_loader("synthetic", "imagenet", "", "val", 4, 0)
     assert deit.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
     loss = {"theirs": 0, "ours": 0}
     with torch.no_grad():
