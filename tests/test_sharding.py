@@ -125,27 +125,38 @@ def real_wire(model, asked):
     return counts
 
 
-LARGEST = {64: "all-gather", 4: "reduce-scatter", 1: "all-reduce"}  # dp_shard -> what must be there
+LARGEST = {16: "all-gather", 4: "reduce-scatter", 1: "all-reduce"}  # dp_shard -> what must be there
 
 
 def test_wire_is_what_the_shapes_say(on_ranks):
-    asked = [(64, case, "mixed") for case in CASES] + [(4, "lora, base sharded", "64"), (1, "warmup", "64")]
-    (rows,) = on_ranks(1, fake_wire, "tiny/2", 64, asked)
+    off_the_wire = (16, "lora, base replicated", "8")
+    asked = [(16, "full", "64"), (16, "lora, base sharded", "mixed"), off_the_wire]
+    asked += [(4, "lora, base sharded", "64"), (1, "warmup", "64")]
+    (rows,) = on_ranks(1, fake_wire, "tiny/2", 16, asked)
     for row, (counted, expected) in zip(asked, rows, strict=True):
         assert counted == pytest.approx(expected), row
         assert counted[LARGEST[row[0]]] > 0, row
     # control: the adapters' own padding is in the count
-    alone = [(64, "lora, base replicated", "mixed")]
-    (((padded, expected),),) = on_ranks(1, fake_wire, "tiny/2", 64, alone, True)
+    (((padded, expected),),) = on_ranks(1, fake_wire, "tiny/2", 16, [off_the_wire], True)
     assert padded == pytest.approx(expected) and sum(padded.values()) > 1.2 * sum(rows[2][0].values())
 
 
-def test_wire_of_real_processes_is_that_of_fake_ones(on_ranks):
-    asked = [(2, case, "mixed") for case in CASES if case != "warmup"] + [(1, "warmup", "64")]
-    (fake,) = on_ranks(1, fake_wire, "tiny/2", 2, asked)
+ALL_BUT_WARMUP = [(2, case, "mixed") for case in CASES if case != "warmup"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [(2, "lora, base sharded", "mixed"), (1, "warmup", "64")],
+        pytest.param(ALL_BUT_WARMUP, marks=pytest.mark.slow),
+    ],
+)
+def test_wire_of_real_processes_is_that_of_fake_ones(on_ranks, asked):
+    (faked,) = on_ranks(1, fake_wire, "tiny/2", 2, asked)
     for real in on_ranks(2, real_wire, "tiny/2", asked):
-        assert real == [counted for counted, _ in fake]
-    assert all(counted == pytest.approx(expected) and sum(counted.values()) > 0 for counted, expected in fake)
+        assert real == [counted for counted, _ in faked]
+    for counted, expected in faked:
+        assert counted == pytest.approx(expected) and sum(counted.values()) > 0
 
 
 def send_something_else():
@@ -328,6 +339,7 @@ def test_every_byte_is_in_one_part():
     assert sorted(names) == sorted(kind.value for kind in _FSDPRefType)
 
 
+@pytest.mark.slow
 def test_memory_of_real_processes_is_that_of_fake_ones(on_ranks):
     images, cases = 64, ["warmup", "lora, base replicated"]
     asked = [(2, case) for case in cases]
@@ -344,6 +356,7 @@ def test_memory_of_real_processes_is_that_of_fake_ones(on_ranks):
         assert -inside < lora - real_lora < 1.1 * qkv  # as the docstring of benchmarks/fake.py owns
 
 
+@pytest.mark.slow
 def test_activations_are_what_the_blocks_keep(on_ranks):
     """In bfloat16, D features and H heads, for each token: the residual stream twice (4 D each), both norms'
     outputs (2 D each), qkv (6 D), attention's output (2 D), fc1's and gelu's (8 D each); attention's log-sum
