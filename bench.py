@@ -4,7 +4,7 @@ and what a step costs on many GPUs, without having them.
     python bench.py step                   full, warmup and LoRA step beside Hugging Face, PEFT and timm
     python bench.py step --model B/16 --ranks 64
     python bench.py switch                 how long a run stands still at each switch, and what it compiles
-    python bench.py data                   images/s of FFCV, beside torchvision's DataLoader on the same images
+    python bench.py data                   images/s of FFCV, beside torchvision's DataLoader, same images
     python bench.py data --images /data/imagenet/val        … on a tree of one's own
     python bench.py wire                   ViT-L/16 on 64 processes: what each of them sends in a step
     python bench.py wire --model B/16 --world_size 16 --dp_shard 16

@@ -18,7 +18,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -162,16 +162,29 @@ def check_classes(source: str, head: Tensor | None, num_classes: int) -> None:
 # evaluation
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, products in float32 are no TF32's on a GPU; on a CPU an adapter's are not those of a sum
+    W + B A, which would agree with a merged weight whatever B A is."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with separate_products():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 @torch.no_grad()
 def compare_merged(
     cfg: train.Config, model: nn.Module, merged: nn.Module, batches: Iterator, device: torch.device
 ) -> dict[str, float]:
-    """The largest difference of the two models' logits, and the largest logit, of all processes' batches."""
+    """The largest difference of the two models' logits, and the largest logit, of all processes' batches. To
+    be called within `exact_products`."""
     data, worst = DATASETS[cfg.dataset], torch.zeros(2, device=device)
     for images, labels in prefetch(batches, device):
         images = normalise(images, data.mean, data.std)
-        with separate_products():  # in float32 on a CPU an adapter is else multiplied as W + B A: merged, too
-            logits = model(images)[labels >= 0]  # (N, C)
+        logits = model(images)[labels >= 0]  # (N, C)
         others = merged(images)[labels >= 0]
         if len(logits):
             worst = torch.maximum(worst, torch.stack([(logits - others).abs().max(), logits.abs().max()]))
@@ -191,7 +204,7 @@ def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
     if world_rank == 0:
         for note in notes:
             print(note)
-    parallel.set_threads(device, VARIANTS[cfg.model]["embed_dim"])
+    parallel.set_up_device(device, VARIANTS[cfg.model]["embed_dim"])
     with distributed.together():
         loader = build_loader(
             cfg.loader,
@@ -239,8 +252,9 @@ def evaluate_checkpoint(
     unmerged = model
     if not merge and cfg.dtype != "float32":
         unmerged = build_checkpoint(exact, s, path, device)
-    merged = merge_lora(copy.deepcopy(unmerged))
-    differences = compare_merged(cfg, unmerged, merged, loader.epoch(0), device)
+    with exact_products():
+        merged = merge_lora(copy.deepcopy(unmerged))
+        differences = compare_merged(cfg, unmerged, merged, loader.epoch(0), device)
     return train.evaluate(cfg, merged if merge else model, loader.epoch(0), device) | differences
 
 

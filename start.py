@@ -16,7 +16,15 @@ from data.loader import Loader, build_loader
 from data.staging import get_staged_dir, stage
 from errors import UserError
 from files import write_json
-from launch.distributed import gather, get_host, get_world_rank, get_world_size, once_per_node, together
+from launch.distributed import (
+    describe_places,
+    gather,
+    get_host,
+    get_world_rank,
+    get_world_size,
+    once_per_node,
+    together,
+)
 from lora.inject import match_families, rank_costs
 from lora.ranks import choose_ranks
 from model import checkpoint
@@ -138,6 +146,8 @@ def open_log(cfg, start: Start, last_step: int) -> RunLogger:
     log.epochs = on_process_0(list, log.epochs)
     for record in start.records:
         log.copy(record)
+    if len(start.hosts) > 1:
+        log.message(describe_places(start.hosts))
     for note in start.notes:
         log.message(note)
     for sentence in start.passed_over:
@@ -221,9 +231,7 @@ def get_config(cfg, path: Path, meta: dict):
 
 def read_state(meta: dict, path: Path) -> State:
     """The State in the meta of the checkpoint at `path`. Raises UserError if the meta is damaged."""
-    missing = [key for key in ("state", "config", "train_images") if key not in meta]
-    if missing:
-        raise UserError(f"{path}/meta.json is damaged: it has no {', '.join(missing)}")
+    checkpoint.check_meta(path, meta)
     try:
         return State(**meta["state"])
     except TypeError as error:
@@ -243,12 +251,10 @@ def check_checkpoint(cfg, start: Start, images: int) -> None:
     """Raise UserError for a checkpoint of other data or another run than `cfg` describes, or whose run has
     lost its logs."""
     path, meta, s = start.checkpoint, start.meta, start.state
-    if not start.forked:  # of a fork it was looked at when its source was found
-        fixed = FIXED
-        if (
-            s.ranks
-        ):  # and what the lora phase trains, with a base in which precision, which the freeze decides
-            fixed = FIXED + ADAPTERS + ["lora_trainable", "dtype"]
+    fixed = FIXED
+    if s.ranks:  # and what the lora phase trains, with a base in which precision, which the freeze decides
+        fixed = FIXED + ADAPTERS + ["lora_trainable", "dtype"]
+    if not start.forked:  # what a fork shares was looked at when it was found
         check_same(cfg, get_config(cfg, path, meta), fixed, path)
     if meta["train_images"] != images:
         raise UserError(f"{path} was trained on {meta['train_images']} images, {cfg.data_dir} gives {images}")

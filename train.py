@@ -288,13 +288,12 @@ def train_step(
 # ------------------------------------------------------------------------------------------------------------
 # the loop
 
-LOOK_EVERY = 20  # steps after which the host looks at what a GPU has done; on a CPU it looks at each
-
 
 def get_next_phase(cfg: Config, s: State, epochs: list[dict]) -> tuple[str, Ranks | None]:
     """The phase and the ranks of the epoch to come, from the log's epoch records alone: Algorithm 1 ends the
     full phase, Algorithm 2 gives the ranks, `lora_warmup_epochs` epochs end the warmup."""
-    if s.phase == "full" and switch_due(epochs, cfg) and cfg.mode == "prelora":
+    due = s.phase == "full" and switch_due(epochs, cfg)
+    if due and cfg.mode == "prelora":
         ranks = choose_ranks(cfg, get_changes(epochs, cfg), *count_base(cfg, build_net(cfg)))
         next_phase = "warmup" if cfg.lora_warmup_epochs else "lora"
         return next_phase, ranks
@@ -332,9 +331,8 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     phase, ranks = get_next_phase(cfg, s, log.epochs)
     costs = enter_phase(cfg, s, model, optimizer, device) if phase == s.phase else {}
     log.write(get_start_record(s, start, device, mesh, costs))
-    if len(start.hosts) > 1:
-        log.message(distributed.describe_places(start.hosts))
 
+    look_every = 1 if device.type == "cpu" else 20  # steps: a look at a GPU's results waits for them
     stopped = False
     while s.epoch < cfg.epochs:
         # -- the switch: full -> warmup puts the adapters in, warmup -> lora freezes the base
@@ -364,7 +362,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             s.step, s.epoch_step = s.step + 1, s.epoch_step + 1
             clock.step()
             log.advance()
-            if device.type == "cpu" or s.step % LOOK_EVERY == 0 or i == steps - 1:  # the loop's only sync
+            if s.step % look_every == 0 or i == steps - 1:  # the loop's only sync
                 look(s, log, pending)
                 log.progress(s.phase, s.epoch_loss / s.epoch_step, clock.images_per_second(cfg.batch_size))
                 stopped = stop.on_any_process(device)
@@ -391,7 +389,10 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         save(cfg, s, log, model, optimizer, train_loader.num_samples, pinned)
         if s.step >= last_step:
             break
-    log.end(s.step, stop.signal or "another process was told to stop" if stopped else None)
+    if stopped:
+        who = stop.signal or "another rank was told to stop"
+        log.message(f"{who}: saved at step {s.step}, go on with --resume True")
+    log.end(s.step)
     return not stopped
 
 
@@ -437,7 +438,7 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
     run_dir = Path(cfg.run_dir)
     with distributed.process_log(run_dir) as say, distributed.StopRequest(signals) as stop:
         try:
-            with closing(start):  # before an error is printed: below the progress bar, not in it
+            with closing(start):
                 ended = train(cfg, start, device, mesh, stop)
             distributed.finish()
         except (UserError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:

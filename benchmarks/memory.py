@@ -37,10 +37,10 @@ PARTS = {
 NEXT = {"full": "warmup", "warmup": "lora"}  # phase -> the one that a switch leads to
 
 WHY_MEMORY = """
-Why less is saved than the paper's 20 -> 16 GB (ViT-L/16, each GPU with its own copy of everything, 64 images):
-adapters on all six families need the same saved activations as full training. What is saved is gradients and
-Adam moments of the base, 16 -> 2 bytes a parameter where nothing is sharded: 4.9 -> 0.6 GB, the paper's 4 GB.
-Here
+Why less is saved than the paper's 20 -> 16 GB (ViT-L/16, each GPU with its own copy of everything, 64
+images): adapters on all six families need the same saved activations as full training. What is saved is
+gradients and Adam moments of the base, 16 -> 2 bytes a parameter where nothing is sharded: 4.9 -> 0.6 GB, the
+paper's 4 GB. Here
 - gradients are freed after each update, and without checkpointing the peak is where backward begins, all
   activations there and no gradients yet: 12 -> 2 bytes. Gradients kept over a step (accumulation, DDP's
   buckets) make it 16 -> 2;

@@ -69,7 +69,8 @@ def count_wire(cfg: Config, model: nn.Module) -> WireCounter:
 
 
 def get_choices(phase: str) -> tuple[str, ...]:
-    """The ranks to compare: the most that the paper's range allows, and mixed; in the full phase one is enough."""
+    """The ranks to compare: the most that the paper's range allows, and mixed. In the full phase one will
+    do: there are no adapters yet."""
     return ("64",) if phase == "full" else ("64", "mixed")
 
 

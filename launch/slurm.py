@@ -1,6 +1,6 @@
 """Jobs, by submitit: what Slurm is told and asked, how they are submitted, and what becomes of them.
 
-`site` is launch/submit.py's SITE.
+`launch`, `run` and `site` are launch/submit.py's Launch, Run and SITE.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import submitit
 from submitit.core.utils import FailedJobError
@@ -26,9 +25,6 @@ from launch.logs import get_failures
 from launch.snapshot import take_snapshot
 from monitor.log import load_run, phase_table
 
-if TYPE_CHECKING:
-    from launch.submit import Launch, Run
-
 # of a job that goes on
 ACTIVE = {
     "PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "SIGNALING", "STAGE_OUT",
@@ -39,7 +35,7 @@ ACTIVE = {
 # the batch script
 
 
-def build_executor(launch: "Launch", runs: "list[Run]", folder: Path, site: Mapping) -> submitit.AutoExecutor:
+def build_executor(launch, runs: list, folder: Path, site: Mapping) -> submitit.AutoExecutor:
     """submitit's executor with everything this launch says; `folder` gets its logs and holds the snapshot,
     `code`.
     """
@@ -80,7 +76,7 @@ def get_srun_args(cpus_per_task: int) -> list[str]:
     return ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus_per_task}", *shell]
 
 
-def get_setup(launch: "Launch", folder: Path, site: Mapping) -> list[str]:
+def get_setup(launch, folder: Path, site: Mapping) -> list[str]:
     """The script's lines before srun."""
     environment = site["environment"] | {"PRELORA_MAX_REQUEUES": launch.max_requeues}
     return [
@@ -121,7 +117,7 @@ def ask(*command: str, text: str | None = None) -> subprocess.CompletedProcess:
         raise UserError(f"can't run {command[0]}: {error.strerror}") from None
 
 
-def check_with_slurm(launch: "Launch", runs: "list[Run]", script: str) -> str:
+def check_with_slurm(launch, runs: list, script: str) -> str:
     """What sbatch --test-only answers: when and where the job would start. Raises UserError with the reason
     why it never would, and where another job of this user's is waiting or running on the same run.
     """
@@ -133,7 +129,7 @@ def check_with_slurm(launch: "Launch", runs: "list[Run]", script: str) -> str:
     return answer
 
 
-def check_queue(runs: "list[Run]") -> None:
+def check_queue(runs: list) -> None:
     """Raise UserError for a run that is in the queue already: a job's comment names its runs."""
     queue = ask("squeue", "-h", "-u", getpass.getuser(), "-o", "%i|%k").stdout.splitlines()
     for line in queue:
@@ -146,7 +142,7 @@ def check_queue(runs: "list[Run]") -> None:
                 )
 
 
-def get_refusal(launch: "Launch", answer: str) -> str:
+def get_refusal(launch, answer: str) -> str:
     """Why sbatch said no, in a sentence: from the partitions there are, else in its own words."""
     shown = ask("sinfo", "-h", "-o", "%P %D").stdout.splitlines()
     sizes, default = {}, None  # nodes of each partition
@@ -181,7 +177,7 @@ def outside_of_jobs() -> Iterator[None]:
         yield
 
 
-def submit_runs(launch: "Launch", runs: "list[Run]", folder: Path, site: Mapping) -> list[submitit.Job]:
+def submit_runs(launch, runs: list, folder: Path, site: Mapping) -> list[submitit.Job]:
     """Make `folder` with the snapshot and submit. Raises UserError for what the machine or Slurm refuses.
     Leaves nothing behind then.
     """
@@ -226,7 +222,7 @@ def hand_over(executor: submitit.AutoExecutor, jobs: list[Job]) -> list[submitit
 # after the submission
 
 
-def follow(jobs: list[submitit.Job], runs: "list[Run]", folder: Path) -> int:
+def follow(jobs: list[submitit.Job], runs: list, folder: Path) -> int:
     """Wait for the jobs, say what changes and how each ended. Returns 0 if all did well, else 1."""
     states: dict[str, str] = {}
     while not states or set(states.values()) & ACTIVE:
@@ -240,7 +236,7 @@ def follow(jobs: list[submitit.Job], runs: "list[Run]", folder: Path) -> int:
     return int(set(states.values()) != {"COMPLETED"})
 
 
-def report(job: submitit.Job, run: "Run", folder: Path, state: str) -> None:
+def report(job: submitit.Job, run, folder: Path, state: str) -> None:
     """Print how a job ended: who failed, and what the run came to."""
     run_dir = run.cfg.run_dir
     print(f"\njob {job.job_id}, {run_dir}: {state}")

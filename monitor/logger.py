@@ -217,15 +217,15 @@ class RunLogger:
         self.traced.add(phase)
         return self.run_dir / "profile" / f"{phase}.json"
 
-    def end(self, step: int, stopped_by: str | None) -> None:
-        """The run's last words: its phases side by side, and what has `stopped_by` told it to stop, if
-        anything has."""
-        if stopped_by:
-            self.message(f"{stopped_by}: saved at step {step}, go on with --resume True")
+    def end(self, step: int) -> None:
+        """The run's last words: its phases side by side."""
         self.bar.close()
-        if self.enabled:
-            unfinished = f"stopped at step {step}, before the first epoch's end"
-            print(phase_table(self.epochs) if self.epochs else unfinished)
+        if not self.enabled:
+            return
+        if self.epochs:
+            print(phase_table(self.epochs))
+        else:
+            print(f"stopped at step {step}, before the first epoch's end")
 
     def close(self) -> None:
         """Close the files and the progress bar."""

@@ -182,7 +182,13 @@ distributed.exit(main, [])
     "error, statuses, says, traces",
     [
         ("KeyError('x')", [1, 1], "error: rank 1: KeyError: 'x' (on ", [False, True]),
-        ("UserError('no data')", [2, 2], "error: rank 1: no data (on ", [False, False]),
+        pytest.param(
+            "UserError('no data')",
+            [2, 2],
+            "error: rank 1: no data (on ",
+            [False, False],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_processes_that_end(error, statuses, says, traces):

@@ -5,20 +5,24 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import os
 import pickle
 import resource
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_runs
 import timm
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.utils.tensorboard import SummaryWriter
+from small_runs import REPO, events, no_figures  # noqa: F401 (a fixture)
 
 import evaluate
 import export
@@ -26,41 +30,35 @@ import formats
 import train
 from config.checks import check_config
 from config.cli import typed_config
+from data import synthetic
 from data.datasets import DATASETS
 from data.device import normalise
 from data.images import FILES, open_dataset, prepare_fashion_mnist
 from data.loader import build_loader
+from data.order import DataError
 from errors import UserError
 from files import write_json
 from lora import kernels
 from lora.inject import merge_lora
 from model import checkpoint, pretrained, sources
 from model.huggingface import from_huggingface, to_huggingface
-from model.tensors import get_stored
 from model.vit import VisionTransformer
-from monitor.log import load_run
 
-REPO = Path(__file__).parent.parent
-# 4 steps an epoch: full 1-3 (the test decides), warmup 4-5, lora 6-7. A high learning rate, so that adapters
+# 2 steps an epoch: full 1-3 (the test decides), warmup 4-5, lora 6-7. A high learning rate, so that adapters
 # and head matter.
 RUN = (
-    "--loader folder --num_workers 0 --train_samples 64 --epochs 7 --batch_size 16 --lr 1e-2 "
-    "--lr_warmup_steps 4 --dtype float32 --compile False --tau 90 --zeta 90 --num_windows 2 --window_epochs 1 "
-    "--lora_warmup_epochs 2 --rank_min 4 --rank_max 32 --keep_every 1 --eval_every 7"
+    "--loader folder --num_workers 0 --train_samples 32 --epochs 7 --batch_size 16 --lr 1e-2 "
+    "--lr_warmup_steps 2 --dtype float32 --compile False --tau 90 --zeta 90 --num_windows 2 "
+    "--window_epochs 1 --lora_warmup_epochs 2 --rank_min 4 --rank_max 32 --keep_every 1 --eval_every 7"
 ).split()
 BF16 = (
     "--dtype bfloat16 --lora_alpha 16 --lora_scaling rslora --target_modules q v fc2 "
     "--lora_trainable adapters+rest"
 ).split()
-ENDS = {"full": 12, "warmup": 20, "lora": 28}  # the last step of each phase
+ENDS = {"full": 6, "warmup": 10, "lora": 14}  # the last step of each phase
+STATIC = "--mode lora --epochs 2 --eval_every 1".split()
 DATA = DATASETS["fashion_mnist"]
 ZERO = 1e-30  # a learning rate that leaves every weight as it is
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """TensorBoard's heat maps take a second an epoch."""
-    monkeypatch.setattr(SummaryWriter, "add_figure", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +82,8 @@ class Runs(dict):
     FLAGS = {
         "plain": [],
         "bf16": BF16,
-        "alpha": ["--lora_alpha", "6", "--layer_norm_eps", "1e-12"],
-        "static": ["--mode", "lora", "--epochs", "2", "--eval_every", "1"],
+        "alpha": [*STATIC, "--lora_alpha", "6", "--layer_norm_eps", "1e-12"],
+        "static": STATIC,
     }
 
     def __init__(self, data, folder):
@@ -100,6 +98,9 @@ class Runs(dict):
         return self[name]
 
     def at(self, name, phase):
+        """The last checkpoint of a phase; without one, of the run."""
+        if phase is None:
+            return checkpoint.latest(self[name])
         return self[name] / f"checkpoints/step_{ENDS[phase]:08d}"
 
 
@@ -121,7 +122,7 @@ def to_input(images):
 
 @torch.no_grad()
 def trained_logits(path, images):
-    """What the run's own model computes in float32: its weights read from the checkpoint, adapters unmerged."""
+    """What the run's own model computes in float32, adapters unmerged, its weights read back."""
     meta = checkpoint.read_meta(path)
     cfg = dataclasses.replace(typed_config(train.Config, meta["config"], ""), dtype="float32", compile=False)
     model = train.build_model(cfg, meta["state"]["phase"], meta["state"]["ranks"], "cpu").eval()
@@ -131,12 +132,8 @@ def trained_logits(path, images):
 
 def stored(path):
     """The model's tensors in a checkpoint, in the types they lie there in."""
-    tensors = {
-        f"model.{name}": torch.empty(info.size, dtype=info.properties.dtype)
-        for name, info in get_stored(path, "model.").items()
-    }
-    dcp.load(tensors, checkpoint_id=path)
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    tensors = small_runs.weights(None, path)
+    return {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
 
 
 def is_adapter(name):
@@ -145,8 +142,7 @@ def is_adapter(name):
 
 def get_notes(run_dir):
     """What a run said at its start."""
-    first = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()[0]
-    return json.loads(first)["notes"]
+    return events(run_dir, "start")[0]["notes"]
 
 
 def merged_by_hand(path):
@@ -206,7 +202,7 @@ def make(target, out, *flags, format="timm"):
     [("plain", "full"), ("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("static", None)],
 )
 def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
-    path = runs.at(run, phase) if phase else checkpoint.latest(runs[run])
+    path = runs.at(run, phase)
     out = make(path, tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
     model = timm.create_model(
@@ -239,17 +235,17 @@ def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
     )
     rounded = [name for name, t in stored(path).items() if t.dtype == torch.bfloat16 and not is_adapter(name)]
     total = sum(p.numel() for p in model.parameters())
-    assert (
-        f"base precision: {f'bfloat16 for {sum(exact[n].numel() for n in rounded):,} of its {total:,}' if rounded else 'float32'}"
-        in card
-    )
+    precision = "float32"
+    if rounded:
+        precision = f"bfloat16 for {sum(exact[name].numel() for name in rounded):,} of its {total:,}"
+    assert f"base precision: {precision}" in card
     assert (
         bool(rounded) == (run == "bf16") and "patch_embed.proj.weight" not in rounded
     )  # adapters+rest: it is trained, so not rounded
     assert ("Trained as static LoRA" if run == "static" else "Trained with PreLoRA") in card and (
         "are no adapters yet" in card
     ) == (phase == "full")
-    assert "64 training images of 28 pixels" in card and "on 32 validation images" in card
+    assert "32 training images of 28 pixels" in card and "on 32 validation images" in card
     assert config["label_names"][0] == "T-shirt/top" and sorted(os.listdir(out)) == [
         "README.md",
         "config.json",
@@ -268,7 +264,7 @@ def change_meta(path, **config):
 @pytest.fixture
 def checkpoint_alone(runs, tmp_path):
     """A checkpoint of the lora phase without the run around it."""
-    return Path(shutil.copytree(runs.at("plain", "lora"), tmp_path / "alone/checkpoints/step_00000028"))
+    return Path(shutil.copytree(runs.at("plain", "lora"), tmp_path / "alone/checkpoints/step_00000014"))
 
 
 def test_a_card_says_what_is_known(runs, checkpoint_alone, tmp_path, monkeypatch):
@@ -277,10 +273,10 @@ def test_a_card_says_what_is_known(runs, checkpoint_alone, tmp_path, monkeypatch
         shutil.rmtree(tmp_path / "out")
         return text
 
-    logged = f"top-1 {load_run(runs['plain']).epochs[-1]['val_top1']:.2f} %"
+    logged = f"top-1 {events(runs['plain'], 'epoch')[-1]['val_top1']:.2f} %"
     (tmp_path / "link").symlink_to(runs.at("plain", "lora"))
     monkeypatch.chdir(runs.at("plain", "lora").parent)
-    for target in (runs["plain"], tmp_path / "link", "step_00000028"):  # the log is found
+    for target in (runs["plain"], tmp_path / "link", "step_00000014"):  # the log is found
         text = card(target)
         assert "full: epochs 1 to 3; warmup: epochs 4 to 5; lora: epochs 6 to 7" in text and logged in text
     assert "not evaluated" in card(runs.at("plain", "warmup"))
@@ -346,7 +342,8 @@ def test_the_trained_model_is_not_compared_with_a_sum_of_its_own(runs, tmp_path,
         export.check_logits(model, merged, x, "timm")
         loader = build_loader("folder", "fashion_mnist", str(runs.data), "val", 130, 0, 0)
         with contextlib.closing(loader):
-            evaluate.compare_merged(cfg, model, merged, loader.epoch(0), torch.device("cpu"))
+            with evaluate.exact_products():
+                evaluate.compare_merged(cfg, model, merged, loader.epoch(0), torch.device("cpu"))
         assert not used
 
 
@@ -392,7 +389,7 @@ def test_a_bf16_base_is_exported_with_the_values_it_trained_with(runs, tmp_path)
 
 @pytest.mark.parametrize(
     "run, phase",
-    [("plain", "full"), ("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("alpha", "lora")],
+    [("plain", "full"), ("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("alpha", None)],
 )
 def test_transformers_computes_what_was_trained(runs, images, tmp_path, run, phase):
     from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -418,13 +415,13 @@ def test_transformers_computes_what_was_trained(runs, images, tmp_path, run, pha
 
 @pytest.mark.parametrize(
     "run, phase",
-    [("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("alpha", "lora"), ("static", None)],
+    [("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("alpha", None), ("static", None)],
 )
 def test_peft_computes_what_was_trained(runs, images, tmp_path, run, phase):
     from peft import PeftModel
     from transformers import ViTForImageClassification
 
-    path = runs.at(run, phase) if phase else checkpoint.latest(runs[run])
+    path = runs.at(run, phase)
     out = make(path, tmp_path / "out", "--adapters_only", True, format="hf")
     base = ViTForImageClassification.from_pretrained(out / "base").eval()
     expected, x = trained_logits(path, images), to_input(images)
@@ -566,6 +563,7 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, capsys, flags):
         ),
         (["--format", "timm", "--out", "FILLED"], "already there and not empty"),
         (["--format", "timm", "--out", "FILE"], "already there and not empty"),
+        (["--format", "timm", "--out", "BELOW"], "can't write "),
         (["--format", "timm", "--out", "OUT", "NOWHERE"], "neither a run with a checkpoint nor a checkpoint"),
         (["--format", "timm", "--out", "OUT", "--data_dir", "/nowhere"], "no Fashion-MNIST under /nowhere"),
         (["--format", "timm", "--out", "OUT", "--images", "0"], "images must be above 0"),
@@ -578,8 +576,9 @@ def test_mistakes_of_export(runs, tmp_path, capsys, flags, words):
         "OUT": tmp_path / "out",
         "FILLED": tmp_path / "filled",
         "FILE": tmp_path / "filled/kept",
+        "BELOW": tmp_path / "filled/kept/out",
         "FULL": runs.at("plain", "full"),
-        "ALPHA": runs.at("alpha", "lora") if "ALPHA" in flags else None,
+        "ALPHA": runs["alpha"] if "ALPHA" in flags else None,
         "NOWHERE": tmp_path / "nowhere",
     }
     places["FILLED"].mkdir()
@@ -640,13 +639,13 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(runs, tmp_path, capsys):
     assert (
         status == 0
         and "passed over a damaged checkpoint" in out
-        and json.loads(out.splitlines()[-1])["step"] == 24
+        and json.loads(out.splitlines()[-1])["step"] == 12
     )
     for main, flags in ((evaluate.main, []), (export.main, ["--format", "timm", "--out", tmp_path / "out"])):
         status, _, err = run_main(main, [newest, *flags], capsys)
         assert status == 2 and "is cut short" in err and err.count("\n") == 1
     status, out, _ = run_main(export.main, [run_dir, "--format", "timm", "--out", tmp_path / "out"], capsys)
-    assert status == 0 and "passed over" in out and "step_00000024" in out
+    assert status == 0 and "passed over" in out and "step_00000012" in out
 
 
 # ---- evaluate
@@ -669,7 +668,7 @@ def test_evaluate_says_what_training_did(runs, capsys, on_ranks, run, phase):
     assert (got["images"], got["phase"], got["step"], got["ranks"]) == (130, phase, ENDS[phase], 1)
     assert f"top-1 {got['val_top1']:.2f} %" in out
     if phase == "lora":  # the run evaluated there
-        logged = load_run(runs[run]).epochs[-1]
+        logged = events(runs[run], "epoch")[-1]
         assert [got[key] for key in ("val_loss", "val_top1", "val_top5")] == pytest.approx(
             [logged[key] for key in ("val_loss", "val_top1", "val_top5")], rel=1e-3
         )
@@ -773,6 +772,57 @@ def test_a_mistake_on_two_ranks_is_said_once(on_ranks, tmp_path):
     assert [a[0] for a in answers] == [2, 2] and [a[2].count("error: ") for a in answers] == [1, 0]
 
 
+def lose_an_image(loader):
+    """Have the loader of the last process raise in the middle of an epoch."""
+    if dist.is_initialized() and dist.get_rank() == 0:
+        return loader
+    whole = loader.epoch
+
+    def epoch(number):
+        yield from itertools.islice(whole(number), 1)
+        raise DataError("images/3.png cannot be read as an image")
+
+    loader.epoch = epoch
+    return loader
+
+
+def evaluate_damaged(argv):
+    """evaluate_on_rank, where the last process meets a damaged image; and what a process does as it ends."""
+    build = evaluate.build_loader
+    evaluate.build_loader = lambda *args, **options: lose_an_image(build(*args, **options))
+    try:
+        return evaluate_on_rank(argv)
+    finally:
+        evaluate.build_loader = build
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def test_a_damaged_image_is_one_line(runs, on_ranks):
+    """Of each process: the others lose the one that has met it."""
+    message = "error: images/3.png cannot be read as an image\n"
+    argv = [runs.at("plain", "full"), "--batch_size", 32]
+    assert evaluate_damaged(argv) == (2, "", message)
+    lost, met = on_ranks(2, evaluate_damaged, argv)
+    assert met == (2, "", message)
+    assert lost[0] == 1 and lost[2].startswith("error: ") and lost[2].count("\n") == 1, lost
+
+
+@pytest.mark.parametrize("main, module", [(evaluate.main, evaluate), (export.main, export)])
+def test_a_bug_is_a_traceback(runs, tmp_path, monkeypatch, main, module):
+    """What an edited loader raises is not taken for a mistake of the user's."""
+
+    def build(*args, **options):
+        first, second = 1, 2, 3
+        return first or second
+
+    monkeypatch.setattr(module, "build_loader", build)
+    flags = ["--format", "timm", "--out", str(tmp_path / "out")] if module is export else []
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        main([str(runs.at("plain", "full")), *flags])
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("format", ["timm", "hf"])
 def test_evaluate_an_export(runs, tmp_path, capsys, format):
     out = make(runs["plain"], tmp_path / "out", format=format)
@@ -813,8 +863,9 @@ def deit(tmp_path, monkeypatch):
     return model
 
 
-def test_evaluate_timms_own(deit, capsys):
+def test_evaluate_timms_own(deit, monkeypatch, capsys):
     """DeiT's images are normalised by ImageNet's mean and standard deviation, ours by 0.5."""
+    monkeypatch.setitem(synthetic.SIZES, "val", 8)
     argv = [
         "timm:deit_tiny_patch16_224.fb_in1k",
         "--dataset",
@@ -822,17 +873,17 @@ def test_evaluate_timms_own(deit, capsys):
         "--loader",
         "synthetic",
         "--batch_size",
-        "16",
+        "4",
     ]
     status, out, err = run_main(evaluate.main, argv, capsys)
     assert status == 0, err
     got = json.loads(out.splitlines()[-1])
     assert (
         got["model"] == "Ti/16"
-        and got["images"] == 64
+        and got["images"] == 8
         and "the difference is in the patch embedding now" in out
     )
-    loader = build_loader("synthetic", "imagenet", "", "val", 16, 0)
+    loader = build_loader("synthetic", "imagenet", "", "val", 4, 0)
     assert deit.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
     loss = {"theirs": 0, "ours": 0}
     with torch.no_grad():
@@ -842,7 +893,7 @@ def test_evaluate_timms_own(deit, capsys):
                 ("ours", (0.5,) * 3, (0.5,) * 3),
             ):
                 loss[kind] += (
-                    torch.nn.functional.cross_entropy(deit(normalise(batch, mean, std)), labels).item() / 4
+                    torch.nn.functional.cross_entropy(deit(normalise(batch, mean, std)), labels).item() / 2
                 )
     assert got["val_loss"] == pytest.approx(loss["theirs"], rel=1e-5)
     assert abs(loss["ours"] - loss["theirs"]) > 1e-4 * loss["theirs"]  # control: the normalisation matters
@@ -1290,7 +1341,7 @@ def test_an_empty_run_dir_starts_from_weights_under_resume_too(tmp_path):
     "flags, words",
     [
         (["--init_from", ""], "init_from is empty"),
-        (["--init_from", "timm:"], "init_from is empty"),
+        (["--init_from", "timm:"], "init_from must name a model of timm's"),
         (["--init_from", "timm:nope"], "timm has no model nope"),
         (["--fresh_head", "True"], "without them every head is fresh"),
         (
@@ -1331,9 +1382,18 @@ def test_a_fork_of_a_run_that_started_from_weights(tmp_path, capsys):
 
 
 def train_on_rank(argv):
-    with contextlib.redirect_stderr(io.StringIO()) as err:
-        status = train.main([str(a) for a in argv])
-    return status, err.getvalue()
+    """(status, stderr) of train.py on this process. Its log takes over the file descriptor itself."""
+    console = os.dup(2)
+    with tempfile.TemporaryFile("w+") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            status = train.main([str(a) for a in argv])
+        finally:
+            sys.stderr.flush()
+            os.dup2(console, 2)
+            os.close(console)
+        file.seek(0)
+        return status, file.read()
 
 
 @pytest.mark.parametrize("flags", [["--dp_shard", "2"], ["--dp_shard", "1", "--mode", "lora"]])

@@ -107,25 +107,22 @@ def send(cluster, small, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def torchrun(small, tmp_path_factory):
-    """torchrun(*flags): the same run without Slurm and without interruption, by torchrun as 4 processes. Made
+    """torchrun(world_size, *flags): the same run by torchrun, without Slurm and without interruption, made
     once.
     """
     require_slurm(is_installed())  # nothing to compare with
     made = {}
 
-    def make(*flags):
-        if flags not in made:
+    def make(world_size=4, *flags):
+        if (world_size, flags) not in made:
             run_dir = tmp_path_factory.mktemp("torchrun") / "run"
-            command = (
-                "-m torch.distributed.run --standalone --nproc_per_node 4 train.py config/debug.py".split()
-            )
-            argv = [*RUN, "--data_dir", small, "--run_dir", run_dir, *flags]
-            done = subprocess.run(
-                [sys.executable, *command, *argv], cwd=REPO, capture_output=True, text=True, timeout=300
-            )
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+            argv = ["config/debug.py", *RUN, "--data_dir", small, "--run_dir", run_dir, *flags]
+            command = [sys.executable, *launcher, "train.py", *argv]
+            done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr
-            made[flags] = run_dir
-        return made[flags]
+            made[world_size, flags] = run_dir
+        return made[world_size, flags]
 
     return make
 
@@ -144,20 +141,25 @@ def assert_same_as(reference, run_dir):
 # ---- on Slurm
 
 
-def test_two_nodes_give_what_torchrun_gives(send, torchrun):
-    sent = send(*SHORT)
+@pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=slow)])
+def test_two_nodes_give_what_torchrun_gives(send, torchrun, gpus):
+    sent = send(*SHORT, "--gpus_per_node", gpus)
     sent.wait()
-    assert_same_as(torchrun(*SHORT), sent.run_dir)
+    assert_same_as(torchrun(2 * gpus, *SHORT), sent.run_dir)
     start, epochs = events(sent.run_dir, "start")[0], events(sent.run_dir, "epoch")
     first, second = sent.nodes()
-    assert start["hosts"] == [first, first, second, second] and start["world_size"] == 4
-    assert f"ranks: [0, 1] on {first}, [2, 3] on {second}" in sent.log()
+    assert start["hosts"] == [first] * gpus + [second] * gpus and start["world_size"] == 2 * gpus
+    places = {
+        1: f"ranks: [0] on {first}, [1] on {second}",
+        2: f"ranks: [0, 1] on {first}, [2, 3] on {second}",
+    }
+    assert places[gpus] in sent.log()
     for slowest in (e["slowest_rank"] for e in epochs):
         assert slowest["host"] == start["hosts"][slowest["rank"]]
-        assert (
-            0 <= slowest["data_wait_seconds"] < slowest["step_seconds"] >= slowest["median_step_seconds"] > 0
-        )
-    assert f"rank 3 of 4 on {second}: start 0" in sent.log(3)
+        assert 0 <= slowest["data_wait_seconds"] < slowest["step_seconds"]
+        assert slowest["step_seconds"] >= slowest["median_step_seconds"] > 0
+    last = 2 * gpus - 1
+    assert f"rank {last} of {2 * gpus} on {second}: start 0" in sent.log(last)
     assert sent.restarts() == 0 and not logs.get_failures(sent.folder, sent.id)
 
 

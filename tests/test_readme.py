@@ -30,7 +30,7 @@ from config.checks import check_config
 from config.cli import load_preset, parse_flags
 from data.beton import import_ffcv
 from launch import snapshot, submit
-from monitor.plot import load_run
+from monitor.log import load_run
 
 REPO = Path(__file__).parent.parent
 README = REPO / "README.md"

@@ -21,6 +21,7 @@ import time
 import traceback
 import zlib
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -236,7 +237,7 @@ class Launcher:
         self.process.join()
 
 
-def torchrun_environment(ranks, rank, port={}):
+def torchrun_environment(ranks, rank, port={}):  # noqa: B006 (it is to be remembered)
     if rank == 0:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -494,7 +495,7 @@ def test_no_moment_of_a_save_loses_the_last_complete_checkpoint(tmp_path, first,
     before, _, _ = checkpoint.find(start)
     for point in range(99):
         run_dir = shutil.copytree(start, tmp_path / f"{point}")
-        killed = save_killed_at(point, lambda: save(run_dir, then, "new"))
+        killed = save_killed_at(point, partial(save, run_dir, then, "new"))
         found, meta, _ = checkpoint.find(run_dir)
         assert found and (meta["state"]["step"], meta["mark"]) in [
             (int(before.name[5:]), "old"),

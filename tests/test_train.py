@@ -619,8 +619,8 @@ def test_debug_preset_switches_by_the_test_and_learns(tmp_path):
         result = subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True)
     epochs, (switch, freeze) = events(tmp_path, "epoch"), events(tmp_path, "switch")
     assert json.loads((tmp_path / "config.json").read_text())["switch_epoch"] is None
-    # it failed at least once, and left epochs to train the adapters alone
-    assert 8 < switch["epoch"] == freeze["epoch"] - 2 < 16
+    # it failed once, when it was first asked, after three windows of two epochs; the thresholds have a margin
+    assert switch["epoch"] == freeze["epoch"] - 2 == 8
     assert epochs[-1]["val_top1"] >= 80 and epochs[-1]["phase"] == "lora"
     assert epochs[-1]["val_loss"] < epochs[freeze["epoch"] - 1]["val_loss"]  # the adapters alone still learn
     figures = {path.name for path in (tmp_path / "figures").iterdir()}
