@@ -45,9 +45,9 @@ def trained(**kwargs):
 @pytest.mark.parametrize("kwargs", [dict(), dict(lora=True), dict(lora=True, freeze=True)])
 def test_checkpoint_roundtrip_to_the_bit(tmp_path, kwargs):
     model, optimizer = trained(**kwargs)
-    path = checkpoint.save(tmp_path, model, optimizer, {"step": 2, "state": {"epoch": 1}}, pinned=False)
+    path = checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 2}}, pinned=False)
     assert path == tmp_path / "checkpoints/step_00000002" == checkpoint.latest(tmp_path)
-    assert checkpoint.read_meta(path) == {"step": 2, "state": {"epoch": 1}, "pinned": False}
+    assert checkpoint.read_meta(path) == {"state": {"step": 2}, "pinned": False}
     other = build(**kwargs)
     other.init_weights(5)
     other_optimizer = build_optimizer(other, 0.1)
@@ -65,7 +65,7 @@ def test_checkpoint_before_the_adapters_have_stepped(tmp_path):
     model = build(lora=True)
     fresh = build_optimizer(model, 0.1)
     set_optimizer_state(model, fresh, get_optimizer_state(full, optimizer))
-    path = checkpoint.save(tmp_path, model, fresh, {"step": 2}, pinned=True)
+    path = checkpoint.save(tmp_path, model, fresh, {"state": {"step": 2}}, pinned=True)
     other = build(lora=True)
     other_optimizer = build_optimizer(other, 0.1)
     checkpoint.load(path, other, other_optimizer)
@@ -119,7 +119,7 @@ def resumed_and_not(folder, kind, processes, lossy=False):
         model, optimizer = build_small(kind, mesh, seed=0)
         train_on(model, optimizer, range(3))
         reshard(model)
-        path = checkpoint.save(folder, model, optimizer, {"step": 3}, pinned=False)
+        path = checkpoint.save(folder, model, optimizer, {"state": {"step": 3}}, pinned=False)
         other, other_optimizer = build_small(kind, mesh, seed=1)
         with mock.patch.object(checkpoint, "set_optimizer_state") if lossy else contextlib.nullcontext():
             checkpoint.load(path, other, other_optimizer)
@@ -156,7 +156,7 @@ def test_loaded_state_lies_as_the_optimizers_own(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     step_on(model, optimizer)
     optimizer.state[model.weight]["exp_avg"] = optimizer.state[model.weight]["exp_avg"].bfloat16()
-    path = checkpoint.save(tmp_path, model, optimizer, {"step": 1}, pinned=False)
+    path = checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 1}}, pinned=False)
     other = nn.Linear(2, 2).to("meta")
     for fused, device in ((False, "cpu"), (True, "meta")):
         infos = checkpoint.get_stored(path, "optimizer.weight.")
@@ -180,7 +180,7 @@ def test_states_that_are_no_tensors(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     step_on(model, optimizer)
     optimizer.state[model.bias]["momentum_buffer"] = None  # there is none
-    path = checkpoint.save(tmp_path, model, optimizer, {"step": 1}, pinned=False)
+    path = checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 1}}, pinned=False)
     other = nn.Linear(2, 2)
     other_optimizer = torch.optim.SGD(other.parameters(), momentum=0.9)
     checkpoint.load(path, other, other_optimizer)
@@ -188,7 +188,7 @@ def test_states_that_are_no_tensors(tmp_path):
     for key, value in (("count", 3), ("history", [torch.zeros(2)]), ("a.b", torch.zeros(2))):
         optimizer.state[model.bias] = {key: value}
         with pytest.raises((TypeError, ValueError), match=f"the optimiser's state '{key}' of bias"):
-            checkpoint.save(tmp_path, model, optimizer, {"step": 2}, pinned=False)
+            checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 2}}, pinned=False)
     assert names(tmp_path) == ["latest", "step_00000001"]
 
 
@@ -197,7 +197,7 @@ def test_states_of_what_is_not_trained_stay_in_the_file(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    path = checkpoint.save(tmp_path, model, optimizer, {"step": 1}, pinned=False)
+    path = checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 1}}, pinned=False)
     half = torch.optim.SGD(model[1].parameters(), momentum=0.9)
     with mock.patch.object(checkpoint, "read_tensors", wraps=checkpoint.read_tensors) as read:
         checkpoint.load(path, model, half)
@@ -266,7 +266,7 @@ def test_latest_moves_and_old_ones_are_pruned(tmp_path):
     model = nn.Linear(2, 2)
     optimizer = build_optimizer(model, 0.1)
     for number in (1, 2, 3, 10, 11):
-        checkpoint.save(tmp_path, model, optimizer, {"step": number}, pinned=number in (2, 10))
+        checkpoint.save(tmp_path, model, optimizer, {"state": {"step": number}}, pinned=number in (2, 10))
         assert checkpoint.latest(tmp_path).name == f"step_{number:08d}"
     assert names(tmp_path) == [
         "latest",
@@ -274,15 +274,15 @@ def test_latest_moves_and_old_ones_are_pruned(tmp_path):
         "step_00000010",
         "step_00000011",
     ]  # 1 and 3 went, 2 is pinned
-    checkpoint.save(tmp_path, model, optimizer, {"step": 12}, pinned=False)
-    checkpoint.save(tmp_path, model, optimizer, {"step": 13}, pinned=False)
+    checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 12}}, pinned=False)
+    checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 13}}, pinned=False)
     assert names(tmp_path) == ["latest", "step_00000002", "step_00000010", "step_00000012", "step_00000013"]
 
 
 def test_what_a_killed_save_left_is_ignored_and_removed(tmp_path):
     model = nn.Linear(2, 2)
     optimizer = build_optimizer(model, 0.1)
-    checkpoint.save(tmp_path, model, optimizer, {"step": 1}, pinned=False)
+    checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 1}}, pinned=False)
     folder = tmp_path / "checkpoints"
     for stale in ("step_00000002.tmp", "step_00000003"):  # killed while writing; before `latest` moved
         (folder / stale).mkdir()
@@ -290,7 +290,7 @@ def test_what_a_killed_save_left_is_ignored_and_removed(tmp_path):
     assert checkpoint.latest(tmp_path).name == "step_00000001"
     (folder / "step_00000003/meta.json").write_text('{"pinned": false}')
     for number in (2, 3):
-        saved = checkpoint.save(tmp_path, model, optimizer, {"step": number}, pinned=False)
+        saved = checkpoint.save(tmp_path, model, optimizer, {"state": {"step": number}}, pinned=False)
         assert not (saved / "junk").exists()
         checkpoint.load(checkpoint.latest(tmp_path), nn.Linear(2, 2), build_optimizer(nn.Linear(2, 2), 0.1))
     assert names(tmp_path) == ["latest", "step_00000002", "step_00000003"]
@@ -303,7 +303,7 @@ def test_what_a_killed_save_left_is_ignored_and_removed(tmp_path):
 )
 def test_missing_or_misshapen_weight_raises(tmp_path, other):
     model = nn.Linear(2, 2)
-    path = checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": 1}, pinned=False)
+    path = checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"state": {"step": 1}}, pinned=False)
     with pytest.raises(UserError, match="can't load .*step_00000001"):
         checkpoint.load(path, other, build_optimizer(other, 0.1))
 
@@ -311,7 +311,7 @@ def test_missing_or_misshapen_weight_raises(tmp_path, other):
 def test_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
     model, optimizer = trained()
     expected = snapshot(model, optimizer)
-    checkpoint.save(tmp_path, model, optimizer, {"step": 2}, pinned=False)
+    checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 2}}, pinned=False)
 
     def disk_full(tensors, checkpoint_id, storage_writer):
         checkpoint_id.mkdir()
@@ -322,13 +322,13 @@ def test_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(dcp, "save", disk_full)
         with pytest.raises(UserError, match="No space left"):
-            checkpoint.save(tmp_path, model, optimizer, {"step": 3}, pinned=False)
+            checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 3}}, pinned=False)
     assert checkpoint.latest(tmp_path).name == "step_00000002"
     other = build()
     other_optimizer = build_optimizer(other, 0.1)
     checkpoint.load(checkpoint.latest(tmp_path), other, other_optimizer)
     assert equal(snapshot(other, other_optimizer), expected)
-    checkpoint.save(tmp_path, model, optimizer, {"step": 3}, pinned=False)  # there is room again
+    checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 3}}, pinned=False)  # there is room again
     assert names(tmp_path) == ["latest", "step_00000002", "step_00000003"]
 
 
@@ -337,12 +337,12 @@ def test_a_full_disk_is_the_users_to_hear_of(tmp_path):
     own."""
     model = nn.Linear(200, 200)
     optimizer = build_optimizer(model, 0.1)
-    checkpoint.save(tmp_path, model, optimizer, {"step": 1}, pinned=False)
+    checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 1}}, pinned=False)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # the weight alone has 160,000 bytes
     try:
         with pytest.raises(SharedError, match="can't write .*step_00000002"):
-            checkpoint.save(tmp_path, model, optimizer, {"step": 2}, pinned=False)
+            checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 2}}, pinned=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoint.latest(tmp_path).name == "step_00000001"
@@ -351,9 +351,11 @@ def test_a_full_disk_is_the_users_to_hear_of(tmp_path):
 def test_a_roll_back_by_hand_does_not_lose_the_new_checkpoint(tmp_path):
     model = nn.Linear(2, 2)
     for number in (5, 20, 30):
-        checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": number}, pinned=True)
+        checkpoint.save(
+            tmp_path, model, build_optimizer(model, 0.1), {"state": {"step": number}}, pinned=True
+        )
     (tmp_path / "checkpoints" / "latest").write_text("step_00000005")
-    checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": 6}, pinned=False)
+    checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"state": {"step": 6}}, pinned=False)
     assert checkpoint.latest(tmp_path).name == "step_00000006" and checkpoint.latest(tmp_path).is_dir()
 
 
@@ -363,7 +365,9 @@ def test_a_half_deleted_checkpoint_does_not_stop_the_next_saves(tmp_path):
     half.mkdir(parents=True)
     mine.mkdir()
     for number in (2, 3, 4):
-        checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": number}, pinned=False)
+        checkpoint.save(
+            tmp_path, model, build_optimizer(model, 0.1), {"state": {"step": number}}, pinned=False
+        )
     assert names(tmp_path) == [
         "latest",
         "step_00000001",
@@ -384,7 +388,7 @@ def test_a_bug_in_saving_is_no_sentence(tmp_path, monkeypatch, error, found):
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", write)
     with pytest.raises(found, match="met in the middle") as raised:
-        checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"step": 1}, pinned=False)
+        checkpoint.save(tmp_path, model, build_optimizer(model, 0.1), {"state": {"step": 1}}, pinned=False)
     assert type(raised.value) is found and checkpoint.latest(tmp_path) is None
 
 
@@ -392,12 +396,12 @@ def test_what_a_checkpoint_must_say(tmp_path):
     """state, config and train_images; nobody asks for a monitor."""
     model = nn.Linear(2, 2)
     optimizer = build_optimizer(model, 0.1)
-    meta = {"step": 1, "state": {"epoch": 1}, "config": {}, "train_images": 64}
+    meta = {"state": {"step": 1}, "config": {}, "train_images": 64}
     path = checkpoint.save(tmp_path, model, optimizer, meta, pinned=False)
     assert checkpoint.kept(tmp_path) == [(path, meta | {"pinned": False})]
     assert checkpoint.resolve(tmp_path) == checkpoint.resolve(path) == (path, meta | {"pinned": False}, [])
     del meta["train_images"]
-    checkpoint.save(tmp_path, model, optimizer, meta | {"step": 2}, pinned=False)
+    checkpoint.save(tmp_path, model, optimizer, meta | {"state": {"step": 2}}, pinned=False)
     assert [kept for kept, _ in checkpoint.kept(tmp_path)] == [path]
     with pytest.raises(UserError, match="step_00000002/meta.json is damaged: keys are missing"):
         checkpoint.resolve(tmp_path)

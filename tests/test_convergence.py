@@ -394,15 +394,19 @@ def test_loss_plateau_above_the_baseline(run, baseline, warns):
     assert failure_signs(epochs(PHASES, run), 2, 2.5) == []  # without a baseline there is nothing to say
 
 
+def get_rank_signs(ranks, rank_min, rank_max):
+    return rank_signs(SimpleNamespace(rank_min=rank_min, rank_max=rank_max, rank_rule="minmax"), ranks)
+
+
 def test_rank_signs():
-    assert rank_signs({"q": [8, 64], "k": [16, 32]}, 8, 64) == []
-    nearly = rank_signs({"q": [64] * 5, "k": [64] * 4 + [8]}, 8, 64)  # 9 of 10
+    assert get_rank_signs({"q": [8, 64], "k": [16, 32]}, 8, 64) == []
+    nearly = get_rank_signs({"q": [64] * 5, "k": [64] * 4 + [8]}, 8, 64)  # 9 of 10
     assert len(nearly) == 1 and "90%" in nearly[0] and "rank_max 64" in nearly[0]
-    assert rank_signs({"q": [64] * 4 + [32], "k": [64] * 4 + [8]}, 8, 64) == []  # 8 of 10
-    (alike,) = rank_signs({"q": [8, 8], "k": [8, 64]}, 8, 64)
+    assert get_rank_signs({"q": [64] * 4 + [32], "k": [64] * 4 + [8]}, 8, 64) == []  # 8 of 10
+    (alike,) = get_rank_signs({"q": [8, 8], "k": [8, 64]}, 8, 64)
     assert "every layer of q" in alike
-    assert rank_signs({"q": [8], "k": [8, 64]}, 8, 64) == []  # a single layer is always alike
-    assert rank_signs({"q": [8, 8]}, 8, 8) == []  # one rank was asked for
+    assert get_rank_signs({"q": [8], "k": [8, 64]}, 8, 64) == []  # a single layer is always alike
+    assert get_rank_signs({"q": [8, 8]}, 8, 8) == []  # one rank was asked for
 
 
 # ---- norms

@@ -169,9 +169,11 @@ def test_another_logger(edited, small, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("alpha, found", [("1e5", True), ("8", False)])
 def test_finding_a_spike_at_the_freeze(edited, small, alpha, found):
-    status, said, events = edited("spike", small, *SWITCH, "--lora_warmup_epochs", "0", "--lora_alpha", alpha)
+    """Adapters that overshoot, once the head has learned something that they can spoil: 40 steps full."""
+    flags = "--epochs 12 --switch_epoch 10 --lora_warmup_epochs 0 --lr 5e-3".split()
+    status, said, events = edited("spike", small, *flags, "--lora_alpha", alpha)
     assert status == 0, said
     spikes = [
         event for event in pick(events, "warning") if "in the epoch before, gradient norm" in event["message"]
     ]
-    assert bool(spikes) == found and all(event["step"] > 8 for event in spikes)
+    assert bool(spikes) == found and all(event["step"] > 40 for event in spikes)

@@ -22,7 +22,8 @@ from lora.inject import (
 )
 from lora.layers import LoRALinear, reference
 from lora.onednn import OneDNNLinear, use_onednn
-from model.vit import LORA_FAMILIES, LORA_REST, VARIANTS, VisionTransformer
+from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
+from model.vit import VisionTransformer
 
 ALL = tuple(LORA_FAMILIES)
 # of the small ViT's two blocks

@@ -18,7 +18,7 @@ from lora import onednn
 from lora.inject import add_lora, init_adapters, merge_lora
 from lora.layers import LoRALinear
 from lora.onednn import OneDNNLinear, use_onednn
-from model.vit import LORA_FAMILIES
+from model.variants import LORA_FAMILIES
 from train import Config, build_model
 
 ROOT = Path(__file__).parent.parent

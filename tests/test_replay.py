@@ -15,7 +15,7 @@ from errors import UserError
 from model.variants import VARIANTS
 
 STEPS = 4  # per epoch; test_train.py's runs have more
-SHORT = ["--train_samples", 80, "--lr_warmup_steps", STEPS]
+SHORT = ["--train_samples", 80, "--lr_warmup_steps", STEPS, "--epochs", 9, "--lora_warmup_epochs", 3]
 DATA = [*SHORT, "--mode", "full", "--keep_every", 1, "--eval_every", 9]
 
 

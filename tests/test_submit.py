@@ -48,7 +48,7 @@ BAD = {
     "config/nope.py": "no such preset: config/nope.py",
     "--cluster local --nodes 2": "--cluster local has one node, not 2",
     "--nodes 5 --gpus_per_node 3": "batch_size 96 can't be divided over 15 GPUs",
-    "--epochs 1": "lr_warmup_steps 125 leaves nothing of the 6 steps of 1 epochs",
+    "--epochs 1 --lr_warmup_steps 6": "lr_warmup_steps 6 leaves nothing of the 6 steps of 1 epochs",
     "--batch_size 960 --gpus_per_node 4": "batch_size is 240 on 4 rank(s): expected 1 to 600 in all",
     "--num_classes 9": "has 10 classes, expected 9: say --num_classes 10",
     "--train_samples 601": "a training subset of 601 images was asked for",
@@ -317,7 +317,7 @@ def test_a_dry_run_reads_a_beton_without_torch(tmp_path, small):
         pytest.skip("FFCV, which writes .beton files, is not here")
     flags = [DEBUG, "--gpus_per_node", 1, "--data_dir", small, "--train_samples", "None", "--epochs"]
     assert probe(tmp_path, *flags, 50) == (0, [], [])
-    status, said, imported = probe(tmp_path, *flags, 1)
+    status, said, imported = probe(tmp_path, *flags, 1, "--lr_warmup_steps", 6)
     assert (status, imported) == (0, []) and "leaves nothing of the 6 steps of 1 epochs" in said[0]
     status, said, imported = probe(tmp_path, *flags, 50, "--loader", "folder")
     assert (status, said) == (0, []) and {"torch", "torchvision"} <= set(imported)

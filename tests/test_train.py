@@ -637,7 +637,7 @@ def test_cuda_three_phases_without_a_sync_in_the_hot_loop(small, tmp_path, monke
 
     def watched(step, *args, **kw):
         # called as each step begins; the loop looks at the device every 20 steps and at an epoch's end
-        in_the_loop = step % STEPS in range(1, STEPS - 1) and (step + 1) % train.LOOK_EVERY
+        in_the_loop = step % STEPS in range(1, STEPS - 1) and (step + 1) % 20
         torch.cuda.set_sync_debug_mode("error" if in_the_loop else "default")
         return get_lr(step, *args, **kw)
 
