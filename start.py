@@ -86,6 +86,12 @@ class Start:
     val_loader: Loader | None = None
     log: RunLogger | None = None
 
+    def take_weights(self) -> dict[str, Tensor]:
+        """`weights`, which are forgotten here: a copy of the model for the length of a run would be too
+        much."""
+        weights, self.weights = self.weights, {}
+        return weights
+
     def close(self) -> None:
         for opened in (self.train_loader, self.val_loader, self.log):
             if opened is not None:
@@ -101,7 +107,7 @@ def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
     describes."""
     start = Start(notes=list(notes), hosts=gather(get_host()))
     if cfg.baseline:
-        start.baseline = load_run(cfg.baseline).epochs
+        start.baseline = on_process_0(load_run, cfg.baseline).epochs
     if cfg.resume:
         start.checkpoint, start.meta, start.passed_over = on_process_0(checkpoint.find, Path(cfg.run_dir))
     if cfg.fork and not start.checkpoint:
@@ -157,10 +163,12 @@ def open_log(cfg, start: Start, last_step: int) -> RunLogger:
 
 def say_done(cfg, s: State, total_steps: int) -> bool:
     """Say, on process 0, that there is nothing left to train. Returns True: the run has ended."""
+    table = "no epoch is finished yet"
+    if s.epoch:
+        table = phase_table(on_process_0(load_run, cfg.run_dir).epochs)
     if get_world_rank() == 0:
         longer = f", --max_steps None goes on to {total_steps}" if s.step < total_steps else ""
-        print(f"{cfg.run_dir} is done: {s.step} steps{longer}")
-        print(phase_table(load_run(cfg.run_dir).epochs) if s.epoch else "no epoch is finished yet")
+        print(f"{cfg.run_dir} is done: {s.step} steps{longer}\n{table}")
     return True
 
 
@@ -284,9 +292,8 @@ def find_fork(cfg) -> tuple[Path, dict, list[dict], list[str]]:
     for path, meta in checkpoint.kept(Path(run)):
         if not meta["state"]["epoch_step"]:
             kept[meta["state"]["epoch"]] = (path, meta)
-    _, epochs, switches = load_run(
-        run
-    )  # after the checkpoints: a run that is under way has logged what it has saved
+    # The log after the checkpoints: a run that is under way has logged what it has saved.
+    _, epochs, switches = load_run(run)
     if not kept:
         raise UserError(f"{run} keeps no checkpoint of a whole epoch")
     for path, meta in kept.values():

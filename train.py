@@ -1,6 +1,6 @@
 """PreLoRA pre-training: all parameters, then base + adapters, then adapters alone (arXiv 2509.21619).
 
-In this order: configuration, task, build and switch, one step, the loop. To be pasted into a shell:
+In this order: configuration, task, build and switch, one step, the loop. This text is also --help's.
 
     python train.py config/debug.py                         one CPU or one GPU, all three phases in minutes
     python train.py config/debug.py --mode full             the baseline
@@ -14,7 +14,6 @@ In this order: configuration, task, build and switch, one step, the loop. To be 
 import dataclasses
 import gc
 import itertools
-import math
 import os
 import sys
 import time
@@ -89,7 +88,7 @@ class Config:
     batch_size: PositiveInt = 4096  # global: images per optimiser step
     grad_accum_steps: PositiveInt = 1  # micro-batches per optimiser step
     lr: PositiveFloat = 1e-3  # peak
-    lr_warmup_steps: NonNegativeInt = 10_000  # linear, from 0
+    lr_warmup_steps: NonNegativeInt = 10_000  # linear, up to the peak
     weight_decay: NonNegativeFloat = 0.1  # torch's, times lr; of Linear and Conv weights and adapters only
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 = off
     rand_augment: NonNegativeInt = 0  # M of RandAugment(2, M), where 10 is the nominal maximum; 0 = off
@@ -130,7 +129,8 @@ class Config:
 
 
 def build_net(cfg: Config) -> nn.Module:
-    """The model without adapters, on the meta device: names and shapes, no numbers yet."""
+    """The model without adapters, on the meta device: names and shapes, no numbers yet. It has `blocks`,
+    `init_weights(seed)`, and the Linears that model/variants.py's LORA_FAMILIES name."""
     data = DATASETS[cfg.dataset]
     num_classes = cfg.num_classes or data.num_classes
     options = dict(dropout=cfg.dropout, drop_path=cfg.drop_path, layer_norm_eps=cfg.layer_norm_eps)
@@ -215,16 +215,12 @@ def switch_phase(
     parallel.reshard(model)
     weights, moments = model.state_dict(), get_optimizer_state(model, optimizer)
     new = build_model(cfg, phase, ranks, next(model.parameters()).device, mesh)
-    fresh = []
+    tensors = new.state_dict()
     with torch.no_grad():
-        for name, tensor in new.state_dict().items():
-            if name not in weights:
-                fresh.append(name)
-            elif isinstance(tensor, DTensor):
-                tensor.copy_(weights[name])
-            else:
-                tensor.copy_(parallel.to_plain(weights[name]))
-    if fresh:  # adapters, which may start from the weights that are now in place
+        for name in [name for name in tensors if name in weights]:
+            sharded = isinstance(tensors[name], DTensor)
+            tensors[name].copy_(weights[name] if sharded else parallel.to_plain(weights[name]))
+    if tensors.keys() - weights.keys():  # adapters, which may start from the weights that are now in place
         init_adapters(new, cfg.seed)
     new_optimizer = build_optimizer(new, cfg.weight_decay)
     if cfg.optimizer_at_switch == "keep":
@@ -239,9 +235,9 @@ def enter_phase(cfg: Config, s: State, model: nn.Module, optimizer, device: torc
     batch_size = cfg.batch_size // (cfg.grad_accum_steps * distributed.get_world_size())
     images = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    skip = torch.ones((), dtype=torch.bool, device=device)  # no update
+    failed = torch.ones((), dtype=torch.bool, device=device)  # so that nothing is updated
     black = ((images, labels) for _ in itertools.count())
-    train_once = lambda: train_step(cfg, model.train(), optimizer, black, 0, 0.0, skip)
+    train_once = lambda: train_step(cfg, model.train(), optimizer, black, 0, 0.0, failed)
     evaluate_once = lambda: evaluate(cfg, model, ((images, labels) for _ in range(1)), device)
     compiled = parallel.compile_graphs(cfg.compile, model, optimizer, train_once, evaluate_once)
     flops = count_flops(build_on_meta(cfg, s.phase, s.ranks), torch.empty(1, 3, size, size, device="meta"))
@@ -259,8 +255,8 @@ def train_step(
     """Optimiser step number `step`, from 0, on the next `grad_accum_steps` micro-batches of `batches`.
 
     `failed`, a flag on the device, is set by a loss or gradient norm that is not finite, on any process; from
-    then on nothing is updated. Returns (loss, top-1 hits, gradient norm) of all processes, float64 (3,), on
-    the device: nothing here waits for it.
+    then on nothing is updated. Returns (loss, top-1 hits, gradient norm, failed) of all processes, float64
+    (4,), on the device: nothing here waits for it.
     """
     data, device, world_size = DATASETS[cfg.dataset], failed.device, distributed.get_world_size()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits
@@ -282,7 +278,7 @@ def train_step(
     norm = parallel.clip_gradients(model, cfg.grad_clip)  # of all processes
     failed |= ~(torch.isfinite(norm) & torch.isfinite(totals[0]))
     apply_update(optimizer, lr, skip=failed)
-    return torch.stack([*totals, norm.double()])
+    return torch.stack([*totals, norm.double(), failed.double()])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -290,13 +286,15 @@ def train_step(
 
 
 def get_next_phase(cfg: Config, s: State, epochs: list[dict]) -> tuple[str, Ranks | None]:
-    """The phase and the ranks of the epoch to come, from the log's epoch records alone: Algorithm 1 ends the
-    full phase, Algorithm 2 gives the ranks, `lora_warmup_epochs` epochs end the warmup."""
-    due = s.phase == "full" and switch_due(epochs, cfg)
+    """The phase and the ranks of the epoch to come, from the log: Algorithm 1 (monitor/convergence.py) ends
+    the full phase, Algorithm 2 gives the ranks, `lora_warmup_epochs` epochs end the warmup."""
+    if s.epoch_step:  # resumed within an epoch, which ends in its phase whatever settings are new
+        return s.phase, s.ranks
+    due = s.phase == "full" and switch_due(epochs, cfg)  # mode full asks, too: norms must be finite
     if due and cfg.mode == "prelora":
-        ranks = choose_ranks(cfg, get_changes(epochs, cfg), *count_base(cfg, build_net(cfg)))
-        next_phase = "warmup" if cfg.lora_warmup_epochs else "lora"
-        return next_phase, ranks
+        base, costs = count_base(cfg, build_net(cfg))
+        ranks = choose_ranks(cfg, get_changes(epochs, cfg), base, costs)
+        return ("warmup" if cfg.lora_warmup_epochs else "lora"), ranks
     warmed_up = sum(epoch["phase"] == "warmup" for epoch in epochs)
     if s.phase == "warmup" and warmed_up >= cfg.lora_warmup_epochs:
         return "lora", s.ranks
@@ -315,7 +313,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     last_step = min(cfg.max_steps or total_steps, total_steps)
     schedule = dict(peak=cfg.lr, warmup_steps=cfg.lr_warmup_steps, total_steps=total_steps)
     lr_at = partial(get_lr, **schedule, rewarm_steps=cfg.lora_rewarm_steps)
-    if s.step >= last_step and s.epoch_step < steps_per_epoch:
+    if s.step >= last_step and s.epoch_step < steps_per_epoch:  # else an epoch is still to be evaluated
         return say_done(cfg, s, total_steps)
 
     log = open_log(cfg, start, last_step)
@@ -325,7 +323,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         checkpoint.load(start.checkpoint, model, optimizer)
     else:
         model.init_weights(cfg.seed)
-        copy_weights(model, start.weights)
+        copy_weights(model, start.take_weights())
         init_adapters(model, cfg.seed)
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
     phase, ranks = get_next_phase(cfg, s, log.epochs)
@@ -342,9 +340,9 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             reset_peak_memory(device)
             model, optimizer = switch_phase(cfg, model, optimizer, phase, ranks, mesh)
             gc.collect()  # compiled blocks stand in reference cycles, and hold the old model
-            peak = distributed.max_over_processes(peak_memory(device), device)
+            peak_bytes = distributed.max_over_processes(peak_memory(device), device)
             costs = enter_phase(cfg, s, model, optimizer, device)
-            record = get_switch_record(s, previous, peak, costs, time.perf_counter() - began)
+            record = get_switch_record(s, previous, peak_bytes, costs, time.perf_counter() - began)
             log.switch(record, rank_signs(cfg, ranks) if previous == "full" else [])
 
         # -- an epoch of training, or what is left of it
@@ -375,9 +373,9 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
 
         # -- the epoch's end: measure, evaluate, decide, save
         s.epoch += 1
-        own = distributed.gather(clock.own_costs | {"host": distributed.get_host()})
+        processes = distributed.gather(clock.own_costs | {"host": distributed.get_host()})
         lr = lr_at(s.step - 1, frozen_at=frozen_at)
-        record = get_epoch_record(cfg, s, device, own, costs, lr, log.take_step_losses())
+        record = get_epoch_record(cfg, s, device, processes, costs, lr, log.take_step_losses())
         record |= get_norms(model, families, frozen=log.epochs[-1:] if s.phase == "lora" else [])
         if s.epoch % cfg.eval_every == 0 or s.step >= last_step:
             record |= evaluate(cfg, model, start.val_loader.epoch(0), device)
@@ -401,9 +399,9 @@ def look(s: State, log: RunLogger, pending: list[tuple[float, Tensor]]) -> None:
     results = torch.stack([result for _, result in pending]).tolist()  # the host waits here
     steps = itertools.count(s.step - len(pending) + 1)
     records = []
-    for step, (lr, _), (loss, hits, norm) in zip(steps, pending, results):
+    for step, (lr, _), (loss, hits, norm, failed) in zip(steps, pending, results):
         records.append({"step": step, "epoch": s.epoch + 1, "loss": loss, "grad_norm": norm, "lr": lr})
-        if not math.isfinite(loss + norm):
+        if failed:
             log.write_steps(records)
             raise FloatingPointError(
                 f"non-finite loss or gradient norm at step {step}, epoch {s.epoch + 1}, phase {s.phase}: "
@@ -433,7 +431,7 @@ def main(argv: list[str], signals: list[int] | None = None) -> int:
         parallel.set_up_device(device, VARIANTS[cfg.model]["embed_dim"])
         mesh = parallel.build_mesh(cfg.dp_shard, device.type, distributed.TIMEOUT)
         start = begin(cfg, build_net(cfg), notes)
-    except (UserError, RuntimeError) as error:
+    except (UserError, RuntimeError) as error:  # a lost process is a RuntimeError; bugs are raised on
         return failures.refuse(error)
     run_dir = Path(cfg.run_dir)
     with distributed.process_log(run_dir) as say, distributed.StopRequest(signals) as stop:

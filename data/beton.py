@@ -274,11 +274,8 @@ def open_source(source: str, root: str | None, skip_bad: bool) -> Sequence:
 
     Raises UserError where it isn't there or, without skip_bad, has classes without images.
     """
-    from data.images import (
-        ImageTree,
-        open_dataset,
-        unpack_imagenet,
-    )  # here, because torchvision takes seconds
+    # Here, because importing torchvision takes seconds.
+    from data.images import ImageTree, open_dataset, unpack_imagenet
 
     name, _, split = source.partition(":")
     if name in ("imagenet", "fashion_mnist") and split:

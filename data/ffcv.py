@@ -189,9 +189,8 @@ def build_decoder(path: Any, samples: np.ndarray, options: LoaderOptions, epoch:
         return out
 
     decode.with_indices = True
-    decode(
-        None, np.empty((0, *shape), np.uint8), np.empty(0, np.int64)
-    )  # compile now, not in the first batch
+    # Compiled now, not in the first batch.
+    decode(None, np.empty((0, *shape), np.uint8), np.empty(0, np.int64))
 
     class HandOn(SimpleRGBImageDecoder):
         def declare_state_and_memory(self, previous_state):

@@ -167,10 +167,8 @@ def mark_ranks_dynamic(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, LoRALinear):
             continue
-        of_rank = [
-            (module.lora_A, 0),
-            *((B, 1) for B in module.lora_B.values()),
-        ]  # tensor, its dimension of ranks
+        # Each tensor with its dimension of ranks.
+        of_rank = [(module.lora_A, 0), *((B, 1) for B in module.lora_B.values())]
         if module.scaling is not None:
             of_rank.append((module.scaling, 0))
         for tensor, dim in of_rank:

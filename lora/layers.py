@@ -98,9 +98,8 @@ class LoRALinear(nn.Linear):
         may read `self.weight`, which is a DTensor where FSDP shards it.
         """
         rng = torch.Generator(self.lora_A.device).manual_seed(zlib.crc32(f"{seed}/{name}.lora_A".encode()))
-        A = torch.empty(
-            self.lora_A.shape, device=self.lora_A.device
-        )  # whole: a shard gets its part of the same numbers
+        # The whole matrix: a shard gets its part of the same numbers.
+        A = torch.empty(self.lora_A.shape, device=self.lora_A.device)
         if A.numel():
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=rng)
         if isinstance(self.lora_A, DTensor):  # without traffic: every process has drawn the whole
@@ -122,15 +121,14 @@ class LoRALinear(nn.Linear):
             return super().forward(x)
         A = self.lora_A if self.scaling is None else self.lora_A * self.scaling
         tensors = [x.reshape(-1, x.shape[-1]), self.weight, self.bias, A, *self.lora_B.values()]
-        if not x.is_meta and torch.is_autocast_enabled(
-            x.device.type
-        ):  # autocast knows nothing of the operator
+        # Autocast knows nothing of the operator.
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = [None if t is None else t.to(dtype) for t in tensors]
-        x2d, weight, bias, A, *Bs = (
-            tensors  # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
-        )
-        how = [int(part) for part in self.lora_B], len(self.ranks), self.use_onednn
+        # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
+        x2d, weight, bias, A, *Bs = tensors
+        where = [int(part) for part in self.lora_B]  # the row parts that have an adapter
+        how = where, len(self.ranks), self.use_onednn
         with torch.no_grad():
             prepared = prepare(x2d, weight, A, Bs, *how)
         y = lora_linear(x2d, weight, bias, A, Bs, prepared, *how)

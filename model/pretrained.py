@@ -122,10 +122,9 @@ def check_head(head: dict[str, Tensor], shapes: dict[str, tuple], source: str) -
 
 def describe(shapes: dict[str, tuple]) -> str | None:
     """What tells one ViT from another, by its parameters' shapes; None if it is no ViT."""
-    if not all(
-        shapes.get(name) for name in ("cls_token", "patch_embed.proj.weight")
-    ):  # absent, or of no dimension
-        return None
+    for name in ("cls_token", "patch_embed.proj.weight"):
+        if not shapes.get(name):  # absent, or of no dimension
+            return None
     depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     return (
         f"width {shapes['cls_token'][-1]}, {depth} blocks, patches of {shapes['patch_embed.proj.weight'][-1]}"

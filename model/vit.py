@@ -39,9 +39,7 @@ class Attention(nn.Module):
         # Cut before the heads are told apart: backward then writes the gradients of q, k, v side by side
         # once, not twice.
         parts = self.qkv(x).chunk(3, dim=-1)  # 3 × (B, N, D)
-        q, k, v = (
-            rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in parts
-        )  # (B, H, N, D/H)
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in parts)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
         return self.proj_drop(self.proj(rearrange(x, "b h n d -> b n (h d)")))
 

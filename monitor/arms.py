@@ -100,9 +100,8 @@ def get_label(runs: list[Path]) -> str:
     if all(re.fullmatch(SEED_NAME, name) for name in names):  # study/exp1/seed0
         names = [run.parent.name for run in runs]
     label = os.path.commonprefix(names)
-    if (
-        len(set(names)) > 1
-    ):  # the prefix may end in what they share of a seed: exp1-seed1 of exp1-seed10 and exp1-seed11
+    # The prefix may end in what they share of a seed: exp1-seed1 of exp1-seed10 and exp1-seed11.
+    if len(set(names)) > 1:
         label = re.sub(r"(^|[-_.])(s|seed)?[-_.]?\d*$", "", label)
     return label or names[0]
 

@@ -130,9 +130,8 @@ def draw_changes(axes: Axes, epochs: list[dict], changes: np.ndarray, limit: flo
         interpolation="nearest",
         extent=(first, last, -0.5, layers - 0.5),
     )
-    for _, start, _ in get_phase_spans(epochs)[
-        1:
-    ]:  # a column is a whole epoch, so the border is half an epoch on
+    for _, start, _ in get_phase_spans(epochs)[1:]:
+        # A column is a whole epoch, so the border is half an epoch on.
         axes.axvline(start + 0.5, color="black", linestyle="--", linewidth=0.8)
     axes.set_yticks(get_ticks(layers, most=6))
     axes.xaxis.set_major_locator(build_epoch_locator())

@@ -261,9 +261,8 @@ def append(file: TextIO, text: str) -> None:
             file.write(text)
             file.flush()
         except OSError:
-            with contextlib.suppress(
-                OSError
-            ):  # what is in the buffer would fail again, whenever it is closed
+            # What is in the buffer would fail again, whenever the file is closed.
+            with contextlib.suppress(OSError):
                 file.close()
             raise
 

@@ -35,6 +35,7 @@ def run_main(argv):
     return status, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow
 def test_wire_command(on_ranks):
     ((status, out, _),) = on_ranks(1, run_main, "wire --model tiny-debug --world_size 4 --dp_shard 4")
     rows = [line.split() for line in out.splitlines() if line.startswith(CASES[-2])]

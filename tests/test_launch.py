@@ -141,7 +141,8 @@ def assert_same_as(reference, run_dir):
 # ---- on Slurm
 
 
-@pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=slow)])
+@slow
+@pytest.mark.parametrize("gpus", [1, 2])
 def test_two_nodes_give_what_torchrun_gives(send, torchrun, gpus):
     sent = send(*SHORT, "--gpus_per_node", gpus)
     sent.wait()
@@ -380,7 +381,8 @@ def test_one_failing_rank_ends_the_job(send, preset, gpus, fault, says):
     assert not any("did not join" in line for line in failures[:-1])
 
 
-@pytest.mark.parametrize("names", ["ab", pytest.param("abc", marks=slow)])
+@slow
+@pytest.mark.parametrize("names", ["ab", "abc"])
 def test_an_array_of_presets(send, cluster, tmp_path, monkeypatch, small, capsys, names):
     for name in names:
         text = f"from config.debug import *\nrun_dir = 'runs/{name}'\nseed = {ord(name)}\nmax_steps = 2\n"

@@ -123,7 +123,7 @@ slow = pytest.mark.slow
     "ranks, flags, per_node",
     [
         (2, "", 2),
-        (4, "", 2),
+        pytest.param(4, "", 2, marks=slow),
         (2, "--frozen_base shard --reshard_after_forward False", 2),
         (2, "--grad_accum_steps 2 --activation_checkpointing block --lora_trainable adapters+rest", 2),
         pytest.param(4, "", 4, marks=slow),
@@ -235,7 +235,7 @@ def count_graphs(on_ranks, small, run_dir, depth, backend, dynamic=True, flags="
 @pytest.mark.parametrize(
     "depth, backend, flags",
     [
-        (4, "eager", ""),
+        pytest.param(4, "eager", "", marks=slow),
         pytest.param(4, "inductor", "", marks=slow),
         pytest.param(12, "eager", "", marks=slow),
         pytest.param(4, "eager", "--activation_checkpointing block", marks=slow),
@@ -249,6 +249,7 @@ def test_four_training_graphs_in_all(on_ranks, small, tmp_path, depth, backend, 
     assert totals == [7, 7]  # none later, in the epochs, and none outside the blocks
 
 
+@slow
 def test_control_static_ranks_need_more_graphs(on_ranks, small, tmp_path):
     training, _, _ = count_graphs(on_ranks, small, tmp_path / "run", 3, "eager", dynamic=False)
     assert sum(training) > 4

@@ -356,11 +356,7 @@ def test_resumed_compiled_in_bfloat16_is_the_same_to_the_bit(runs, tmp_path):
 
 @pytest.mark.parametrize(
     "point, ranks",
-    [
-        (p, r) if (p, r) in [("full", 1), ("switch", 4)] else pytest.param(p, r, marks=slow)
-        for p in POINTS
-        for r in (1, 4)
-    ],
+    [(p, r) if (p, r) == ("full", 1) else pytest.param(p, r, marks=slow) for p in POINTS for r in (1, 4)],
 )
 def test_resumed_on_another_number_of_ranks_goes_on_within_rounding(runs, whole, tmp_path, point, ranks):
     reference, seen = whole(2)
@@ -860,7 +856,7 @@ def test_a_signal_that_came_before_training_is_heeded():
         assert stop.on_any_process(torch.device("cpu")) and stop.signal == "SIGUSR2"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=slow)])
 def test_a_signal_to_all_processes_of_a_rank_spares_its_loader_workers(
     launcher, whole, tmp_path, tiny, number
 ):
