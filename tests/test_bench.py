@@ -42,6 +42,7 @@ def test_wire_command(on_ranks):
     assert status == 0 and len(rows) == 2 and all(0 < float(row[-1]) < 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_memory_command(on_ranks):
     argv = "memory --model tiny-debug --world_size 4 --dp_shard 1 --activation_checkpointing none"
     ((status, out, _),) = on_ranks(1, run_main, argv)

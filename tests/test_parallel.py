@@ -164,6 +164,7 @@ def test_control_gradients_that_are_not_averaged_are_caught(go, one_rank):
     assert different == {n for n in seen[0]["weights"]["lora"] if ".lora_" in n}
 
 
+@slow
 def test_bfloat16(go):
     """On one rank by autocast, on several with blocks gathered in bfloat16: the same, to rounding."""
     flags = "--train_samples 32 --lr_warmup_steps 2"  # bfloat16 is slow on a CPU
@@ -479,7 +480,7 @@ def run_with_a_slow_rank(argv, slow):
         return run_main(argv)["epochs"]
 
 
-@pytest.mark.parametrize("slow", [(1, "data"), (0, "forward")])
+@pytest.mark.parametrize("slow", [(1, "data"), pytest.param((0, "forward"), marks=slow)])
 def test_the_slow_rank_is_named(on_ranks, small, tmp_path, slow):
     epochs = on_ranks(
         2,
