@@ -4,6 +4,8 @@ found wrong before work.
 `begin` is called by train.py once, on all processes together. What it finds wrong is a UserError, and then no
 file has been written."""
 
+import dataclasses
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from config.cli import split_fork, typed_config
 from data.datasets import DATASETS
 from data.loader import Loader, build_loader
 from data.staging import get_staged_dir, stage
-from errors import UserError
+from errors import SharedError, UserError
 from files import write_json
 from launch.distributed import (
     describe_places,
@@ -31,6 +33,7 @@ from model import checkpoint
 from model.checkpoint import on_process_0
 from model.pretrained import load_pretrained
 from model.variants import LORA_FAMILIES
+from monitor.clock import EpochClock
 from monitor.convergence import find_switch
 from monitor.log import check_logs, load_run, phase_table
 from monitor.logger import RunLogger
@@ -85,6 +88,7 @@ class Start:
     train_loader: Loader | None = None
     val_loader: Loader | None = None
     log: RunLogger | None = None
+    clock: EpochClock | None = None  # of the epoch under way, whose batches an exception would leave open
 
     def take_weights(self) -> dict[str, Tensor]:
         """`weights`, which are forgotten here: a copy of the model for the length of a run would be too
@@ -93,7 +97,7 @@ class Start:
         return weights
 
     def close(self) -> None:
-        for opened in (self.train_loader, self.val_loader, self.log):
+        for opened in (self.clock, self.train_loader, self.val_loader, self.log):
             if opened is not None:
                 opened.close()
 
@@ -132,24 +136,34 @@ def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
             start.weights, remarks = load_init(cfg, net)
             start.notes += remarks
     with together():  # now that no process has found anything wrong
-        try:
-            Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(str(error)) from None
+        make_writable(Path(cfg.run_dir))
     return start
+
+
+def make_writable(run_dir: Path) -> None:
+    """Make the run's folder, and the processes' logs' where there are several. Raises UserError if that can't
+    be done, or nothing can be written there."""
+    try:
+        folder = run_dir / "logs" if get_world_size() > 1 else run_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()
+    except OSError as error:
+        raise UserError(str(error)) from None
 
 
 def open_log(cfg, start: Start, last_step: int) -> RunLogger:
     """The run's log, cut back to where its state stands, with what is known before the first step. Every
     process has its epoch records, because from these each of them decides the phase."""
     s, run_dir, first = start.state, Path(cfg.run_dir), get_world_rank() == 0
+    log = start.log = RunLogger(run_dir, s.step, last_step, s.metrics_bytes, s.steps_bytes, enabled=first)
+    log.epochs = on_process_0(list, log.epochs)
+    if not start.forked and [record.get("epoch") for record in log.epochs] != list(range(1, s.epoch + 1)):
+        raise SharedError(f"{run_dir}/metrics.jsonl is damaged: it does not hold the epochs 1 to {s.epoch}")
     if first:
         write_json(run_dir / "config.json", vars(cfg) | {"resume": False})
         (run_dir / "ranks.json").unlink(missing_ok=True)  # of epochs after the checkpoint, perhaps
         if s.ranks:
             write_json(run_dir / "ranks.json", s.ranks)
-    log = start.log = RunLogger(run_dir, s.step, last_step, s.metrics_bytes, s.steps_bytes, enabled=first)
-    log.epochs = on_process_0(list, log.epochs)
     for record in start.records:
         log.copy(record)
     if len(start.hosts) > 1:
@@ -240,10 +254,17 @@ def get_config(cfg, path: Path, meta: dict):
 def read_state(meta: dict, path: Path) -> State:
     """The State in the meta of the checkpoint at `path`. Raises UserError if the meta is damaged."""
     checkpoint.check_meta(path, meta)
-    try:
-        return State(**meta["state"])
-    except TypeError as error:
-        raise UserError(f"{path}/meta.json is damaged: {error}") from None
+    state, names = meta["state"], {field.name for field in dataclasses.fields(State)}
+    if not isinstance(state, dict) or state.keys() != names:
+        raise UserError(f"{path}/meta.json is damaged: its state is not {', '.join(sorted(names))}")
+    for name in ("epoch", "step", "epoch_step", "metrics_bytes", "steps_bytes"):
+        if type(state[name]) is not int or state[name] < 0:
+            raise UserError(f"{path}/meta.json is damaged: {name} is {state[name]!r}")
+    if state["phase"] not in ("full", "warmup", "lora") or (state["phase"] == "full") != (not state["ranks"]):
+        raise UserError(
+            f"{path}/meta.json is damaged: phase {state['phase']!r} with ranks {state['ranks']!r}"
+        )
+    return State(**state)
 
 
 def check_same(cfg, old, names: list[str], where: Path) -> None:
@@ -290,8 +311,9 @@ def find_fork(cfg) -> tuple[Path, dict, list[dict], list[str]]:
     run, asked = split_fork(cfg.fork)
     kept = {}  # epoch -> (path, meta) of the checkpoints of whole epochs
     for path, meta in checkpoint.kept(Path(run)):
-        if not meta["state"]["epoch_step"]:
-            kept[meta["state"]["epoch"]] = (path, meta)
+        s = read_state(meta, path)
+        if not s.epoch_step:
+            kept[s.epoch] = (path, meta)
     # The log after the checkpoints: a run that is under way has logged what it has saved.
     _, epochs, switches = load_run(run)
     if not kept:

@@ -349,7 +349,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         steps = min(steps_per_epoch - s.epoch_step, last_step - s.step)
         batches = prefetch(train_loader.epoch(s.epoch, s.epoch_step * cfg.grad_accum_steps), device)
         trace = log.get_trace_path(s.phase) if cfg.profile and steps >= 3 else None
-        clock = EpochClock(s, model, batches, device, trace)
+        clock = start.clock = EpochClock(s, model, batches, device, trace)
         frozen_at = get_freeze_step(log.epochs) if s.phase == "lora" else None
         failed = torch.zeros((), dtype=torch.bool, device=device)
         pending = []  # (learning rate, result) of the steps that the host has not looked at

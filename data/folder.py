@@ -112,8 +112,8 @@ def _collate(samples: list[tuple]) -> tuple[np.ndarray, np.ndarray] | DataError:
 
 
 # Meant for the main process, which saves and then ends its workers; a scheduler sends them to every process
-# of the job.
-FOR_MAIN_PROCESS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+# of the job, and a terminal's Ctrl-C does.
+FOR_MAIN_PROCESS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
 
 
 def _init_worker(worker: int) -> None:

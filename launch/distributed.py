@@ -115,6 +115,9 @@ def exit(main: Callable[[list[str]], int], argv: list[str]) -> None:
     """
     try:
         status = main(argv)
+    except KeyboardInterrupt:  # before training, or at its very end
+        print("interrupted", file=sys.stderr)
+        status = 130
     except Exception:
         traceback.print_exc()
         status = 1

@@ -50,6 +50,7 @@ class EpochClock:
         self.watching.close()
         if self.tracer:
             self.tracer.stop()
+            self.tracer = None
         return self.seconds, self.waited_before + self.batches.waited
 
     @property

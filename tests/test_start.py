@@ -1,6 +1,7 @@
 """Where a run begins: killed and resumed, stopped and gone on, forked from another, and what is refused."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -33,7 +34,10 @@ from small_runs import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import start
 import train
+from config.cli import typed_config
+from errors import UserError
 from lora.ranks import assign_ranks, count_parameters
 from model import checkpoint
 from model.variants import LORA_FAMILIES
@@ -419,3 +423,58 @@ def test_rank_rules_use_what_minmax_uses(small, baseline, tmp_path):
     assert count_different(uniform) == 1 < count_different(budget)
     share = choose("share", "--rank_rule", "budget", "--rank_budget", 0.1)
     assert 0.09 * base < count_parameters(share, costs) <= 0.1 * base
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_workers_too_and_ends_the_run(small, tmp_path):
+    """A terminal sends it to every process of the group: the run says so at once, and no process is left."""
+    run_dir = tmp_path / "run"
+    flags = ["--num_workers", 2, "--epochs", 60, "--eval_every", 60]
+    command = [sys.executable, "train.py", *argv(small, run_dir, *flags)]
+    process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints/latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted: go on with" in said and "Traceback" not in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state.pop("step"),
+        lambda state: state.update(phase="foo"),
+        lambda state: state.update(step="x"),
+        lambda state: state.update(phase="warmup", ranks=None),
+        lambda state: state.update(more=1),
+    ],
+)
+def test_a_state_that_is_not_whole_is_no_start(reference, damage):
+    path = checkpoint.latest(reference)
+    meta = checkpoint.read_meta(path)
+    assert start.read_state(meta, path).phase == "lora"  # the control
+    damage(meta["state"])
+    with pytest.raises(UserError, match="meta.json is damaged"):
+        start.read_state(meta, path)
+
+
+def test_a_log_that_lost_an_epoch_changes_nothing(small, reference, tmp_path, capsys):
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    log = run_dir / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"event": "epoch"', '"event": "other"', 1))
+    config = (run_dir / "config.json").read_text()
+    assert resume(run_dir, "--epochs", 9, "--lr", 9) == 1
+    assert "does not hold the epochs 1 to 7" in capsys.readouterr().err
+    assert (run_dir / "config.json").read_text() == config
+
+
+@pytest.mark.parametrize("phase, epoch_step, due", [("full", 0, True), ("full", 3, False)])
+def test_a_run_resumed_within_an_epoch_ends_it_in_its_phase(reference, phase, epoch_step, due):
+    """Whatever new settings say: an epoch has one phase."""
+    cfg = typed_config(train.Config, json.loads((reference / "config.json").read_text()), "stored")
+    epochs = [epoch for epoch in events(reference, "epoch") if epoch["phase"] == "full"]
+    s = start.State(phase=phase, epoch=3, epoch_step=epoch_step)
+    assert (train.get_next_phase(cfg, s, epochs)[0] == "warmup") == due
