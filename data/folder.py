@@ -5,6 +5,7 @@ python -m data.folder fashion_mnist DIR     # prepares the raw files: from Debia
 
 import argparse
 import atexit
+import multiprocessing
 import signal
 import sys
 import weakref
@@ -145,12 +146,15 @@ _epochs = weakref.WeakSet()  # iterators that may not have come to their end
 
 @atexit.register
 def _close_epochs() -> None:
-    """End the workers of epochs that a traceback broke off.
+    """End the workers of epochs that a traceback broke off, and those that Ctrl-C met as they were started.
 
     Python's own exit sends SIGTERM to such processes, which ours ignore, and then waits for them for ever.
     """
     for epoch in list(_epochs):
         epoch.close()
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class FolderLoader:
