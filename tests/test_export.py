@@ -59,6 +59,11 @@ ENDS = {"full": 6, "warmup": 10, "lora": 14}  # the last step of each phase
 STATIC = "--mode lora --epochs 2 --eval_every 1".split()
 DATA = DATASETS["fashion_mnist"]
 ZERO = 1e-30  # a learning rate that leaves every weight as it is
+# One step on images without files, from other weights.
+ONE_STEP = (
+    "--loader synthetic --train_samples 64 --batch_size 16 --dtype float32 --compile False --epochs 9 "
+    f"--max_steps 1 --lr {ZERO} --lr_warmup_steps 0 --rank_max 32"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -1236,26 +1241,7 @@ def start(tmp_path, source, *flags, run_dir="run", status=0):
     argv = [
         "--run_dir",
         tmp_path / run_dir,
-        "--loader",
-        "synthetic",
-        "--train_samples",
-        64,
-        "--batch_size",
-        16,
-        "--dtype",
-        "float32",
-        "--compile",
-        False,
-        "--epochs",
-        9,
-        "--max_steps",
-        1,
-        "--lr",
-        ZERO,
-        "--lr_warmup_steps",
-        0,
-        "--rank_max",
-        32,
+        *ONE_STEP,
         "--init_from",
         source,
         *flags,
@@ -1402,26 +1388,7 @@ def test_on_two_ranks_from_rank_0s_file(on_ranks, tmp_path, flags):
     argv = [
         "--run_dir",
         tmp_path / "run",
-        "--loader",
-        "synthetic",
-        "--train_samples",
-        64,
-        "--batch_size",
-        16,
-        "--dtype",
-        "float32",
-        "--compile",
-        False,
-        "--epochs",
-        9,
-        "--max_steps",
-        1,
-        "--lr",
-        ZERO,
-        "--lr_warmup_steps",
-        0,
-        "--rank_max",
-        32,
+        *ONE_STEP,
         "--init_from",
         tmp_path / "w.safetensors",
         *flags,
