@@ -36,13 +36,14 @@ PLAIN = (
 def watching():
     """Record, while train.main runs: every step's loss, and the whole weights at every phase's end."""
     seen = {"losses": [], "weights": {}}
-    sum_over_processes, save = distributed.sum_over_processes, checkpoint.save
+    train_step, save = train.train_step, checkpoint.save
 
-    def summing(tensor):
-        sum_over_processes(tensor)
-        if tensor.shape == (2,):  # a step's loss and hits
-            seen["losses"].append(tensor[0].item())
-        return tensor
+    def stepping(cfg, model, optimizer, batches, step, lr, failed):
+        in_dry_run = failed.item()  # compilation's step on black images is none of the run's
+        result = train_step(cfg, model, optimizer, batches, step, lr, failed)
+        if not in_dry_run:
+            seen["losses"].append(result[0].item())
+        return result
 
     def saving(run_dir, model, optimizer, meta, pinned):
         if pinned or meta["state"]["epoch"] == 9:
@@ -52,7 +53,7 @@ def watching():
         return save(run_dir, model, optimizer, meta=meta, pinned=pinned)
 
     with (
-        mock.patch.object(distributed, "sum_over_processes", summing),
+        mock.patch.object(train, "train_step", stepping),
         mock.patch.object(checkpoint, "save", saving),
     ):
         yield seen
