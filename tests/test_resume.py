@@ -35,7 +35,7 @@ from test_parallel import PLAIN, watching
 import start
 import train
 from launch import distributed
-from model import checkpoint
+from model import checkpoint, parallel
 from model.optim import get_optimizer_state
 from model.parallel import reshard, to_plain
 from model.variants import VARIANTS
@@ -854,6 +854,35 @@ def test_a_signal_that_came_before_training_is_heeded():
         assert not stop.on_any_process(torch.device("cpu"))
     with distributed.StopRequest([signal.SIGUSR2]) as stop:
         assert stop.on_any_process(torch.device("cpu")) and stop.signal == "SIGUSR2"
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_signal_to_all_processes_spares_the_compilers(held):
+    """A step that compiles starts a compiler; as it runs, a signal reaches the whole process group."""
+    program = f"""
+import contextlib, signal, subprocess, torch
+from model import parallel
+if not {held}:  # the control
+    parallel.stop_signals_held = contextlib.nullcontext
+received = []
+for number in parallel.STOP_SIGNALS:
+    signal.signal(number, lambda number, frame: received.append(number))
+compiler = "kill -TERM 0; kill -USR1 0; kill -USR2 0; echo compiled"
+step = lambda: subprocess.run(["sh", "-c", compiler], check=True)
+model = torch.nn.Linear(1, 1)
+parallel.compile_graphs(True, model, torch.optim.SGD(model.parameters()), step, lambda: None)
+assert sorted(received) == sorted(parallel.STOP_SIGNALS)
+"""
+    options = {"cwd": REPO, "start_new_session": True, "capture_output": True, "text": True}
+    ended = subprocess.run([sys.executable, "-c", program], timeout=120, **options)
+    if held:
+        assert (ended.returncode, ended.stdout) == (0, "compiled\n"), ended.stderr
+    else:
+        assert ended.returncode == 1 and "died with <Signals.SIGTERM: 15>" in ended.stderr
+
+
+def test_the_signals_that_wait_are_those_that_are_heeded():
+    assert parallel.STOP_SIGNALS == distributed.StopRequest.SIGNALS
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=slow)])
