@@ -1156,8 +1156,9 @@ def test_twenty_kills(launcher, tiny, tmp_path):
                     break
                 time.sleep(0.003)
             statuses = launcher.wait(pids)
-            assert statuses in ([0, 0], [-9, -9]), (tmp_path / "console_0").read_text()
             last, saving = after_a_kill(run_dir)
+            met_the_end = sorted(statuses) == [-9, 0] and last == 20  # one process had left already
+            assert statuses in ([0, 0], [-9, -9]) or met_the_end, (tmp_path / "console_0").read_text()
             assert last >= before
             before = last
             if statuses == [-9, -9]:
