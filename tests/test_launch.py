@@ -164,6 +164,7 @@ def test_two_nodes_give_what_torchrun_gives(send, torchrun, gpus):
     assert sent.restarts() == 0 and not logs.get_failures(sent.folder, sent.id)
 
 
+ONE_EACH = ("--gpus_per_node", 1)  # on each of the two nodes: a start takes half the time
 FAULTS = {  # epoch after which it comes, and what comes; whether rank 0 requeues the job, or Slurm by itself
     "usr2 while importing": (0, lambda c, j: c(f"scancel --signal=USR2 {j.id}"), True),
     "usr2": (2, lambda c, j: c(f"scancel --signal=USR2 {j.id}"), True),
@@ -185,16 +186,17 @@ FAULTS = {  # epoch after which it comes, and what comes; whether rank 0 requeue
 @pytest.mark.parametrize("fault", FAULTS)
 def test_goes_on_by_itself(send, cluster, torchrun, fault):
     epoch, inject, by_rank_0 = FAULTS[fault]
-    sent = send()
+    shape, ranks = ((), 4) if fault in ("usr2", "preemption") else (ONE_EACH, 2)
+    sent = send(*shape)
     sent.wait_for_epoch(epoch) if epoch else wait(
-        lambda: all("start 0" in sent.log(rank) for rank in range(4)), 60
+        lambda: all("start 0" in sent.log(rank) for rank in range(ranks)), 60
     )
     inject(cluster, sent)
     wait(lambda: sent.restarts() == 1, 60)
     sent.wait()
     assert sent.restarts() == 1 and "start 1" in sent.log()
     assert ("requeueing job" in sent.log()) == by_rank_0
-    assert_same_as(torchrun(), sent.run_dir)
+    assert_same_as(torchrun(ranks), sent.run_dir)
 
 
 PATCHED = """
@@ -227,7 +229,7 @@ def preset(tmp_path):
 @slow
 def test_goes_on_when_slurmd_dies(send, cluster, preset, torchrun):
     """What Slurm sees of a node that lost its power or its network; it takes half a minute to."""
-    sent = send(preset=preset("time.sleep(1.5)"))
+    sent = send(*ONE_EACH, preset=preset("time.sleep(1.5)"))
     sent.wait_for_epoch(2)
     node = sent.nodes()[1]
     cluster.kill_node(node)
@@ -235,16 +237,16 @@ def test_goes_on_when_slurmd_dies(send, cluster, preset, torchrun):
     cluster.start_node(node)
     sent.wait(timeout=400)
     assert sent.restarts() == 1 and "requeueing job" not in sent.log()
-    assert_same_as(torchrun(), sent.run_dir)
+    assert_same_as(torchrun(2), sent.run_dir)
 
 
 @slow
 def test_goes_on_past_its_time_limit(send, preset, torchrun):
     """Two minutes, whose end Slurm announces 30 to 60 seconds before."""
-    sent = send("--hours", 2 / 60, preset=preset("time.sleep(2.5)"))
+    sent = send("--hours", 2 / 60, *ONE_EACH, preset=preset("time.sleep(2.5)"))
     sent.wait(timeout=500)
     assert sent.restarts() >= 1 and "requeueing job" in sent.log()
-    assert_same_as(torchrun(), sent.run_dir)
+    assert_same_as(torchrun(2), sent.run_dir)
 
 
 @slow
