@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -21,7 +20,6 @@ from errors import UserError
 
 NARROW = 192  # width of a model below which one thread is as fast as two, see set_up_device
 RUNNING_STATS = {"running_mean", "running_var", "num_batches_tracked"}  # torch's norms reset these alone
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # that ask a run to save and end
 
 
 def build_mesh(dp_shard: int | None, device_type: str, timeout: timedelta) -> DeviceMesh | None:
@@ -176,8 +174,7 @@ def compile_graphs(
 
     Returns how long that took and how many graphs were compiled, on this process. That no weight changes is
     the steps' own affair. Buffers are afterwards what they were before (a BatchNorm's statistics, say), and
-    states that the optimiser made for a first step, which was none, are gone. Signals that ask the run to
-    stop wait until it is over.
+    states that the optimiser made for a first step, which was none, are gone.
     """
     stats = torch._dynamo.utils.counters["stats"]
     began, before = time.perf_counter(), stats["unique_graphs"]
@@ -185,10 +182,9 @@ def compile_graphs(
     if compiled:
         buffers = [buffer.clone() for buffer in model.buffers()]
         stepped = set(optimizer.state)
-        with stop_signals_held():
-            train_once()
-            training = stats["unique_graphs"]
-            evaluate_once()
+        train_once()
+        training = stats["unique_graphs"]
+        evaluate_once()
         for buffer, value in zip(model.buffers(), buffers):
             buffer.copy_(value)
         for p in set(optimizer.state) - stepped:
@@ -198,23 +194,6 @@ def compile_graphs(
         "graphs_compiled": training - before,
         "eval_graphs_compiled": stats["unique_graphs"] - training,
     }
-
-
-@contextlib.contextmanager
-def stop_signals_held() -> Iterator[None]:
-    """Inside, STOP_SIGNALS wait, for this process and, what matters, for those that it starts.
-
-    Slurm, and timeout(1), send a signal to every process of a job: it would kill the compilers that inductor
-    has started, and with them the run, which has a handler and would have saved (before torch 2.14 a run with
-    Triton waits for the dead ones for ever). They are born with the signals blocked, and stay so; the run
-    hears of a signal when the block ends. The price, from 2.14 on: Triton's compilers, which torch ends by a
-    SIGTERM, make a run's end 10 s longer if it comes within a minute of the last compilation.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

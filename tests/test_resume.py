@@ -35,7 +35,7 @@ from test_parallel import PLAIN, watching
 import start
 import train
 from launch import distributed
-from model import checkpoint, parallel
+from model import checkpoint
 from model.optim import get_optimizer_state
 from model.parallel import reshard, to_plain
 from model.variants import VARIANTS
@@ -858,20 +858,23 @@ def test_a_signal_that_came_before_training_is_heeded():
 
 @pytest.mark.parametrize("held", [True, False])
 def test_a_signal_to_all_processes_spares_the_compilers(held):
-    """A step that compiles starts a compiler; as it runs, a signal reaches the whole process group."""
+    """As a phase is entered, its step, which compiles, starts a compiler; as that runs, a signal reaches the
+    whole process group."""
     program = f"""
-import contextlib, signal, subprocess, torch
-from model import parallel
+import contextlib, signal, subprocess, torch, train
+from launch import distributed
+from start import State
 if not {held}:  # the control
-    parallel.stop_signals_held = contextlib.nullcontext
+    distributed.stop_signals_held = contextlib.nullcontext
 received = []
-for number in parallel.STOP_SIGNALS:
+for number in distributed.StopRequest.SIGNALS:
     signal.signal(number, lambda number, frame: received.append(number))
 compiler = "kill -TERM 0; kill -USR1 0; kill -USR2 0; echo compiled"
-step = lambda: subprocess.run(["sh", "-c", compiler], check=True)
+train.train_step = lambda *args: subprocess.run(["sh", "-c", compiler], check=True)
+train.evaluate = lambda *args: None
 model = torch.nn.Linear(1, 1)
-parallel.compile_graphs(True, model, torch.optim.SGD(model.parameters()), step, lambda: None)
-assert sorted(received) == sorted(parallel.STOP_SIGNALS)
+train.enter_phase(train.Config(), State(), model, torch.optim.SGD(model.parameters()), torch.device("cpu"))
+assert sorted(received) == sorted(distributed.StopRequest.SIGNALS)
 """
     options = {"cwd": REPO, "start_new_session": True, "capture_output": True, "text": True}
     ended = subprocess.run([sys.executable, "-c", program], timeout=120, **options)
@@ -879,10 +882,6 @@ assert sorted(received) == sorted(parallel.STOP_SIGNALS)
         assert (ended.returncode, ended.stdout) == (0, "compiled\n"), ended.stderr
     else:
         assert ended.returncode == 1 and "died with <Signals.SIGTERM: 15>" in ended.stderr
-
-
-def test_the_signals_that_wait_are_those_that_are_heeded():
-    assert parallel.STOP_SIGNALS == distributed.StopRequest.SIGNALS
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=slow)])
