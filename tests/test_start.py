@@ -437,6 +437,9 @@ def test_ctrl_c_reaches_the_workers_too_and_ends_the_run(small, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)  # and until no worker holds the pipe
     assert process.returncode == 130 and "interrupted: go on with" in said
+    # Met as it starts its workers, torch's loader complains at its end that it is half made.
+    ours = said.split("Exception ignored in: <function _MultiProcessingDataLoaderIter.__del__")[0]
+    assert "Traceback" not in ours
     # A process closes its pipes a moment before it is gone.
     wait(lambda: not is_there(process.pid), 20)
 
