@@ -11,6 +11,7 @@ and what a step costs on many GPUs, without having them.
     python bench.py memory                 … with 64 images each: a process's peak, and what it is made of
     python bench.py memory --dp_shard 1 --activation_checkpointing none --grad_accum_steps 2 --fit 40
     python bench.py estimate --gpus 64 --device a100-40gb   an epoch by arithmetic, nothing is measured
+    python bench.py gpu --out DIR          on one GPU, in six minutes: is it right, how fast, and why
     python bench.py all                    all of them, into docs/bench.md: an hour on 2 cores
 """
 
@@ -26,6 +27,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its word on every start and st
 import tyro  # noqa: E402, the environment comes first
 
 from benchmarks.estimate import estimate  # noqa: E402
+from benchmarks.gpu_check import gpu, passed  # noqa: E402
 from benchmarks.loading import data  # noqa: E402
 from benchmarks.memory import memory  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
@@ -41,29 +43,31 @@ COMMANDS = {
     "wire": wire,
     "memory": memory,
     "estimate": estimate,
+    "gpu": gpu,
     "all": write_report,
 }
 
 
 def split_lists(argv: list[str]) -> list[str]:
-    """`hf,peft` as `hf peft`, which is how tyro takes a list."""
+    """`hf,peft` as `hf peft` and `0,1` as `0 1`, which is how tyro takes a list."""
     words = []
     for argument in argv:
         parts = argument.split(",")
-        words += parts if {*PEERS, *MODES}.issuperset(parts) else [argument]
+        is_list = {*PEERS, *MODES}.issuperset(parts) or all(part.isdecimal() for part in parts)
+        words += parts if is_list else [argument]
     return words
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0, or 2 for a user's mistake."""
+    """Exit status: 0; 1 where a part of `gpu` did not pass; 2 for a user's mistake."""
     try:
-        tyro.extras.subcommand_cli_from_dict(
+        result = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="bench.py", args=split_lists(argv), description=__doc__, use_underscores=True
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 1 if argv[:1] == ["gpu"] and not passed(result) else 0
 
 
 if __name__ == "__main__":

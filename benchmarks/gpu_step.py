@@ -1,0 +1,288 @@
+"""Parts 3, 4 and 9 of `python bench.py gpu`: a step of each phase on this GPU, how long the host takes to
+issue it, what its kernels do in that time, and the peers beside it."""
+
+import gc
+import multiprocessing
+import time
+from collections.abc import Iterator
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.choices import get_ranks, repeat_noise
+from benchmarks.contenders import PHASES, Contender, build_contender
+from benchmarks.fake import build_fake, fake_processes
+from benchmarks.flops import count_phase
+from benchmarks.gpu_findings import Check, time_calls, wait_for
+from benchmarks.memory import fill_moments, measure_step
+from benchmarks.roofline import Ceilings, count_kernels, get_ceilings, seconds_by_kind
+from benchmarks.step import step
+from launch.distributed import TIMEOUT
+from model import parallel
+from model.optim import build_optimizer
+from model.variants import VARIANTS
+from monitor.perf import peak_flops
+from train import Config
+
+RANKS = "mixed"  # 8 to 64
+
+# A kernel's class by what its name has in it; the first that fits.
+CLASSES = {
+    "attention": ("flash", "fmha", "sdpa", "attention", "softmax"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitkreduce", "dot_kernel", "conv", "mma"),
+    "optimizer": ("multi_tensor", "adam", "lpnorm"),
+    "copies": ("memcpy", "memset", "copy", "cat"),
+    "elementwise": (
+        "triton",
+        "elementwise",
+        "reduce",
+        "layer_norm",
+        "gelu",
+        "vectorized",
+        "index",
+        "scatter",
+    ),
+}
+ROOFLINE_CLASSES = {  # kinds of benchmarks/roofline.py -> the classes above
+    "products": "products",
+    "adapters": "products",
+    "attention": "attention",
+    "optimizer": "optimizer",
+    "casts": "elementwise",
+    "elementwise": "elementwise",
+}
+
+
+def get_config(check: Check) -> Config:
+    """L/16 with 64 images in bfloat16, compiled; in a dry run the smallest model with four."""
+    if check.tiny:
+        return Config(model="tiny-debug", dataset="fashion_mnist", batch_size=4, dtype="bfloat16")
+    return Config(model="L/16", dataset="imagenet", batch_size=64, dtype="bfloat16")
+
+
+def each_phase(check: Check) -> Iterator[tuple[str, Contender]]:
+    """(phase, what takes its step), warmed up, one after the other: what one holds is gone before the
+    next."""
+    cfg = get_config(check)
+    parallel.set_up_device(check.device, VARIANTS[cfg.model]["embed_dim"])
+    batches = repeat_noise(cfg.dataset, cfg.batch_size, check.device)
+    for phase in PHASES:
+        contender = build_contender(phase, cfg, get_ranks(RANKS, cfg.model), check.device, batches)
+        began = time.perf_counter()
+        for _ in range(3):
+            contender.step()
+        wait_for(check.device)
+        check.say(f"{phase}: built, compiled, warmed up", f"{time.perf_counter() - began:.1f} s")
+        yield phase, contender
+        if contender.failed:
+            raise FloatingPointError(f"{phase}: a loss or gradient norm was not finite")
+        del contender
+        gc.collect()  # compiled blocks stand in reference cycles
+        if check.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3: a step
+
+
+def time_phases(check: Check) -> None:
+    """GPU ms, host ms, MFU and peak memory of a step of each phase, and the ratios.
+
+    GPU ms: steps in a row between two events, divided by their number. Host ms: until the call of a single
+    step returns, its work being queued on a GPU that has nothing to do; the shortest of several. It is an
+    upper bound where a step has more kernels than the queue holds (1,024), for then the host waits for the
+    GPU. A phase whose host ms are its GPU ms is bound by Python."""
+    cfg, ranks = get_config(check), get_ranks(RANKS, get_config(check).model)
+    simulated = start_simulation(cfg)  # before CUDA is in use here: it forks
+    milliseconds, limits = {}, {}
+    for phase, contender in each_phase(check):
+        device = check.device
+        seconds = time_calls(device, contender.step, in_a_row=1 if check.tiny else 5, rounds=7)
+        host = min(time_host(contender) for _ in range(5))
+        flops, _ = count_phase(cfg, phase, ranks, cfg.batch_size, device)
+        milliseconds[phase], limits[phase] = 1e3 * seconds, flops
+        check.figure(f"{phase}_gpu_ms", 1e3 * seconds)
+        check.figure(f"{phase}_host_ms", 1e3 * host)
+        peak = peak_flops(device, cfg.dtype)
+        rate = flops * cfg.batch_size / seconds
+        mfu = f", MFU {100 * rate / peak:.1f} %" if peak else ""
+        check.say(
+            f"{phase}: GPU ms, host ms",
+            f"{1e3 * seconds:.1f}, {1e3 * host:.1f}; {rate / 1e12:.0f} TFLOP/s{mfu}",
+        )
+        check.figure(f"{phase}_peak_bytes", measure_peak(contender))
+    for phase in ("warmup", "lora"):
+        ratio, limit = milliseconds["full"] / milliseconds[phase], limits["full"] / limits[phase]
+        check.figure(f"{phase}_vs_full", ratio)
+        check.say(f"full / {phase}", f"{ratio:.2f}, by FLOPs {limit:.2f}")
+    compare_peaks(check, simulated)
+
+
+def time_host(contender: Contender) -> float:
+    """Seconds until the call of one step returns, the device's queue being empty."""
+    wait_for(contender.device)
+    began = time.perf_counter()
+    contender.step()
+    seconds = time.perf_counter() - began
+    wait_for(contender.device)
+    return seconds
+
+
+def measure_peak(contender: Contender) -> int:
+    """Bytes allocated at the peak of a step; 0 on a CPU."""
+    if contender.device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(contender.device)
+    contender.step()
+    wait_for(contender.device)
+    return torch.cuda.max_memory_allocated(contender.device)
+
+
+def start_simulation(cfg: Config):
+    """The reading end of a pipe on which a process of its own sends {phase: bytes at its peak} as
+    `bench.py memory` has them: plain replication, eager."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    context.Process(target=simulate, args=(cfg, sender), daemon=True).start()
+    sender.close()
+    return receiver
+
+
+def simulate(cfg: Config, sender) -> None:
+    """What `start_simulation`'s process does."""
+    torch.set_num_threads(1)
+    cfg = Config(**vars(cfg) | {"compile": False, "batch_size": 2 * cfg.batch_size})
+    ranks, peaks = get_ranks(RANKS, cfg.model), {}
+    with fake_processes(2) as mode:
+        mesh = parallel.build_mesh(1, "cpu", TIMEOUT)
+        for phase in PHASES:
+            model = build_fake(mode, cfg, phase, ranks, "cpu", mesh)
+            with mode:
+                optimizer = build_optimizer(model, cfg.weight_decay)
+                fill_moments(model, optimizer)
+                peaks[phase] = sum(measure_step(cfg, model, optimizer, cfg.batch_size // 2).values())
+    sender.send(peaks)
+    sender.close()
+
+
+def compare_peaks(check: Check, simulated) -> None:
+    """The allocator's peaks beside the simulation's."""
+    if not simulated.poll(60):
+        check.say("peaks by bench.py memory", "not there in time", False)
+        return
+    for phase, simulated_bytes in simulated.recv().items():
+        peak = check.figures[f"{phase}_peak_bytes"]
+        check.figure(f"{phase}_simulated_peak_bytes", simulated_bytes)
+        figure = f"{peak / 2**30:.2f} GiB; bench.py memory, eager: {simulated_bytes / 2**30:.2f}"
+        check.say(f"{phase}: peak of a compiled step", figure)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4: where the time goes
+
+
+def profile_phases(check: Check) -> None:
+    """ms of a step by class of kernel, and the share of time in which no kernel runs, beside the roofline."""
+    cfg, ranks = get_config(check), get_ranks(RANKS, get_config(check).model)
+    ceilings = get_measured_ceilings(check)
+    check.say(
+        "roofline's ceilings", f"{ceilings.matmul / 1e12:.0f} TFLOP/s, {ceilings.bandwidth / 1e9:.0f} GB/s"
+    )
+    for phase, contender in each_phase(check):
+        spans, steps = trace(contender)
+        by_class, names = add_up(spans, steps)
+        busy, whole = get_busy(spans)
+        check.figure(f"{phase}_ms_by_class", by_class)
+        check.figure(f"{phase}_ms_by_kernel", dict(sorted(names.items(), key=lambda item: -item[1])[:25]))
+        check.figure(f"{phase}_idle_share", 1 - busy / whole if whole else None)
+        roof = {}
+        for kind, seconds in seconds_by_kind(
+            count_kernels(cfg, phase, ranks, cfg.batch_size), ceilings
+        ).items():
+            name = ROOFLINE_CLASSES.get(kind, kind)
+            roof[name] = roof.get(name, 0.0) + 1e3 * seconds
+        check.figure(f"{phase}_roofline_ms", roof)
+        idle = f"{100 * (1 - busy / whole):.0f} % idle" if whole else "no kernels"
+        found = f"{sum(by_class.values()):.1f} ms in {len(spans) // steps} kernels"
+        check.say(f"{phase}: a step's kernels", f"{found}, roofline {sum(roof.values()):.1f} ms; {idle}")
+        for name in dict.fromkeys([*by_class, *roof]):
+            figure = f"{by_class.get(name, 0.0):8.2f} ms, roofline {roof.get(name, 0.0):8.2f}"
+            check.say(f"{phase}: {name}", figure)
+
+
+def get_measured_ceilings(check: Check) -> Ceilings:
+    """Part 0's, where it has run; else 70 and 80 % of an H100's data sheet."""
+    if "matmul" in check.figures and "bandwidth" in check.figures:
+        return Ceilings(check.figures["matmul"], check.figures["bandwidth"])
+    return get_ceilings("h100")
+
+
+Span = tuple[str, float, float]  # a kernel's name, its begin and its end in µs
+
+
+def trace(contender: Contender) -> tuple[list[Span], int]:
+    """The kernels of some steps in a row, and how many steps."""
+    cuda, steps = contender.device.type == "cuda", 3
+    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    wait_for(contender.device)
+    with profile(activities=activities) as prof:
+        for _ in range(steps):
+            contender.step()
+        wait_for(contender.device)
+    spans = []
+    for event in prof.events():
+        on_device = event.device_type == DeviceType.CUDA
+        if on_device and not event.is_user_annotation:
+            spans.append((event.name, event.time_range.start, event.time_range.end))
+    return sorted(spans, key=lambda span: span[1]), steps
+
+
+def classify(name: str) -> str:
+    """A kernel's class, by its name."""
+    lower = name.lower()
+    for kind, words in CLASSES.items():
+        if any(word in lower for word in words):
+            return kind
+    return "other"
+
+
+def add_up(spans: list[Span], steps: int) -> tuple[dict[str, float], dict[str, float]]:
+    """ms of a step, by class and by kernel."""
+    by_class: dict[str, float] = {}
+    by_name: dict[str, float] = {}
+    for name, begin, end in spans:
+        kind, milliseconds = classify(name), (end - begin) / 1e3 / steps
+        by_class[kind] = by_class.get(kind, 0.0) + milliseconds
+        by_name[name[:120]] = by_name.get(name[:120], 0.0) + milliseconds
+    return by_class, by_name
+
+
+def get_busy(spans: list[Span]) -> tuple[float, float]:
+    """(µs in which at least one kernel runs, µs from the first's begin to the last's end); `spans` by their
+    begin."""
+    if not spans:
+        return 0.0, 0.0
+    busy, until = 0.0, spans[0][1]
+    for _, begin, end in spans:
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return busy, until - spans[0][1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 9: peers
+
+
+def compare_peers(check: Check) -> None:
+    """`bench.py step` beside timm's ViT and PEFT on Hugging Face's, eagerly: whole models take minutes to
+    compile."""
+    model, images, rounds = ("Ti/16", 2, 1) if check.tiny else ("L/16", 64, 5)
+    result = step(model=model, batch_size=images, rounds=rounds, modes=("eager",), dtype="bfloat16",
+                  peers=("timm", "peft"))  # fmt: skip
+    check.figure("eager", result)
+    each = ", ".join(f"{title} {ms:.1f}" for title, ms in result["milliseconds"].items())
+    check.say(f"{model}, {images} images, bfloat16, eager: ms", each)
+    for name, key in (("timm / full", "full_vs_timm"), ("HF + PEFT / lora", "lora_vs_peft")):
+        check.say(name, f"{result[key]:.2f}")
