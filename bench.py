@@ -11,6 +11,7 @@ and what a step costs on many GPUs, without having them.
     python bench.py memory                 … with 64 images each: a process's peak, and what it is made of
     python bench.py memory --dp_shard 1 --activation_checkpointing none --grad_accum_steps 2 --fit 40
     python bench.py estimate --gpus 64 --device a100-40gb   an epoch by arithmetic, nothing is measured
+    python bench.py roofline --device h100     one GPU's step from its kernels' FLOPs and bytes, counted
     python bench.py gpu --out DIR          on one GPU, in six minutes: is it right, how fast, and why
     python bench.py all                    all of them, into docs/bench.md: an hour on 2 cores
 """
@@ -31,6 +32,7 @@ from benchmarks.gpu_check import gpu, passed  # noqa: E402
 from benchmarks.loading import data  # noqa: E402
 from benchmarks.memory import memory  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
+from benchmarks.roofline import roofline  # noqa: E402
 from benchmarks.step import MODES, PEERS, step  # noqa: E402
 from benchmarks.switch import switch  # noqa: E402
 from benchmarks.wire import wire  # noqa: E402
@@ -43,6 +45,7 @@ COMMANDS = {
     "wire": wire,
     "memory": memory,
     "estimate": estimate,
+    "roofline": roofline,
     "gpu": gpu,
     "all": write_report,
 }

@@ -1,0 +1,396 @@
+"""python bench.py roofline: the time that a training step should take on one GPU, kernel by kernel. Nothing
+here was measured.
+
+A kernel takes max(FLOPs / attainable matmul rate, bytes / attainable bandwidth), a step the sum over its
+kernels, back to back. The kernels are counted, not listed by hand: a dispatch mode watches the operators that
+train.py's own step calls on fake tensors, in the data types they really have. Our own operators hide
+products, so what is inside them is run, and watched, too.
+
+- A matrix product, attention, and a call on lists of tensors (the optimiser's, the clipping's) is a kernel
+  each. It reads its operands and writes its results once, and what it adds into it reads as well.
+- Inside a block the compiler fuses what is elementwise, reductions and normalisation with it. Here:
+  consecutive such operators between two kernels of the first sort that share a tensor are one pass. It reads
+  each tensor from outside once, and writes what somebody uses later (backward counts), and nothing else. The
+  gradients of LayerNorm's own weights, sums over columns, are a pass of their own that reads these again.
+- Outside the blocks, and inside our own operators, nothing is compiled: there each operator is a pass.
+- Views cost nothing.
+
+What this does not see: launches and the host; that a skinny product, or one whose tiles don't fill the GPU,
+reaches neither ceiling; caches, which spare reading again what was just written; kernels that run beside each
+other. Of the compiler's choices: it may compute anew in backward what here is kept, and fuse across a kernel
+what here is two passes.
+
+The tensors are a CPU's, because a fake GPU without a real one has no backward. `as_on_a_gpu` sees to it that
+everything that asks gets a GPU's answer; attention is the CPU's operator, which reads and writes what the
+GPU's does.
+"""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+from unittest import mock
+
+import torch
+import torch.nn.utils.clip_grad
+from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+import data.device
+import train
+from benchmarks.choices import Model, RankChoice, get_ranks
+from benchmarks.contenders import PHASES
+from benchmarks.estimate import DEVICES
+from benchmarks.fake import build_fake, get_black_batch, take_step
+from benchmarks.flops import addmm_shapes
+from benchmarks.memory import fill_moments
+from errors import UserError
+from lora import kernels, onednn
+from lora.ranks import Ranks
+from model.optim import build_optimizer
+
+MATMUL_SHARE, BANDWIDTH_SHARE = 0.7, 0.8  # of the data sheet's, what good kernels reach
+KINDS = ("products", "adapters", "attention", "elementwise", "casts", "optimizer")
+WRITE_ONLY = {"copy_", "fill_", "zero_"}  # in place, and don't read what was there
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    kind: str  # of KINDS
+    flops: int
+    bytes: int  # read and written
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    matmul: float  # attainable FLOP/s
+    bandwidth: float  # attainable bytes/s
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What of a storage a tensor covers."""
+
+    storage: int  # its number in the trace
+    place: tuple  # offset, sizes, strides
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator that ran."""
+
+    name: str
+    kind: str
+    flops: int
+    reads: tuple[Piece, ...]
+    writes: tuple[Piece, ...]
+    graph: int | None  # of what the compiler compiles together; None: runs as it is
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the operators of a step
+
+
+class Trace(TorchDispatchMode):
+    """Watches operators. `calls`: those that are kernels, in the order in which they ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[Call] = []
+        self.graph: int | None = None  # in which graph of the compiler's the next operators are
+        self.graphs = itertools.count()
+        self.numbers: dict[int, int] = {}  # address of a storage -> its number
+        self.storages: list[torch.UntypedStorage] = []  # held, so that no address comes up twice
+        self.lasting: set[int] = set()  # storages that were there before, or are still there afterwards
+        self.rank: int | None = None  # inside an adapter's operator: its ranks' sum
+
+    def begin_graph(self) -> None:
+        self.graph = next(self.graphs)
+
+    def end_graph(self) -> None:
+        self.graph = None
+
+    def keep(self, results) -> None:
+        """What the watched code returns somebody will read."""
+        self.lasting.update(piece.storage for piece in self.get_pieces(results))
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if operator.namespace == "prelora":
+            return self.look_inside(operator, args, kwargs)
+        if operator.namespace in ("prim", "profiler"):  # questions and marks, no work
+            return operator(*args, **kwargs)
+        with self:
+            result = operator.decompose(*args, **kwargs)
+        if result is not NotImplemented:  # below autograd, where F.linear comes as it is
+            return result
+        known = len(self.storages)
+        reads = self.get_pieces((args, kwargs))
+        self.lasting.update(range(known, len(self.storages)))
+        known = len(self.storages)
+        result = operator(*args, **kwargs)
+        made = [piece for piece in self.get_pieces(result) if piece.storage >= known]
+        name = operator._schema.name.removeprefix("aten::")
+        changed, untouched = self.get_changed(operator, args, kwargs)
+        writes = tuple(made + changed)
+        if not writes or "empty" in name:  # a view, a question, or memory that is not written yet
+            return result
+        if name.endswith("_like") or name.startswith("new_"):
+            reads = []
+        reads = tuple(piece for piece in reads if piece not in untouched)
+        kind, flops = self.classify(operator, name, args, kwargs, result)
+        if kind in ("products", "adapters") and "convolution" not in name:
+            a, b = args[-2:]
+            name += f" {'×'.join(str(size) for size in (*a.shape, b.shape[-1]))}"
+        self.calls.append(Call(name, kind, flops, reads, writes, self.graph))
+        return result
+
+    def look_inside(self, operator, args, kwargs):
+        """Run what an operator of ours is made of. The compiler leaves it as it is."""
+        names = [argument.name for argument in operator._schema.arguments]
+        before = self.graph, self.rank
+        self.graph = None
+        self.rank = args[names.index("A")].shape[0] if "A" in names else None
+        with self:
+            result = OPDEFS[operator._schema.name]._init_fn(*args, **kwargs)
+        self.graph, self.rank = before
+        return result
+
+    def get_pieces(self, tensors) -> list[Piece]:
+        """Of a tree of arguments or results, each piece once."""
+        pieces = {}
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and tensor.numel():
+                storage = tensor.untyped_storage()
+                number = self.numbers.setdefault(storage._cdata, len(self.storages))
+                if number == len(self.storages):
+                    self.storages.append(storage)
+                place = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+                elements = 1
+                for size, stride in zip(tensor.shape, tensor.stride()):
+                    elements *= size if stride else 1  # an expanded dimension is there once
+                pieces[Piece(number, place, elements * tensor.element_size())] = None
+        return list(pieces)
+
+    def get_changed(self, operator, args, kwargs) -> tuple[list[Piece], list[Piece]]:
+        """The pieces of arguments that are written, and those of them that are not read before."""
+        changed = []
+        name = operator._schema.name.removeprefix("aten::")
+        for i, argument in enumerate(operator._schema.arguments):
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if name.startswith("_fused_") and argument.name == "grads":
+                is_written = False  # only if a gradient scaler's factor is to be taken out
+            if is_written:
+                changed += self.get_pieces(args[i] if i < len(args) else kwargs.get(argument.name))
+        return changed, changed if name in WRITE_ONLY else []
+
+    def classify(self, operator, name: str, args, kwargs, result) -> tuple[str, int]:
+        """(kind, FLOPs) of an operator."""
+        if "scaled_dot_product" in name:
+            backward = "backward" in name  # (dy, q, k, v, …), forward (q, k, v, …)
+            count = sdpa_backward_flop_count if backward else sdpa_flop_count
+            return "attention", count(*[tensor.shape for tensor in args[: 4 if backward else 3]])
+        if name.startswith(("_foreach_", "_fused_")):
+            return "optimizer", 0
+        if name == "addmm_":
+            flops = addmm_shapes(*[tensor.shape for tensor in args])
+        elif operator._overloadpacket in flop_registry:
+            flops = flop_registry[operator._overloadpacket](*args, **kwargs, out_val=result)
+        else:
+            return ("casts" if name == "_to_copy" else "elementwise"), 0
+        if self.rank is not None and min(*args[-2].shape, *args[-1].shape) <= self.rank:
+            return "adapters", flops
+        return "products", flops
+
+
+def watch_blocks(trace: Trace, blocks: nn.ModuleList) -> None:
+    """Tell `trace` what is compiled together: each block's forward, and each block's backward."""
+    outer = []
+
+    def before(block: nn.Module, args: tuple) -> None:
+        outer.append(trace.graph)
+        trace.begin_graph()
+        if block is blocks[0] and args[0].requires_grad:
+            args[0].register_hook(lambda gradient: trace.end_graph())
+
+    def after(block: nn.Module, args: tuple, y: Tensor) -> None:
+        trace.graph = outer.pop()  # in backward, where a block is run again: back in that graph
+        if y.requires_grad:
+            y.register_hook(lambda gradient: trace.begin_graph())
+
+    for block in blocks:
+        block.register_forward_pre_hook(before)
+        block.register_forward_hook(after)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Fake tensors of a CPU take the same way as a GPU's tensors; and nothing of them stays behind."""
+    with contextlib.ExitStack() as stack:
+        patch = lambda *args: stack.enter_context(mock.patch.object(*args))
+        # There float32 is TF32, and oneDNN isn't.
+        patch(kernels, "is_exact", lambda x: x.dtype == torch.float64)
+        patch(onednn, "takes", lambda tensor: False)
+        patch(onednn.OneDNNLinear, "forward", nn.Linear.forward)
+        patch(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *args, **kwargs: True)
+        # It is cached, and a fake tensor in the cache would be the next real step's.
+        patch(data.device, "_get_constants", data.device._get_constants.__wrapped__)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------
+# from operators to kernels
+
+
+def get_kernels(trace: Trace) -> list[Kernel]:
+    """What a GPU is given for the operators of a trace."""
+    last_use = dict.fromkeys(trace.lasting, len(trace.calls))  # storage -> number of the last call to read it
+    for number, call in enumerate(trace.calls):
+        for piece in call.reads:
+            last_use[piece.storage] = max(number, last_use.get(piece.storage, 0))
+    found, run = [], []
+    for number, call in enumerate(trace.calls):
+        is_fused = call.graph is not None and call.kind in ("elementwise", "casts")
+        if run and not (is_fused and call.graph == run[0].graph):
+            found += fuse(run, number, last_use)
+            run = []
+        if is_fused:
+            run.append(call)
+        else:
+            moved = sum(piece.bytes for piece in call.reads + call.writes)
+            found.append(Kernel(call.name, call.kind, call.flops, moved))
+    return found + fuse(run, len(trace.calls), last_use)
+
+
+def fuse(run: list[Call], end: int, last_use: dict[int, int]) -> list[Kernel]:
+    """Consecutive calls, which end before call number `end`, as passes: one for those that share a tensor."""
+    passes: list[list[Call]] = []
+    for call in run:
+        touched = get_storages(call.reads + call.writes)
+        joined, others = [], []
+        for other in passes:
+            shares = any(touched & get_storages(before.reads + before.writes) for before in other)
+            if shares:
+                joined += other
+            else:
+                others.append(other)
+        passes = [*others, [*joined, call]]
+    found = []
+    for calls in passes:
+        read, written, here = set(), set(), set()
+        for call in calls:
+            read.update(piece for piece in call.reads if piece.storage not in here)
+            if call.name == "native_layer_norm_backward" and len(call.writes) > 1:
+                again = sum(piece.bytes for piece in read)
+                found.append(Kernel("LayerNorm's column sums", "elementwise", 0, again))
+            here |= get_storages(call.writes)
+            written.update(piece for piece in call.writes if last_use.get(piece.storage, 0) >= end)
+        if written:  # else nobody wants to know
+            kind = "casts" if all(call.kind == "casts" for call in calls) else "elementwise"
+            moved = sum(piece.bytes for piece in read) + sum(piece.bytes for piece in written)
+            found.append(Kernel(", ".join(call.name for call in calls), kind, 0, moved))
+    return found
+
+
+def get_storages(pieces: tuple[Piece, ...]) -> set[int]:
+    return {piece.storage for piece in pieces}
+
+
+def count_kernels(cfg: train.Config, phase: str, ranks: Ranks, batch_size: int) -> list[Kernel]:
+    """The kernels of train.py's step in `phase`, compiled block by block, on one GPU.
+
+    batch_size: images of a micro-batch; `cfg.grad_accum_steps` of these are a step. `cfg.compile` and
+    `cfg.batch_size` play no role. Raises UserError for selective checkpointing, which is the compiler's
+    choice.
+    """
+    if cfg.activation_checkpointing == "selective":
+        raise UserError("what selective checkpointing recomputes only the compiler knows")
+    cfg = replace(cfg, compile=False)
+    mode, trace = FakeTensorMode(allow_non_fake_inputs=True), Trace()
+    with as_on_a_gpu():
+        model = build_fake(mode, cfg, phase, ranks, "cpu")
+        watch_blocks(trace, model.blocks)
+        with mode:
+            optimizer = build_optimizer(model, cfg.weight_decay)
+            fill_moments(model, optimizer)
+            batches = itertools.repeat(get_black_batch(cfg, batch_size))
+            with trace:
+                take_step(cfg, model, optimizer, batches)
+    return get_kernels(trace)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# from kernels to seconds
+
+
+def get_ceilings(device: str) -> Ceilings:
+    """What good kernels reach in bfloat16 on a row of benchmarks/estimate.py's DEVICES."""
+    sheet = DEVICES[device]
+    return Ceilings(MATMUL_SHARE * sheet.peak_flops, BANDWIDTH_SHARE * sheet.memory_bandwidth)
+
+
+def seconds_by_kind(kernels: list[Kernel], ceilings: Ceilings) -> dict[str, float]:
+    """Seconds of a step by kind of kernel, one kernel after the other: their sum is the step."""
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for kernel in kernels:
+        seconds[kernel.kind] += max(kernel.flops / ceilings.matmul, kernel.bytes / ceilings.bandwidth)
+    return seconds
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def roofline(
+    model: Model = "L/16",
+    batch_size: int = 64,
+    ranks: RankChoice = "mixed",
+    device: Literal[*DEVICES] = "a100-40gb",
+    matmul: float | None = None,
+    bandwidth: float | None = None,
+) -> dict[str, dict[str, float]]:
+    """The time of a step of each phase on one GPU, bfloat16, from the FLOPs and bytes of its kernels; nothing
+    is measured.
+
+    batch_size: images of 224 × 224. matmul: TFLOP/s, bandwidth: GB/s that were measured on the device, in the
+    place of 70 % and 80 % of its data sheet's. Returns {phase: seconds by kind of kernel}, and prints it.
+    """
+    for name, value in (("batch_size", batch_size), ("matmul", matmul), ("bandwidth", bandwidth)):
+        if value is not None and value <= 0:
+            raise UserError(f"{name} must be above 0, not {value}")
+    ceilings = get_ceilings(device)
+    if matmul is not None:
+        ceilings = replace(ceilings, matmul=matmul * 1e12)
+    if bandwidth is not None:
+        ceilings = replace(ceilings, bandwidth=bandwidth * 1e9)
+    start, out = time.perf_counter(), {}
+    cfg = train.Config(model=model, dataset="imagenet", dtype="bfloat16", batch_size=batch_size)
+    wanted = get_ranks(ranks, model)
+    print("COUNTED, nothing below was measured: milliseconds of a step, kernels back to back, compiled, ")
+    print(f"ViT-{model}, {batch_size} images, bfloat16, adapters {ranks}, {device}: at most ", end="")
+    print(f"{ceilings.matmul / 1e12:.0f} TFLOP/s and {ceilings.bandwidth / 1e9:.0f} GB/s")
+    kinds = "".join(f"{kind:>12}" for kind in KINDS)
+    print(f"\n{'':8}{'ms':>8}{'full / it':>11}{'TFLOP':>8}{'GB':>7}{'kernels':>9}  |{kinds}")
+    for phase in PHASES:
+        counted = count_kernels(cfg, phase, wanted, batch_size)
+        out[phase] = seconds_by_kind(counted, ceilings)
+        print(get_row(phase, counted, out), flush=True)
+    print(f"\ncounted in {time.perf_counter() - start:.0f} s")
+    return out
+
+
+def get_row(phase: str, counted: list[Kernel], seconds: dict[str, dict[str, float]]) -> str:
+    """A line of the table. `seconds`: by kind, of the phases so far."""
+    step, full = sum(seconds[phase].values()), sum(seconds["full"].values())
+    flops, moved = sum(kernel.flops for kernel in counted), sum(kernel.bytes for kernel in counted)
+    sums = f"{1e3 * step:8.1f}{full / step:11.2f}{flops / 1e12:8.2f}{moved / 1e9:7.1f}{len(counted):9}"
+    return f"{phase:8}{sums}  |" + "".join(f"{1e3 * value:12.1f}" for value in seconds[phase].values())
