@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ PARTS = [
     Part(4, "where a step's time goes, beside the roofline", 70, gpu_step.profile_phases),
     Part(5, "pytest -m gpu", 90, gpu_runs.run_tests),
     Part(6, "loader to GPU", 40, gpu_runs.check_loader),
-    Part(7, "resume", 60, gpu_runs.check_resume),
+    Part(7, "resume", 80, gpu_runs.check_resume),
     Part(8, "FSDP2 on a mesh of one process", 45, gpu_runs.check_fsdp),
     Part(9, "Hugging Face with PEFT and timm beside it, eagerly", 60, gpu_step.compare_peers),
 ]
@@ -91,21 +92,18 @@ def run_in_process(part: Part, check: Check, limit: float, log: Path) -> Outcome
     process = multiprocessing.get_context("fork").Process(target=enter, args=(part.run, check, log))
     process.start()
     check.pipe.close()
-    out_of_time = False
-    while True:
-        if not receiver.poll(max(0.0, limit - (time.perf_counter() - began))):
-            out_of_time = True
-            break
-        try:
-            kind, message = receiver.recv()
-        except EOFError:  # the process has closed its end, or died
-            break
-        if kind == "row":
-            outcome.rows.append(message)
-        elif kind == "figure":
-            outcome.figures[message[0]] = message[1]
-        else:
-            outcome.error = message
+    ended = out_of_time = False
+    while not ended and not out_of_time:
+        left = max(0.0, limit - (time.perf_counter() - began))
+        # Not the pipe's end alone: a process that the part has started may hold it open.
+        ready = wait([receiver, process.sentinel], left)
+        ended, out_of_time = process.sentinel in ready, not ready
+        while receiver.poll():
+            try:
+                take(outcome, *receiver.recv())
+            except EOFError:
+                ended = True
+                break
     if out_of_time:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
@@ -117,6 +115,16 @@ def run_in_process(part: Part, check: Check, limit: float, log: Path) -> Outcome
     if outcome.status == "error" and outcome.error is None:
         outcome.error = f"its process ended with status {process.exitcode}"
     return outcome
+
+
+def take(outcome: Outcome, kind: str, message) -> None:
+    """Into the outcome what the part's process has sent."""
+    if kind == "row":
+        outcome.rows.append(message)
+    elif kind == "figure":
+        outcome.figures[message[0]] = message[1]
+    else:
+        outcome.error = message
 
 
 def get_status(outcome: Outcome, out_of_time: bool, exitcode: int) -> str:
