@@ -3,13 +3,15 @@
 # make lint    the layout of the code and what a linter finds: ruff
 # make study   the paper's experiments and their controls on Fashion-MNIST, in under two hours on 2 cores (with FFCV): docs/study.md
 # make slurm   install Slurm (Debian's), on which the tests then start a cluster of their own
-# LOADER=folder does without FFCV, its system libraries and root; PYTHON=python3.12 picks the interpreter
+# LOADER=folder does without FFCV, its system libraries and root; PYTHON=python3.12 picks the interpreter;
+# TORCH=2.11.0 is another torch than requirements.txt's, in an environment of its own: 2.11 to 2.14 are supported
 
 PYTHON ?= python3
 LOADER ?= ffcv
+VENV := .venv$(if $(TORCH),-$(TORCH))
 DATA := datasets/fashion_mnist
 RAW := $(DATA)/FashionMNIST/raw/t10k-labels-idx1-ubyte
-PY := .venv/bin/python
+PY := $(VENV)/bin/python
 # two at a time, one thread each: most tests wait for processes of their own, and two OpenMP pools on two cores spin against each other
 TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -18,10 +20,10 @@ LIBRARIES := python3-venv python3-dev g++ pkg-config libopencv-dev libturbojpeg0
 .PHONY: setup data train study slurm lint test test-slow
 .DELETE_ON_ERROR:
 
-setup: .venv/.requirements $(if $(filter ffcv,$(LOADER)),.venv/.ffcv)
+setup: $(VENV)/.requirements $(if $(filter ffcv,$(LOADER)),$(VENV)/.ffcv)
 
 # Asks for root only if a library is missing. Fashion-MNIST comes with Debian; elsewhere torchvision downloads it later.
-.venv/.libraries:
+$(VENV)/.libraries:
 	@missing=$$(for p in $(LIBRARIES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
 		command -v apt-get >/dev/null || { echo "error: FFCV needs $(LIBRARIES); without apt-get use: make $(MAKECMDGOALS) LOADER=folder" >&2; exit 1; }; \
@@ -29,19 +31,23 @@ setup: .venv/.requirements $(if $(filter ffcv,$(LOADER)),.venv/.ffcv)
 	fi
 	@dpkg -s dataset-fashion-mnist >/dev/null 2>&1 || $(SUDO) apt-get install -y --no-install-recommends dataset-fashion-mnist || \
 		echo "no package dataset-fashion-mnist here: torchvision will download the data"
-	@mkdir -p .venv && touch $@
+	@mkdir -p $(VENV) && touch $@
 
-.venv/.requirements: requirements.txt $(if $(filter ffcv,$(LOADER)),.venv/.libraries)
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -r requirements.txt
+# pip finds the torchvision that goes with TORCH
+REQUIRED := $(if $(TORCH),torch==$(TORCH) torchvision -r $(VENV)/requirements.txt,-r requirements.txt)
+
+$(VENV)/.requirements: requirements.txt $(if $(filter ffcv,$(LOADER)),$(VENV)/.libraries)
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),grep -v ^torch requirements.txt > $(VENV)/requirements.txt)
+	$(PY) -m pip install $(REQUIRED)
 	@touch $@
 
 # its other declared dependencies serve benchmarks, webdataset and cupy only
-.venv/.ffcv: .venv/.requirements
+$(VENV)/.ffcv: $(VENV)/.requirements
 	$(PY) -m pip install --no-deps --use-pep517 ffcv==1.0.2
 	@touch $@
 
-.venv/.dev: requirements-dev.txt .venv/.requirements
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.requirements
 	$(PY) -m pip install -r requirements-dev.txt
 	@touch $@
 
@@ -60,14 +66,14 @@ train: setup data
 study: setup data
 	$(PY) study.py
 
-lint: .venv/.dev
-	.venv/bin/ruff format --check .
-	.venv/bin/ruff check .
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
 
-test: setup data .venv/.dev
+test: setup data $(VENV)/.dev
 	$(TEST) -m "not slow"
 
-test-slow: setup data .venv/.dev
+test-slow: setup data $(VENV)/.dev
 	$(TEST) -m slow
 
 # nothing is configured or started: each test run has its own daemons, keys and ports

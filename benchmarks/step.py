@@ -20,11 +20,15 @@ from benchmarks.contenders import CONTENDERS, PHASES, Contender, build_contender
 from benchmarks.flops import count_phase
 from errors import UserError
 from lora import onednn as onednn_products
+from model.parallel import set_up_device
 from model.variants import VARIANTS
 from monitor.perf import Stopwatch, peak_flops
 from train import Config
 
 MODES = ("eager", "compiled")
+# A turn on a GPU. One step alone would begin with an idle GPU, and the host's time to issue it would count in
+# full, which in training goes by while the GPU is at the step before.
+STEPS_ON_CUDA = 5
 STANCES = {"eager": "force_eager", "compiled": "default"}  # torch.compiler.set_stance's words
 PEERS = {"hf": "HF full", "peft": "HF + PEFT", "timm": "timm full"}
 
@@ -79,10 +83,15 @@ def peak_of_step(contender: Contender) -> int:
     return contender.resident_bytes() + peak
 
 
+def get_steps_a_turn(device: torch.device) -> int:
+    return STEPS_ON_CUDA if device.type == "cuda" else 1
+
+
 def take_turns(
     contenders: dict[str, Contender], runs: list[Run], rounds: int
 ) -> tuple[dict[Run, list[float]], dict[Run, int]]:
-    """Seconds of each of `rounds` steps of every (mode, title) of `runs`, and bytes at its peak.
+    """Seconds of a step in each of `rounds` turns of every (mode, title) of `runs`, and bytes at its peak. A
+    turn is one step, on a GPU several in a row.
 
     Raises FloatingPointError for a contender whose loss or gradients were not finite: its updates were left
     out."""
@@ -98,12 +107,14 @@ def take_turns(
     gc.disable()  # its pauses would fall on whoever is there
     for _ in range(rounds):
         for mode, title in random.sample(runs, len(runs)):
-            watch = Stopwatch(contenders[title].device)
+            device = contenders[title].device
+            watch, steps = Stopwatch(device), get_steps_a_turn(device)
             with torch.compiler.set_stance(STANCES[mode]):
                 watch.start()
-                contenders[title].step()
+                for _ in range(steps):
+                    contenders[title].step()
                 watch.stop()
-            times[mode, title].append(watch.seconds())
+            times[mode, title].append(watch.seconds() / steps)
     gc.enable()
     for title, contender in contenders.items():
         if contender.failed:
@@ -211,9 +222,15 @@ def check_arguments(model: str, batch_size: int, rounds: int, onednn: bool, devi
 
 
 def get_batch_size(model: str, device: torch.device) -> int:
-    """As many images as fill a GPU, or as a CPU does in seconds."""
+    """As many images as fill a GPU with 40 GB at most, or as a CPU does in seconds.
+
+    All six contenders stay there. Of L/16, the largest, weights and moments take 3.4 GiB in each of the three
+    full ones, 3.7 in warmup, 0.9 in LoRA and 1.5 in PEFT: 16.3 in all. Whose turn it is takes 10.9 more for
+    64 images and 21.7 for 128 (`python bench.py memory --dp_shard 1 --images 64`), eagerly 0.7 and 1.4 on
+    top. So 64 images take 28 of the 37 GiB that 40 GB are, and 128 would take 39.
+    """
     if device.type == "cuda":
-        return 128
+        return 64
     return 16 if VARIANTS[model]["embed_dim"] > 384 else 32
 
 
@@ -229,7 +246,8 @@ def step(
     onednn: bool = True,
 ) -> dict:
     """A step (train.py's own: normalise, forward, backward, clip, update) of each phase, beside the peers'.
-    One batch in memory, everything in turn in one process, in another order every round; medians.
+    One batch in memory, everything in turn in one process, in another order every round; medians. A turn is a
+    step; on a GPU it is several, issued without waiting, and divided by their number.
 
     ranks: of the adapters; mixed: 8 to 64 over layers and families. dtype: None = float32 on a CPU, bfloat16
     on a GPU. Compiled: ours by block, theirs whole (`model.compile()`); the same models, run eagerly, are the
@@ -244,16 +262,17 @@ def step(
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     batch_size = get_batch_size(model, device) if batch_size is None else batch_size
     check_arguments(model, batch_size, rounds, onednn, device, dtype)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    elif keep_memory:
+    set_up_device(device, VARIANTS[model]["embed_dim"])
+    if device.type == "cpu" and keep_memory:
         keep_freed_memory()
     cfg = Config(model=model, dataset="imagenet", dtype=dtype, batch_size=batch_size)
     wanted, name = get_ranks(ranks, model), describe_device()
     titles = [*PHASES, *(title for peer, title in PEERS.items() if peer in peers)]
     products = "" if onednn else ", all by torch's own float32 products"
     print(f"ViT-{model}, {batch_size} images of 197 tokens, {dtype}, ranks {ranks}, {name}, ", end="")
-    print(f"medians of {rounds} rounds{products}", flush=True)
+    steps = get_steps_a_turn(device)
+    turns = "" if steps == 1 else f" of {steps} steps in a row"
+    print(f"medians of {rounds} rounds{turns}{products}", flush=True)
 
     runs = [(mode, title) for mode in modes for title in titles]
     batches = repeat_noise(cfg.dataset, batch_size, device)

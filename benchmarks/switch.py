@@ -25,7 +25,8 @@ from errors import UserError
 from lora.inject import match_families
 from lora.ranks import Ranks
 from model.optim import build_optimizer
-from model.variants import LORA_FAMILIES
+from model.parallel import set_up_device
+from model.variants import LORA_FAMILIES, VARIANTS
 from monitor.convergence import switch_due
 from monitor.norms import get_norms
 from start import State
@@ -91,6 +92,7 @@ def run_phases(model: str, ranks: RankChoice, dtype: str, batch_size: int, way: 
     """full, warmup, lora in this process, with the compile cache that TORCHINDUCTOR_CACHE_DIR names. One
     record a phase: seconds until its first step, of them torch.compile's own, graphs, and the median step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    set_up_device(device, VARIANTS[model]["embed_dim"])
     cfg = train.Config(model=model, dataset="imagenet", dtype=dtype, batch_size=batch_size)
     wanted = get_ranks(ranks, model)
     batches = repeat_noise(cfg.dataset, batch_size, device)

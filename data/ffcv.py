@@ -122,6 +122,8 @@ class FFCVLoader:
 
 
 def _start_thread(ffcv: ModuleType, loader: Any, order: np.ndarray) -> Any:
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
     class EpochThread(ffcv.loader.epoch_iterator.EpochIterator):
         """FFCV's own dies silently on an exception, and the main thread waits for its next batch for ever."""
 
@@ -129,6 +131,10 @@ def _start_thread(ffcv: ModuleType, loader: Any, order: np.ndarray) -> Any:
 
         def run(self) -> None:
             try:
+                if device is not None:
+                    # A thread begins with the first GPU as its own. Pinning a batch would set up CUDA there,
+                    # hundreds of MB for every process of the node.
+                    torch.cuda.set_device(device)
                 super().run()
             except BaseException as error:
                 self.error = error

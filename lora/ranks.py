@@ -2,7 +2,7 @@
 
 Algorithm 2 of PreLoRA (arXiv 2509.21619), and two rules to compare it with. These take
 `costs[family][layer]`, the parameters that one more rank adds to a layer's adapter, and a `budget` of
-parameters.
+parameters. All three give multiples of 8, or of rank_min where that is below 8.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from errors import UserError
 
 Ranks = dict[str, list[int]]  # family -> rank of each layer
+ALIGNED = 8  # numbers of bfloat16 in 16 bytes: a GPU reads rows of other lengths more slowly
 
 
 def choose_ranks(
@@ -74,13 +75,15 @@ def uniform_ranks(
     rank_min: int,
     rank_max: int,
 ) -> Ranks:
-    """One rank for every layer, any whole number of rank_min to rank_max: the largest that `budget` pays for.
+    """One rank for every layer, the largest of rank_min to rank_max that `budget` pays for among the
+    multiples of 8, or of rank_min where that is below 8.
 
     `changes` only says which layers there are. Raises UserError if the budget does not pay for rank_min.
     """
-    everywhere = {family: [1] * len(layers) for family, layers in changes.items()}
+    multiple = min(ALIGNED, rank_min)  # rank_min is a power of two, so one of its own multiples
+    everywhere = {family: [multiple] * len(layers) for family, layers in changes.items()}
     check_budget(changes, costs, budget, rank_min)
-    rank = min(budget // count_parameters(everywhere, costs), rank_max)
+    rank = min(budget // count_parameters(everywhere, costs) * multiple, rank_max)
     return {family: [rank] * len(layers) for family, layers in changes.items()}
 
 
@@ -94,7 +97,7 @@ def budget_ranks(
     """Ranks in proportion to |change| over all families and layers, as large as `budget` pays for.
 
     rank = rank_min · clip(⌊λ·|change|⌋, 1, rank_max / rank_min) with the largest λ whose adapters fit:
-    multiples of rank_min, so that every layer has some and the products keep sizes that GPUs like. Where
+    multiples of rank_min, so that every layer has some and the rows keep lengths that GPUs read fast. Where
     several layers reach their next multiple at the same λ and the budget does not pay for all, the first
     families in the alphabet get it; layers that did not change at all come last. Raises UserError if the
     budget does not pay for rank_min.

@@ -20,6 +20,8 @@ from errors import UserError
 
 NARROW = 192  # width of a model below which one thread is as fast as two, see set_up_device
 RUNNING_STATS = {"running_mean", "running_var", "num_batches_tracked"}  # torch's norms reset these alone
+# torch 2.11 has this under a private name only.
+set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
 
 def build_mesh(dp_shard: int | None, device_type: str, timeout: timedelta) -> DeviceMesh | None:
@@ -43,7 +45,7 @@ def build_mesh(dp_shard: int | None, device_type: str, timeout: timedelta) -> De
     mesh = init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
     for dim in range(2):
         # A group of some of the processes starts with torch's own 30 minutes.
-        dist.set_timeout(timeout, mesh.get_group(dim))
+        set_timeout(timeout, mesh.get_group(dim))
     return mesh if replicas > 1 else mesh["dp_shard"]  # without replicas there is nothing to all-reduce
 
 

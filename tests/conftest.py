@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import socket
 import traceback
 
@@ -17,10 +18,23 @@ from data.import_ffcv import import_ffcv
 from errors import UserError
 
 
+def asks_for_gpu(expression):
+    """Whether pytest's -m is `gpu`, or has it in it, but for `not gpu`."""
+    return re.search(r"(?<!not )\bgpu\b", expression) is not None
+
+
+def pytest_configure(config):
+    """Hide the GPUs from this process and its children unless -m asks for tests that need one: the others
+    play several ranks on CPUs, and a machine with one GPU has none for the second rank."""
+    if not asks_for_gpu(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it once, when it is first asked for a GPU
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            reason = "needs a CUDA device, which tests see with -m gpu only"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -127,6 +127,7 @@ def test_step_command(tiny_step, monkeypatch, extra):
     argv = f"step --model Ti/16 --ranks 8 --batch_size 2 --rounds 2 --modes eager{extra}"
     status, out, err = run_main(argv)
     assert status == 0, err
+    assert ", medians of 2 rounds" in out and "in a row" not in out
     # the base's products and the adapters', or, all the while the steps run, nobody's
     assert callers == ({"lora.onednn", "lora.kernels"} if extra == "" else set())
     result = result_of(out)
@@ -198,6 +199,69 @@ def test_a_step_whose_update_was_left_out_is_not_timed(tiny_step):
         contender.model.head.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="full: a loss or gradient norm was not finite"):
         step.take_turns({"full": contender}, [("eager", "full")], rounds=1)
+
+
+class Watch:
+    """A Stopwatch whose seconds are the steps that were taken between start and stop."""
+
+    steps = 0
+
+    def __init__(self, device):
+        pass
+
+    def start(self):
+        self.began = Watch.steps
+
+    def stop(self):
+        self.took = Watch.steps - self.began
+
+    def seconds(self):
+        return float(self.took)
+
+
+@pytest.mark.parametrize("kind, in_a_row", [("cuda", step.STEPS_ON_CUDA), ("cpu", 1)])
+def test_a_turn_on_a_gpu_is_several_steps_in_a_row(monkeypatch, kind, in_a_row):
+    turns = []
+
+    class Counted(Watch):
+        def stop(self):
+            super().stop()
+            turns.append(self.took)
+
+    def take_step():
+        Watch.steps += 1
+
+    contender = SimpleNamespace(device=torch.device(kind), step=take_step, failed=False)
+    monkeypatch.setattr(step, "Stopwatch", Counted)
+    monkeypatch.setattr(step, "peak_of_step", lambda contender: 7)
+    times, memory = step.take_turns({"full": contender}, [("eager", "full")], rounds=4)
+    assert turns == [in_a_row] * 4 and step.STEPS_ON_CUDA > 1
+    # seconds of one step, not of a turn
+    assert times == {("eager", "full"): [1.0] * 4} and memory == {("eager", "full"): 7}
+
+
+@pytest.mark.parametrize("model", step.VARIANTS)
+def test_default_batch(model):
+    assert step.get_batch_size(model, torch.device("cuda")) == 64
+    assert step.get_batch_size(model, CPU) == (16 if model in ("B/16", "L/16") else 32)
+
+
+def test_commands_compute_as_training_does(tiny_step, monkeypatch, capsys):
+    """model.parallel.set_up_device, before a contender is there."""
+    seen = []
+
+    def set_up(device, width):
+        seen.append((device, width))
+        raise UserError("far enough")
+
+    for module, command in (
+        (step, lambda: step.step("Ti/16", batch_size=2)),
+        (switch, lambda: switch.run_phases("Ti/16", "8", "float32", 2, "block")),
+    ):
+        monkeypatch.setattr(module, "set_up_device", set_up)
+        with pytest.raises(UserError, match="far enough"):
+            command()
+        assert seen.pop() == (CPU, TI["embed_dim"]) and not seen
 
 
 def test_count_spared_is_what_the_operator_leaves_out(tiny_step):

@@ -31,7 +31,7 @@ from data.order import DataError
 from data.staging import get_staged_dir, stage
 from errors import UserError
 from launch import distributed
-from model import checkpoint
+from model import checkpoint, parallel
 
 pytestmark = needs_ffcv
 LONG = "ü" * 120 + ".jpg"  # 244 bytes of the 255 that a name may have
@@ -661,7 +661,7 @@ def count_calls(calls, fails):
             raise UserError("the disk is full")
 
     distributed.start()
-    dist.set_timeout(timedelta(seconds=1.5), dist.group.WORLD)
+    parallel.set_timeout(timedelta(seconds=1.5), dist.group.WORLD)
     os.environ["LOCAL_RANK"] = str(distributed.get_world_rank() % 2)
     try:
         distributed.once_per_node(work)

@@ -642,6 +642,32 @@ def test_leaving_early_leaves_no_thread(loader):
 
 
 @needs_ffcv
+def test_ffcvs_thread_works_on_its_process_device(data, monkeypatch):
+    """Without a GPU: here, too, each thread has a device of its own, the first one when it begins."""
+    from data import ffcv
+
+    current, seen = threading.local(), []
+    current.device = 3
+
+    def to_batch(images, labels, batch_size):
+        seen.append((threading.current_thread() is threading.main_thread(), torch.cuda.current_device()))
+        return torch.tensor(images), torch.tensor(labels)
+
+    loader = build(data, num_workers=1)
+    monkeypatch.setattr(ffcv, "to_batch", to_batch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "device", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
+    assert len(within(30, list, loader.epoch(1))) == 9
+    assert set(seen) == {(False, 0)}  # control: without CUDA nobody sets a device
+    seen.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        epoch = loader.epoch(2)
+    assert len(within(30, list, epoch)) == 9
+    assert set(seen) == {(False, 3)}
+
+
+@needs_ffcv
 def test_torch_threads_are_left_alone(data):
     program = f"""
 import importlib, sys, threading, torch

@@ -1,5 +1,5 @@
-"""Who may import whom, read from the sources: leaves know nothing of each other, nobody imports in a
-circle."""
+"""What is read from the sources: who may import whom (leaves know nothing of each other, nobody imports in a
+circle), and who may say how exact products are."""
 
 import ast
 import graphlib
@@ -141,3 +141,51 @@ def test_control(source, found):
 )
 def test_control_of_circles(imports, circle):
     assert set(find_circle(imports)) == circle
+
+
+# ---- how exact products are
+
+# What sets it in torch, by its names of today and of yesterday.
+PRECISION = {"set_float32_matmul_precision", "fp32_precision", "allow_tf32"}
+# One place says it for a process, and one says otherwise for as long as merged weights are compared.
+PLACES = {("model.parallel", "set_up_device"), ("evaluate", "exact_products")}
+
+
+def find_precision(source: str) -> set[str]:
+    """The functions of a source, "" for none, that set how exact products are."""
+    found = set()
+
+    def visit(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        names = {getattr(node, "attr", None), getattr(node, "id", None), getattr(node, "value", None)}
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+        if any(isinstance(name, str) and name in PRECISION for name in names):
+            found.add(function)
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(ast.parse(source), "")
+    return found
+
+
+def test_precision_is_set_in_one_place():
+    found = {(name, function) for name in SOURCES for function in find_precision(SOURCES[name].read_text())}
+    assert found == PLACES
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("def ask():\n    return torch.get_float32_matmul_precision()", set()),
+        ("torch.set_float32_matmul_precision('high')", {""}),
+        ("def step():\n    if cuda:\n        torch.set_float32_matmul_precision('high')", {"step"}),
+        ("from torch import set_float32_matmul_precision", {""}),
+        ("def f():\n    torch.backends.cuda.matmul.allow_tf32 = True", {"f"}),
+        ("def f():\n    torch.backends.cudnn.conv.fp32_precision = 'tf32'", {"f"}),
+        ("def f():\n    setattr(torch.backends.cudnn, 'allow_tf32', True)", {"f"}),
+    ],
+)
+def test_control_of_precision(source, found):
+    assert find_precision(source) == found

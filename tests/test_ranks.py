@@ -131,10 +131,47 @@ def test_count_parameters_by_hand():
     assert count_parameters({"q": [4, 8, 16], "fc1": [4, 4, 8]}, COSTS) == 2 * 28 + 5 * 16
 
 
-@pytest.mark.parametrize("budget, rank", [(84, 4), (104, 4), (105, 5), (146, 6), (147, 7), (10**6, 32)])
-def test_uniform_by_hand(budget, rank):
+@pytest.mark.parametrize(
+    "rank_min, budget, rank",
+    [
+        (4, 84, 4),
+        (4, 167, 4),  # 7 is paid for
+        (4, 168, 8),
+        (4, 251, 8),  # 11, and 12 costs 252
+        (4, 252, 12),
+        (4, 10**6, 32),
+        (8, 335, 8),
+        (8, 336, 16),
+        (16, 336, 16),
+        (16, 503, 16),  # 23
+        (16, 504, 24),  # a multiple of 8, though not of rank_min
+        (2, 42 + 41, 2),
+        (2, 42 + 42, 4),
+        (1, 63, 3),
+    ],
+)
+def test_uniform_by_hand(rank_min, budget, rank):
     """One more rank everywhere costs 21; a budget for more than rank_max is not spent."""
-    assert uniform_ranks(CHANGES, COSTS, budget, 4, 32) == {"q": [rank] * 3, "fc1": [rank] * 3}
+    assert uniform_ranks(CHANGES, COSTS, budget, rank_min, 32) == {"q": [rank] * 3, "fc1": [rank] * 3}
+
+
+def is_aligned(ranks, rank_min):
+    """Multiples of 8, or of rank_min where that is below 8."""
+    return all(rank % min(8, rank_min) == 0 for layers in ranks.values() for rank in layers)
+
+
+@pytest.mark.parametrize("rule", [uniform_ranks, budget_ranks])
+def test_ranks_are_of_lengths_that_gpus_read_fast(rule):
+    rng = random.Random(0)
+    for _ in range(300):
+        low = rng.randint(0, 5)
+        rank_min, rank_max = 2**low, 2 ** rng.randint(low, 7)
+        budget = rng.randint(21 * rank_min, 25 * rank_max)
+        ranks = rule(CHANGES, COSTS, budget, rank_min, rank_max)
+        assert is_aligned(ranks, rank_min) and count_parameters(ranks, COSTS) <= budget
+        assert all(rank_min <= rank <= rank_max for layers in ranks.values() for rank in layers)
+    # control: what a budget pays for to the last parameter
+    assert not is_aligned({"q": [13]}, 8) and not is_aligned({"q": [6]}, 4) and is_aligned({"q": [6]}, 2)
 
 
 @pytest.mark.parametrize(

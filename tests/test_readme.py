@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -466,6 +467,33 @@ def test_the_diff_is_a_variant(small, tmp_path, monkeypatch, capsys):
     assert "label_smoothing must be in [0, 1), not 1.5" in capsys.readouterr().err
     with pytest.raises(AssertionError, match="patch does not apply"):
         load_patched(tmp_path / "code", diff)  # twice
+
+
+# ---- the Makefile
+
+
+def dry_run(*words: str) -> str:
+    """What make would do if nothing was there yet."""
+    env = {name: value for name, value in os.environ.items() if name not in ("TORCH", "MAKEFLAGS")}
+    command = ["make", "--dry-run", "--always-make", "LOADER=folder", *words]
+    return subprocess.run(command, cwd=REPO, env=env, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_with_another_torch():
+    """TORCH has an environment of its own, without the two pins that it replaces; all else is the same."""
+    plain, other = dry_run("test"), dry_run("test", "TORCH=2.11.0")
+    assert "torch==" not in plain and "pip install -r requirements.txt\n" in plain
+    (install,) = re.findall(r".*pip install .*requirements\.txt$", other, re.MULTILINE)
+    assert install.endswith("pip install torch==2.11.0 torchvision -r .venv-2.11.0/requirements.txt")
+    assert not re.search(r"\.venv/", other) and not re.search(r"\.venv-", plain)
+    pins = re.search(r"(grep .*) > \.venv-2\.11\.0/requirements\.txt", other)[1]
+    left = subprocess.run(pins.split(), cwd=REPO, check=True, capture_output=True, text=True).stdout
+    asked = (REPO / "requirements.txt").read_text().splitlines()
+    assert left.splitlines() == [line for line in asked if not line.startswith(("torch==", "torchvision=="))]
+    assert len(left.splitlines()) == len(asked) - 2
+    get_tests = lambda said: [line.split("-m pytest")[1] for line in said.splitlines() if "-m pytest" in line]
+    assert get_tests(plain) == get_tests(other) != []
 
 
 # ---- the runnable blocks

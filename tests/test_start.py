@@ -418,8 +418,9 @@ def test_rank_rules_use_what_minmax_uses(small, baseline, tmp_path):
     base = events(baseline, "epoch")[0]["trainable_params"]
     assert count_base(cfg, train.build_net(cfg)) == (base, costs)
     allowed = count_parameters(minmax, costs)
-    for ranks in (uniform, budget):
-        assert 0.9 * allowed < count_parameters(ranks, costs) <= allowed and ranks != minmax
+    assert 0.9 * allowed < count_parameters(budget, costs) <= allowed and budget != minmax
+    next_uniform = {family: [rank + 4 for rank in layers] for family, layers in uniform.items()}
+    assert count_parameters(uniform, costs) <= allowed < count_parameters(next_uniform, costs)
     count_different = lambda ranks: len({rank for layers in ranks.values() for rank in layers})
     assert count_different(uniform) == 1 < count_different(budget)
     share = choose("share", "--rank_rule", "budget", "--rank_budget", 0.1)
