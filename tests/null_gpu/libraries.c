@@ -4,6 +4,7 @@
  * machine's calling convention a function may ignore what it is given. */
 #include "null_gpu.h"
 
+#include <stdint.h>
 #include <string.h>
 
 #define SETS(name) int name(void) { return 0; }
@@ -83,8 +84,11 @@ SETS(cudnnBackendFinalize)
 SETS(cudnnBackendSetAttribute)
 COMPUTES(cudnnBackendExecute)
 
-#define CUDNN_DESCRIPTORS 15  /* types of an attribute: CUDNN_TYPE_BACKEND_DESCRIPTOR, … */
-#define CUDNN_INT64 3
+int cudnnGetStream(void *handle, void **stream)
+{
+    *stream = NULL;
+    return 0;
+}
 
 int cudnnBackendCreateDescriptor(int type, void **descriptor)
 {
@@ -92,14 +96,16 @@ int cudnnBackendCreateDescriptor(int type, void **descriptor)
     return 0;
 }
 
-/* Descriptors are there already, for cuDNN to fill; every size is 0; there is nothing else to tell. */
-int cudnnBackendGetAttribute(void *descriptor, int name, int type, long wanted, long *count, void *elements)
+/* Descriptors are made by who asks, for cuDNN to fill; every size is 0; there is nothing else to tell. */
+int cudnnBackendGetAttribute(void *descriptor, int name, int type, int64_t wanted, int64_t *count, void *value)
 {
-    bool found = type == CUDNN_DESCRIPTORS || type == CUDNN_INT64;
+    enum { INT64 = 3, DESCRIPTOR = 15, INT32 = 23 }; /* of cudnnBackendAttributeType_t */
     if (count)
-        *count = found;
-    if (type == CUDNN_INT64 && elements)
-        *(long *)elements = 0;
+        *count = type == INT64 || type == INT32 || type == DESCRIPTOR;
+    if (value && type == INT64)
+        *(int64_t *)value = 0;
+    if (value && type == INT32)
+        *(int32_t *)value = 0;
     return 0;
 }
 
