@@ -375,7 +375,7 @@ def roofline(
     start, out = time.perf_counter(), {}
     cfg = train.Config(model=model, dataset="imagenet", dtype="bfloat16", batch_size=batch_size)
     wanted = get_ranks(ranks, model)
-    print("COUNTED, nothing below was measured: milliseconds of a step, kernels back to back, compiled, ")
+    print("COUNTED, nothing below was measured: milliseconds of a step, kernels back to back, compiled,")
     print(f"ViT-{model}, {batch_size} images, bfloat16, adapters {ranks}, {device}: at most ", end="")
     print(f"{ceilings.matmul / 1e12:.0f} TFLOP/s and {ceilings.bandwidth / 1e9:.0f} GB/s")
     kinds = "".join(f"{kind:>12}" for kind in KINDS)
