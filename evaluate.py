@@ -166,13 +166,8 @@ def check_classes(source: str, head: Tensor | None, num_classes: int) -> None:
 def exact_products() -> Iterator[None]:
     """Inside, products in float32 are no TF32's on a GPU; on a CPU an adapter's are not those of a sum
     W + B A, which would agree with a merged weight whatever B A is."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with separate_products():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with parallel.matmul_precision("highest"), separate_products():
+        yield
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_operators, gpu_runs, gpu_step
+from benchmarks import gpu_loader, gpu_operators, gpu_runs, gpu_step
 from benchmarks.choices import describe_device
 from benchmarks.gpu_findings import Check
 from errors import UserError
@@ -44,7 +44,7 @@ PARTS = [
     Part(3, "L/16, 64 images, bfloat16: a step of each phase", 100, gpu_step.time_phases),
     Part(4, "where a step's time goes, beside the roofline", 70, gpu_step.profile_phases),
     Part(5, "pytest -m gpu", 90, gpu_runs.run_tests),
-    Part(6, "loader to GPU", 40, gpu_runs.check_loader),
+    Part(6, "loader to GPU", 40, gpu_loader.check_loader),
     Part(7, "resume", 80, gpu_runs.check_resume),
     Part(8, "FSDP2 on a mesh of one process", 45, gpu_runs.check_fsdp),
     Part(9, "Hugging Face with PEFT and timm beside it, eagerly", 60, gpu_step.compare_peers),
@@ -73,8 +73,10 @@ def enter(run: Callable[[Check], None], check: Check, log: Path) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    torch.manual_seed(0)
     try:
+        if check.device.type == "cuda":
+            torch.cuda.set_device(check.device)
+        torch.manual_seed(0)
         run(check)
     except BaseException:
         traceback.print_exc()

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_findings import Check, get_error, time_calls, wait_for
 from lora.layers import LoRALinear, reference
+from model import parallel
 from model.optim import apply_update, build_optimizer
 from model.variants import VARIANTS
 from model.vit import Attention
@@ -27,8 +28,8 @@ def measure_ceilings(check: Check) -> None:
     check.figure("bandwidth", bandwidth)
     check.say("copy on the device, read and written", f"{bandwidth / 1e9:.0f} GB/s")
     for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32 as TF32")):
-        torch.set_float32_matmul_precision("high")
-        rate = measure_product(device, dtype, side, side, side)
+        with parallel.matmul_precision("high"):
+            rate = measure_product(device, dtype, side, side, side)
         check.figure(f"square_{name.split()[0]}", rate)
         check.say(f"product of {side}³, {name}", f"{rate / 1e12:.1f} TFLOP/s")
 
@@ -132,12 +133,13 @@ def check_lora_linear(check: Check) -> None:
         layer = layer.float().to(check.device)
         x, dy = x.to(check.device), dy.to(check.device)
         for precision in BOUNDS:
-            torch.set_float32_matmul_precision("highest" if precision == "highest" else "high")
+            exactness = "highest" if precision == "highest" else "high"
+            cast = torch.autocast(check.device.type, torch.bfloat16, enabled=precision == "bfloat16")
             for trained in (True, False):
                 layer.weight.requires_grad_(trained)
                 layer.bias.requires_grad_(trained)
                 case = precision, "trained" if trained else "frozen"
-                with torch.autocast(check.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                with parallel.matmul_precision(exactness), cast:
                     for errors, plainly in ((worst, False), (plain, True)):
                         found = get_results(layer, x, dy, plainly)
                         error = max(get_error(found[name], right[name]) for name in found)

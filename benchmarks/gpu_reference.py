@@ -52,6 +52,7 @@ def make_reference(folder: Path) -> None:
     """Write `folder`: full/, warmup/ and lora/, the checkpoints, and losses.json: {phase: [(loss, gradient
     norm) of each of STEPS steps]}, computed on this CPU. What was there before under these names goes."""
     cpu = torch.device("cpu")
+    parallel.set_up_device(cpu, VARIANTS["tiny-debug"]["embed_dim"])
     with tempfile.TemporaryDirectory() as run_dir:
         flags = [*RUN, "--dtype", "float32", "--compile", "False", "--run_dir", run_dir]
         with contextlib.redirect_stdout(sys.stderr):
@@ -78,11 +79,11 @@ def get_losses(
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) of STEPS of train.py's steps on `device`, from the checkpoint at `path` on.
 
-    The batches are the run's own after that checkpoint. On the way back nothing is written."""
+    The batches are the run's own after that checkpoint; nothing is written. The caller has set the device
+    up."""
     meta = checkpoint.verify(path)
     s = State(**meta["state"])
     cfg = train.Config(**meta["config"] | {"dtype": dtype, "compile": compiled})
-    parallel.set_up_device(device, VARIANTS[cfg.model]["embed_dim"])
     model = train.build_model(cfg, s.phase, s.ranks, device, mesh)
     optimizer = build_optimizer(model, cfg.weight_decay)
     checkpoint.load(path, model, optimizer)

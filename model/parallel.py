@@ -220,6 +220,17 @@ def set_up_device(device: torch.device, width: int) -> None:
 
 
 @contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Inside, a GPU's products in float32 are TF32's ("high") or not ("highest")."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
 def unsharded(module: nn.Module) -> Iterator[nn.Module]:
     """The module's own FSDP group gathered: `parameters()` are then what its forward sees. No-op without
     FSDP."""

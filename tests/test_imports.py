@@ -147,8 +147,8 @@ def test_control_of_circles(imports, circle):
 
 # What sets it in torch, by its names of today and of yesterday.
 PRECISION = {"set_float32_matmul_precision", "fp32_precision", "allow_tf32"}
-# One place says it for a process, and one says otherwise for as long as merged weights are compared.
-PLACES = {("model.parallel", "set_up_device"), ("evaluate", "exact_products")}
+# One says it for a process, the other otherwise for as long as something is compared.
+PLACES = {("model.parallel", "set_up_device"), ("model.parallel", "matmul_precision")}
 
 
 def find_precision(source: str) -> set[str]:

@@ -1,0 +1,135 @@
+"""Part 6 of `python bench.py gpu`: from files to the GPU, while a step runs."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import train
+from benchmarks.choices import get_ranks, repeat_noise
+from benchmarks.contenders import Contender, build_contender
+from benchmarks.gpu_findings import Check, time_calls, wait_for
+from benchmarks.loading import make_photos
+from data.loader import Batch, Loader, build_loader, prefetch
+from model import parallel
+from model.variants import VARIANTS
+
+
+def check_loader(check: Check) -> None:
+    """Photographs from files to the GPU while a step runs: are they the loader's, is the step's time the
+    larger of the two, and do copies run beside kernels.
+
+    The step is one that keeps a GPU busy: where the host is the slower one, as in a small eager step, there
+    is no kernel left to hide a copy behind."""
+    images, batches, model = (4, 3, "Ti/16") if check.tiny else (64, 48, "L/16")
+    photos = check.scratch / "photos"
+    make_photos(photos / "train", min(64, images * batches))
+    multiply(photos / "train", images * batches)
+    cfg = train.Config(
+        model=model, dataset="imagenet", batch_size=images, dtype="bfloat16", compile=not check.tiny
+    )
+    parallel.set_up_device(check.device, VARIANTS[model]["embed_dim"])
+    resident = repeat_noise("imagenet", images, check.device)
+    contender = build_contender("full", cfg, get_ranks("8", model), check.device, resident)
+    for _ in range(3):
+        contender.step()
+    in_memory = time_calls(check.device, contender.step, in_a_row=2 if check.tiny else 5, rounds=3)
+    check.say(f"{model}, {images} images: a step on a batch in memory", f"{1e3 * in_memory:.1f} ms")
+    for backend in ("folder", "synthetic"):  # no .beton is needed; the second's host has nothing to do
+        options = dict(num_classes=4, num_samples=images * batches)
+        loader = build_loader(backend, "imagenet", photos, "train", images, seed=0, **options)
+        check_batches(check, loader)
+        measure_overlap(check, contender, loader, in_memory)
+        loader.close()
+
+
+def multiply(folder: Path, count: int) -> None:
+    """More names for the photographs of a tree, until there are `count`: an epoch should last longer than its
+    loader takes to start."""
+    photos = sorted(folder.rglob("*.jpg"))
+    for i in range(len(photos), count):
+        source = photos[i % len(photos)]
+        source.with_name(f"{i}_{source.name}").hardlink_to(source)
+
+
+def check_batches(check: Check, loader: Loader) -> None:
+    """Whether what arrives on the device is what the loader made."""
+    count = min(6, len(loader))
+    arriving = prefetch(loader.epoch(1), check.device)
+    arrived = [(images.cpu(), labels.cpu()) for images, labels in itertools.islice(arriving, count)]
+    arriving.close()
+    making = loader.epoch(1)
+    same = len(arrived) == count
+    for (images, labels), (right, right_labels) in zip(arrived, making):
+        same = same and torch.equal(images, right) and torch.equal(labels, right_labels)
+    making.close()
+    check.say(f"{loader.backend}: batches on the device", "as made" if same else "not as made", same)
+
+
+def repeat(loader: Loader) -> Iterator[Batch]:
+    """Epoch after epoch, without end."""
+    epoch = 0
+    while True:
+        yield from loader.epoch(epoch)
+        epoch += 1
+
+
+def measure_overlap(check: Check, contender: Contender, loader: Loader, in_memory: float) -> None:
+    """ms of a step that is fed by `loader`, beside the step's and the loader's own; and the share of the
+    copies' time in which a kernel runs, too."""
+    steps = 4 if check.tiny else 30
+    alone = repeat(loader)
+    for _ in range(2):
+        next(alone)
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(alone)
+    loading = (time.perf_counter() - began) / steps
+    alone.close()
+    resident, contender.batches = contender.batches, prefetch(repeat(loader), check.device)
+    for _ in range(2):
+        contender.step()
+    wait_for(check.device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        contender.step()
+    wait_for(check.device)
+    fed = (time.perf_counter() - began) / steps
+    hidden = (in_memory + loading - fed) / min(in_memory, loading)
+    check.say(
+        f"{loader.backend}: loading alone, a step fed by it",
+        f"{1e3 * loading:.1f}, {1e3 * fed:.1f} ms; {100 * hidden:.0f} % of the shorter one hidden",
+    )
+    if check.device.type == "cuda":
+        copies, beside = trace_copies(contender)
+        share = f"{100 * beside / copies:.0f} %" if copies else "no copy was seen"
+        check.say(
+            f"{loader.backend}: copies to the GPU beside kernels", f"{share} of {copies / 1e3:.2f} ms a step"
+        )
+    contender.batches.close()
+    contender.batches = resident
+
+
+def trace_copies(contender: Contender, steps: int = 4) -> tuple[float, float]:
+    """(µs of copies from the host in a step, µs of them in which a kernel runs, too)."""
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        for _ in range(steps):
+            contender.step()
+        torch.cuda.synchronize()
+    kernels, copies = [], []
+    for event in prof.events():
+        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
+            continue
+        span = event.time_range.start, event.time_range.end
+        if "HtoD" in event.name:
+            copies.append(span)
+        elif "Mem" not in event.name:
+            kernels.append(span)
+    beside = 0.0
+    for begin, end in copies:  # kernels of one stream don't overlap each other
+        beside += sum(max(0.0, min(end, b) - max(begin, a)) for a, b in kernels)
+    return sum(end - begin for begin, end in copies) / steps, beside / steps
