@@ -1,5 +1,5 @@
-"""Parts 2, 5, 7 and 8 of `python bench.py gpu`: does training on this GPU do what it does on a CPU, sharded and
-not, and after a resume; and the tests that are marked gpu."""
+"""Parts 2, 5, 7 and 8 of `python bench.py gpu`: does training on this GPU do what it does on a CPU, sharded
+and not, and after a resume; and the tests that are marked gpu."""
 
 import re
 import subprocess
