@@ -416,6 +416,22 @@ def test_clip_gradients_of_a_plain_model():
         assert norm == 3 and torch.allclose(model.weight.grad, torch.full((3, 3), float(scale)))
 
 
+def get_timeouts():
+    """Of the mesh's two groups, and of one that nobody gave another."""
+    distributed.start()
+    try:
+        mesh = build_mesh(1, "cpu", timedelta(seconds=77))
+        groups = [mesh.get_group(0), mesh.get_group(1), dist.new_group()]
+        return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    finally:
+        distributed.finish()
+
+
+def test_the_groups_of_a_mesh_wait_as_long_as_they_are_told(on_ranks):
+    for replicas, shards, untold in on_ranks(2, get_timeouts):
+        assert replicas == shards == timedelta(seconds=77) != untold
+
+
 def test_build_mesh_of_one_process():
     assert build_mesh(None, "cpu", timedelta(1)) is None and build_mesh(1, "cpu", timedelta(1)) is None
     with pytest.raises(UserError, match="dp_shard 2 does not divide the 1 ranks of this run"):
