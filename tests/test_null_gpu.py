@@ -24,12 +24,13 @@ from tests.null_gpu.build import NoNullGPU, build, get_environment, run
 from train import Config
 
 REPO = Path(__file__).parent.parent
-# 6 steps an epoch: full 1-2, warmup 3-4, lora 5-6. Everything random is on.
+# 6 steps an epoch, everything random is on
 RUN = (
     "--loader synthetic --train_samples 120 --batch_size 20 --epochs 6 --dtype bfloat16 --lr_warmup_steps 1 "
-    "--dropout 0.1 --drop_path 0.1 --mixup 0.2 --num_windows 2 --window_epochs 1 --switch_epoch 2 "
-    "--lora_warmup_epochs 2"
+    "--dropout 0.1 --drop_path 0.1 --mixup 0.2"
 ).split()
+# full 1-2, warmup 3-4, lora 5-6
+SWITCH = "--num_windows 2 --window_epochs 1 --switch_epoch 2 --lora_warmup_epochs 2".split()
 PHASES = ("full", "warmup", "lora")
 
 pytestmark = pytest.mark.slow
@@ -103,7 +104,7 @@ def test_without_gcc_there_is_a_reason(monkeypatch, tmp_path):
 
 
 def test_three_phases_compiled_without_a_wait_between_looks(null_gpu, tmp_path):
-    done = run_script(null_gpu, 80, "watched_run", *RUN, "--run_dir", tmp_path / "run")
+    done = run_script(null_gpu, 80, "watched_run", *RUN, *SWITCH, "--run_dir", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     watched, waits = map(int, re.search(r"watched steps: (\d+), waits: (\d+)", done.stdout).groups())
     assert watched > 20 and waits == 0
@@ -128,7 +129,7 @@ def test_control_a_wait_in_the_step_is_caught(null_gpu, tmp_path):
 
 
 def test_the_lora_phase_compiles_for_sm_90(null_gpu, tmp_path):
-    flags = [*RUN, "--mode", "lora", "--max_steps", 2, "--run_dir", tmp_path / "run"]
+    flags = [*RUN, "--mode", "lora", "--max_steps", 6, "--run_dir", tmp_path / "run"]
     done = run_script(null_gpu, 90, "watched_run", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     (start,) = events(tmp_path / "run", "start")
