@@ -85,7 +85,8 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
     return CUDA_SUCCESS;
 }
 
-CUresult cuPointerGetAttributes(unsigned int n, CUpointer_attribute *which, void **values, CUdeviceptr pointer)
+CUresult cuPointerGetAttributes(
+    unsigned int n, CUpointer_attribute *which, void **values, CUdeviceptr pointer)
 {
     for (unsigned int i = 0; i < n; i++)
         if (cuPointerGetAttribute(values[i], which[i], pointer))
@@ -150,9 +151,9 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **par
     return launch();
 }
 
-CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,
-    unsigned int block_x, unsigned int block_y, unsigned int block_z, unsigned int shared, CUstream stream,
-    void **parameters)
+CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned int grid_x, unsigned int grid_y,
+    unsigned int grid_z, unsigned int block_x, unsigned int block_y, unsigned int block_z,
+    unsigned int shared, CUstream stream, void **parameters)
 {
     return launch();
 }
@@ -165,8 +166,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
     return CUDA_SUCCESS;
 }
 
-CUresult cuGetProcAddress(
-    const char *symbol, void **function, int version, cuuint64_t flags, CUdriverProcAddressQueryResult *result)
+CUresult cuGetProcAddress(const char *symbol, void **function, int version, cuuint64_t flags,
+    CUdriverProcAddressQueryResult *result)
 {
     static const char *const SUFFIXES[] = {"_v4", "_v3", "_v2", ""};
     char name[200];

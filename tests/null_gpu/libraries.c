@@ -1,4 +1,5 @@
-/* Of cuBLAS, cuBLASLt, cuDNN, NVRTC and CUPTI what torch calls. Their own would call a driver of their own choice.
+/* Of cuBLAS, cuBLASLt, cuDNN, NVRTC and CUPTI what torch calls. The real ones bring runtimes of their own,
+ * which would ask this driver for more than it has.
  *
  * Functions that only compute or only set something are listed by name, without their arguments: on this
  * machine's calling convention a function may ignore what it is given. */
@@ -97,7 +98,8 @@ int cudnnBackendCreateDescriptor(int type, void **descriptor)
 }
 
 /* Descriptors are made by who asks, for cuDNN to fill; every size is 0; there is nothing else to tell. */
-int cudnnBackendGetAttribute(void *descriptor, int name, int type, int64_t wanted, int64_t *count, void *value)
+int cudnnBackendGetAttribute(
+    void *descriptor, int name, int type, int64_t wanted, int64_t *count, void *value)
 {
     enum { INT64 = 3, DESCRIPTOR = 15, INT32 = 23 }; /* of cudnnBackendAttributeType_t */
     if (count)

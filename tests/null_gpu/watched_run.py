@@ -1,0 +1,65 @@
+"""train.py with its flags on the null GPU, watched: from one look at the results to the next the host must
+not wait for the GPU. With `--plant_item` before them the step itself asks the GPU for a number: the control.
+
+Ends with a line `waits: N`, of so many in the steps that were watched; torch itself raises an error at those
+that it knows. Two things are patched, because every result is 0 here:
+
+- the weights' norms, so that Algorithm 2 would have only zeros to divide: the ranks are drawn instead;
+- the number of images that were evaluated, by which evaluate divides.
+"""
+
+import sys
+
+import torch
+
+import train
+from benchmarks.choices import get_ranks
+from tests.null_gpu.counts import get_counts
+
+STEPS = 6  # of an epoch, in the run that the tests ask for
+LOOK_EVERY = 20  # steps: train.py's own, on a GPU
+
+get_lr, train_step, evaluate = train.get_lr, train.train_step, train.evaluate
+counted = {"waits": 0, "before": None, "steps": 0}
+
+
+def watch(step: int, *args, **options) -> float:
+    """train.get_lr, which is called as each step begins: the step before has ended. Watched are those that no
+    look follows, and not an epoch's first, in which the loader begins."""
+    waits = get_counts().waits
+    if counted["before"] is not None:
+        counted["waits"] += waits - counted["before"]
+        counted["steps"] += 1
+    last, look = step % STEPS == STEPS - 1, (step + 1) % LOOK_EVERY == 0
+    watched = step % STEPS > 0 and not last and not look
+    counted["before"] = waits if watched else None
+    torch.cuda.set_sync_debug_mode("error" if watched else "default")
+    return get_lr(step, *args, **options)
+
+
+def take_step_with_item(*args) -> torch.Tensor:
+    result = train_step(*args)
+    result[0].item()
+    return result
+
+
+def evaluate_nothing(*args) -> dict[str, float]:
+    try:
+        return evaluate(*args)
+    except ZeroDivisionError:
+        return {"val_loss": 0.0, "val_top1": 0.0, "val_top5": 0.0}
+
+
+def main(argv: list[str]) -> int:
+    train.get_lr, train.evaluate = watch, evaluate_nothing
+    train.choose_ranks = lambda cfg, *args: get_ranks("mixed", cfg.model)
+    if argv[0] == "--plant_item":
+        train.train_step = take_step_with_item
+        argv = argv[1:]
+    status = train.main(argv)
+    print(f"\nwatched steps: {counted['steps']}, waits: {counted['waits']}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
