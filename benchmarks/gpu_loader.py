@@ -20,8 +20,8 @@ from model.variants import VARIANTS
 
 
 def check_loader(check: Check) -> None:
-    """Photographs from files to the GPU while a step runs: are they the loader's, is the step's time the
-    larger of the two, and do copies run beside kernels.
+    """Photographs from files to the GPU while a step runs: are they the loader's, is the time of a fed step
+    the larger of its own and the loader's, and do copies run beside kernels.
 
     The step is one that keeps a GPU busy: where the host is the slower one, as in a small eager step, there
     is no kernel left to hide a copy behind."""
@@ -99,10 +99,9 @@ def measure_overlap(check: Check, contender: Contender, loader: Loader, in_memor
         contender.step()
     wait_for(check.device)
     fed = (time.perf_counter() - began) / steps
-    hidden = (in_memory + loading - fed) / min(in_memory, loading)
     check.say(
         f"{loader.backend}: loading alone, a step fed by it",
-        f"{1e3 * loading:.1f}, {1e3 * fed:.1f} ms; {100 * hidden:.0f} % of the shorter one hidden",
+        f"{1e3 * loading:.1f}, {1e3 * fed:.1f} ms: {fed / max(in_memory, loading):.2f} × the larger of both",
     )
     if check.device.type == "cuda":
         copies, beside = trace_copies(contender)
