@@ -40,10 +40,10 @@ class Part:
 PARTS = [
     Part(0, "ceilings: copies and products of this GPU", 40, gpu_operators.measure_ceilings),
     Part(1, "operators against float64", 60, gpu_operators.check_operators),
-    Part(2, "losses of the three phases against a CPU's", 100, gpu_runs.check_losses),
+    Part(2, "losses of the three phases against a CPU's", 90, gpu_runs.check_losses),
     Part(3, "L/16, 64 images, bfloat16: a step of each phase", 100, gpu_step.time_phases),
     Part(4, "where a step's time goes, beside the roofline", 70, gpu_step.profile_phases),
-    Part(5, "pytest -m gpu", 90, gpu_runs.run_tests),
+    Part(5, "pytest -m gpu", 110, gpu_runs.run_tests),
     Part(6, "loader to GPU", 40, gpu_loader.check_loader),
     Part(7, "resume", 80, gpu_runs.check_resume),
     Part(8, "FSDP2 on a mesh of one process", 45, gpu_runs.check_fsdp),
@@ -74,8 +74,6 @@ def enter(run: Callable[[Check], None], check: Check, log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        if check.device.type == "cuda":
-            torch.cuda.set_device(check.device)
         torch.manual_seed(0)
         run(check)
     except BaseException:
@@ -168,7 +166,7 @@ def gpu(
     out: folder; report.json there is written after every part, log.txt has what the parts printed. parts: of
     0 to 9, in this order. dry_run: all of it at tiny sizes on the CPU; its figures mean nothing. reference:
     checkpoints and losses that `python -m benchmarks.gpu_reference DIR` made on another machine's CPU;
-    without it parts 2 and 8 make them on this one's. Prints a table at its end and returns the report; status
+    without it part 2 (or 8) makes them on this one's. Prints a table at its end and returns the report; status
     1 if a part has not passed.
     """
     unknown = sorted(set(parts) - {part.number for part in PARTS})
@@ -179,12 +177,12 @@ def gpu(
     folder = make_folder(Path(out))
     report = {"torch": torch.__version__, "dry_run": dry_run, "parts": {}}
     with tempfile.TemporaryDirectory() as scratch:
+        where = Path(reference).resolve() if reference else Path(scratch) / "reference"
 
         def prepare(part: Part, figures: dict) -> Check:
             own = Path(scratch) / str(part.number)
             own.mkdir()
             device = torch.device("cpu") if dry_run else torch.device("cuda", 0)
-            where = Path(reference).resolve() if reference else None
             return Check(device, dry_run, own, where, dict(figures))
 
         look = Part(-1, "the device", 60, look_at_device)

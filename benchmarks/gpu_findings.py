@@ -1,8 +1,10 @@
 """What the parts of `bench.py gpu` have in common: how they say what they found, and how they time."""
 
+import contextlib
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +20,7 @@ class Check:
     device: torch.device
     tiny: bool  # a dry run: sizes for a CPU
     scratch: Path  # of this part alone
-    reference: Path | None  # a folder of benchmarks/gpu_reference.py's; None: made anew on this CPU
+    reference: Path  # a folder of benchmarks/gpu_reference.py's, or where one is to be made
     figures: dict  # what earlier parts measured, by name; a part adds to its own copy through `figure`
     pipe: Connection | None = None
 
@@ -42,6 +44,18 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Inside, Python collects no garbage: all generations together take it a third of a second or more, which
+    would fall on whatever is being timed."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def time_calls(device: torch.device, call: Callable[[], object], in_a_row: int = 1, rounds: int = 5) -> float:
     """Seconds of a `call` on the device, the median of `rounds`, each of so many calls in a row.
 
@@ -49,20 +63,21 @@ def time_calls(device: torch.device, call: Callable[[], object], in_a_row: int =
     the host's way to it.
     """
     seconds = []
-    for _ in range(rounds):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(in_a_row):
-                call()
-            end.record()
-            torch.cuda.synchronize(device)
-            seconds.append(begin.elapsed_time(end) / 1000 / in_a_row)
-        else:
-            began = time.perf_counter()
-            for _ in range(in_a_row):
-                call()
-            seconds.append((time.perf_counter() - began) / in_a_row)
+    with without_garbage_collection():
+        for _ in range(rounds):
+            if device.type == "cuda":
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                for _ in range(in_a_row):
+                    call()
+                end.record()
+                torch.cuda.synchronize(device)
+                seconds.append(begin.elapsed_time(end) / 1000 / in_a_row)
+            else:
+                began = time.perf_counter()
+                for _ in range(in_a_row):
+                    call()
+                seconds.append((time.perf_counter() - began) / in_a_row)
     return statistics.median(seconds)
 
 

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import train
 from benchmarks.choices import get_ranks, repeat_noise
 from benchmarks.contenders import Contender, build_contender
-from benchmarks.gpu_findings import Check, time_calls, wait_for
+from benchmarks.gpu_findings import Check, wait_for, without_garbage_collection
 from benchmarks.loading import make_photos
 from data.loader import Batch, Loader, build_loader, prefetch
 from model import parallel
@@ -35,9 +35,7 @@ def check_loader(check: Check) -> None:
     parallel.set_up_device(check.device, VARIANTS[model]["embed_dim"])
     resident = repeat_noise("imagenet", images, check.device)
     contender = build_contender("full", cfg, get_ranks("8", model), check.device, resident)
-    for _ in range(3):
-        contender.step()
-    in_memory = time_calls(check.device, contender.step, in_a_row=2 if check.tiny else 5, rounds=3)
+    in_memory = time_steps(contender, check.tiny)
     check.say(f"{model}, {images} images: a step on a batch in memory", f"{1e3 * in_memory:.1f} ms")
     for backend in ("folder", "synthetic"):  # no .beton is needed; the second's host has nothing to do
         options = dict(num_classes=4, num_samples=images * batches)
@@ -78,6 +76,20 @@ def repeat(loader: Loader) -> Iterator[Batch]:
         epoch += 1
 
 
+def time_steps(contender: Contender, tiny: bool) -> float:
+    """Seconds of a step, on average over many in a row, the batches they wait for included."""
+    steps = 4 if tiny else 30
+    for _ in range(2):
+        contender.step()
+    wait_for(contender.device)
+    with without_garbage_collection():
+        began = time.perf_counter()
+        for _ in range(steps):
+            contender.step()
+        wait_for(contender.device)
+        return (time.perf_counter() - began) / steps
+
+
 def measure_overlap(check: Check, contender: Contender, loader: Loader, in_memory: float) -> None:
     """ms of a step that is fed by `loader`, beside the step's and the loader's own; and the share of the
     copies' time in which a kernel runs, too."""
@@ -91,14 +103,7 @@ def measure_overlap(check: Check, contender: Contender, loader: Loader, in_memor
     loading = (time.perf_counter() - began) / steps
     alone.close()
     resident, contender.batches = contender.batches, prefetch(repeat(loader), check.device)
-    for _ in range(2):
-        contender.step()
-    wait_for(check.device)
-    began = time.perf_counter()
-    for _ in range(steps):
-        contender.step()
-    wait_for(check.device)
-    fed = (time.perf_counter() - began) / steps
+    fed = time_steps(contender, check.tiny)
     check.say(
         f"{loader.backend}: loading alone, a step fed by it",
         f"{1e3 * loading:.1f}, {1e3 * fed:.1f} ms: {fed / max(in_memory, loading):.2f} × the larger of both",

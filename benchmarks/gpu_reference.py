@@ -50,7 +50,8 @@ def main(argv: list[str]) -> int:
 
 def make_reference(folder: Path) -> None:
     """Write `folder`: full/, warmup/ and lora/, the checkpoints, and losses.json: {phase: [(loss, gradient
-    norm) of each of STEPS steps]}, computed on this CPU. What was there before under these names goes."""
+    norm) of each of STEPS steps]}, computed on this CPU. What was there before under these names goes.
+    losses.json comes last."""
     cpu = torch.device("cpu")
     parallel.set_up_device(cpu, VARIANTS["tiny-debug"]["embed_dim"])
     with tempfile.TemporaryDirectory() as run_dir:

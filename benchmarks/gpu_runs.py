@@ -44,6 +44,7 @@ def check_losses(check: Check) -> None:
                 losses = get_losses(folder / phase, check.device, dtype, compiled)
                 loss, norm = get_deviation(losses, right[phase])
                 how = "compiled" if compiled else "eager"
+                check.figure(f"losses, {phase}, {dtype}, {how}", losses)
                 figure = (
                     f"loss {loss:.1e}, gradient norm {norm:.1e}, at most {loss_bound:.0e}, {norm_bound:.0e}"
                 )
@@ -57,9 +58,7 @@ def check_losses(check: Check) -> None:
 def get_reference(check: Check) -> tuple[Path, dict[str, Losses]]:
     """The folder with the reference's checkpoints, and its losses."""
     folder = check.reference
-    if folder is None:
-        folder = check.scratch / "reference"
-        folder.mkdir()
+    if not (folder / "losses.json").exists():
         began = time.perf_counter()
         make_reference(folder)
         check.say("reference made on this machine's CPU", f"{time.perf_counter() - began:.0f} s")
@@ -99,7 +98,7 @@ def run_tests(check: Check) -> None:
 def check_resume(check: Check) -> None:
     """A run stopped in mid-epoch in its warmup, and resumed, beside one that was not stopped: weights and
     moments equal to the bit, with torch's deterministic algorithms. Where a kernel has none, its name, and
-    whether the bits were equal anyway."""
+    whether the bits were equal anyway. Last the same as one trains, without them."""
     for dtype, compiled in (("float32", False), ("bfloat16", True)):
         how = f"{dtype}, {'compiled' if compiled else 'eager'}"
         folder = check.scratch / dtype
@@ -118,13 +117,13 @@ def check_resume(check: Check) -> None:
         note = f"; {refused} has no deterministic kernel" if refused else ""
         figure = "equal to the bit" if not differing else f"{len(differing)} tensors differ: {differing[:3]}"
         check.say(f"resumed, deterministic, {how}", figure + note, not differing)
-        differing = resume_and_compare(flags, folder / "fast")
-        figure = "equal to the bit" if not differing else f"{len(differing)} tensors differ"
-        if differing:  # the resume's fault, or that of kernels which never give the same bits twice?
-            start(flags + ["--run_dir", str(folder / "again")])
-            again = compare(folder / "fast" / "whole", folder / "again")
-            figure += f"; in two runs that were not stopped {len(again)}"
-        check.say(f"resumed, as one trains, {how}", figure)
+    differing = resume_and_compare(flags, folder / "fast")
+    figure = "equal to the bit" if not differing else f"{len(differing)} tensors differ"
+    if differing:  # the resume's fault, or that of kernels which never give the same bits twice?
+        start(flags + ["--run_dir", str(folder / "again")])
+        again = compare(folder / "fast" / "whole", folder / "again")
+        figure += f"; in two runs that were not stopped {len(again)}"
+    check.say(f"resumed, as one trains, {how}", figure)
 
 
 def resume_and_compare(flags: list[str], folder: Path) -> list[str]:
@@ -171,17 +170,23 @@ def check_fsdp(check: Check) -> None:
     both switches on that mesh. float32 is without TF32 here, whose kernel, and so whose rounding, may be
     another one for another address."""
     folder, _ = get_reference(check)
-    backend = "cpu:gloo,cuda:nccl" if check.device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if check.device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(check.device)
     dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     mesh = init_device_mesh(check.device.type, (1,), mesh_dim_names=("dp_shard",))
     for dtype, compiled in (("float32", False), ("bfloat16", True)):
         for phase in PHASES:
+            how = "compiled" if compiled else "eager"
+            plain = None
+            if compiled:  # part 2 has them, of the same reference
+                plain = check.figures.get(f"losses, {phase}, {dtype}, {how}")
             with parallel.matmul_precision("highest"):
-                plain = get_losses(folder / phase, check.device, dtype, compiled)
+                plain = plain or get_losses(folder / phase, check.device, dtype, compiled)
                 sharded = get_losses(folder / phase, check.device, dtype, compiled, mesh)
             loss, norm = get_deviation(sharded, plain)
             bounds = BOUNDS["bfloat16"] if dtype == "bfloat16" else (1e-5, 1e-4)
-            how = "compiled" if compiled else "eager"
             figure = f"loss {loss:.1e}, gradient norm {norm:.1e}"
             check.say(
                 f"{phase}, {dtype}, {how}: sharded beside not",

@@ -4,7 +4,6 @@ issue it, what its kernels do in that time, and the peers beside it."""
 import gc
 import multiprocessing
 import time
-from collections.abc import Iterator
 
 import torch
 from torch.autograd import DeviceType
@@ -54,26 +53,32 @@ def get_config(check: Check) -> Config:
     return Config(model="L/16", dataset="imagenet", batch_size=64, dtype="bfloat16")
 
 
-def each_phase(check: Check) -> Iterator[tuple[str, Contender]]:
-    """(phase, what takes its step), warmed up, one after the other: what one holds is gone before the
-    next."""
+def warm_up(check: Check, phase: str) -> Contender:
+    """What takes a phase's step, compiled and with its moments there."""
+    free_memory(check.device)
     cfg = get_config(check)
     parallel.set_up_device(check.device, VARIANTS[cfg.model]["embed_dim"])
     batches = repeat_noise(cfg.dataset, cfg.batch_size, check.device)
-    for phase in PHASES:
-        contender = build_contender(phase, cfg, get_ranks(RANKS, cfg.model), check.device, batches)
-        began = time.perf_counter()
-        for _ in range(3):
-            contender.step()
-        wait_for(check.device)
-        check.say(f"{phase}: built, compiled, warmed up", f"{time.perf_counter() - began:.1f} s")
-        yield phase, contender
-        if contender.failed:
-            raise FloatingPointError(f"{phase}: a loss or gradient norm was not finite")
-        del contender
-        gc.collect()  # compiled blocks stand in reference cycles
-        if check.device.type == "cuda":
-            torch.cuda.empty_cache()
+    contender = build_contender(phase, cfg, get_ranks(RANKS, cfg.model), check.device, batches)
+    began = time.perf_counter()
+    for _ in range(3):
+        contender.step()
+    wait_for(check.device)
+    check.say(f"{phase}: built, compiled, warmed up", f"{time.perf_counter() - began:.1f} s")
+    return contender
+
+
+def free_memory(device: torch.device) -> None:
+    """Of what nothing refers to any more but itself: compiled blocks stand in reference cycles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def check_finite(phase: str, contender: Contender) -> None:
+    """Raise FloatingPointError where a step's update was left out: a skipped one is not timed."""
+    if contender.failed:
+        raise FloatingPointError(f"{phase}: a loss or gradient norm was not finite")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -90,8 +95,10 @@ def time_phases(check: Check) -> None:
     cfg, ranks = get_config(check), get_ranks(RANKS, get_config(check).model)
     simulated = start_simulation(cfg)  # before CUDA is in use here: it forks
     milliseconds, limits = {}, {}
-    for phase, contender in each_phase(check):
-        device = check.device
+    device = check.device
+    for phase in PHASES:
+        contender = None  # the phase before goes first
+        contender = warm_up(check, phase)
         seconds = time_calls(device, contender.step, in_a_row=1 if check.tiny else 5, rounds=7)
         host = min(time_host(contender) for _ in range(5))
         flops, _ = count_phase(cfg, phase, ranks, cfg.batch_size, device)
@@ -106,6 +113,7 @@ def time_phases(check: Check) -> None:
             f"{1e3 * seconds:.1f}, {1e3 * host:.1f}; {rate / 1e12:.0f} TFLOP/s{mfu}",
         )
         check.figure(f"{phase}_peak_bytes", measure_peak(contender))
+        check_finite(phase, contender)
     for phase in ("warmup", "lora"):
         ratio, limit = milliseconds["full"] / milliseconds[phase], limits["full"] / limits[phase]
         check.figure(f"{phase}_vs_full", ratio)
@@ -162,10 +170,14 @@ def simulate(cfg: Config, sender) -> None:
 
 def compare_peaks(check: Check, simulated) -> None:
     """The allocator's peaks beside the simulation's."""
-    if not simulated.poll(60):
-        check.say("peaks by bench.py memory", "not there in time", False)
+    try:
+        peaks = simulated.recv() if simulated.poll(60) else None
+    except EOFError:  # its process has failed, and said why in the log
+        peaks = None
+    if peaks is None:
+        check.say("peaks by bench.py memory", "did not come", False)
         return
-    for phase, simulated_bytes in simulated.recv().items():
+    for phase, simulated_bytes in peaks.items():
         peak = check.figures[f"{phase}_peak_bytes"]
         check.figure(f"{phase}_simulated_peak_bytes", simulated_bytes)
         figure = f"{peak / 2**30:.2f} GiB; bench.py memory, eager: {simulated_bytes / 2**30:.2f}"
@@ -183,8 +195,11 @@ def profile_phases(check: Check) -> None:
     check.say(
         "roofline's ceilings", f"{ceilings.matmul / 1e12:.0f} TFLOP/s, {ceilings.bandwidth / 1e9:.0f} GB/s"
     )
-    for phase, contender in each_phase(check):
+    for phase in PHASES:
+        contender = None
+        contender = warm_up(check, phase)
         spans, steps = trace(contender)
+        check_finite(phase, contender)
         by_class, kernels = add_up(spans, steps)
         busy, whole = get_busy(spans)
         check.figure(f"{phase}_ms_by_class", by_class)

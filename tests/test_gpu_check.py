@@ -35,7 +35,7 @@ def check(tmp_path):
 
     pipe = Rows()
     pipe.sent = []
-    check = Check(CPU, True, tmp_path, None, {}, pipe)
+    check = Check(CPU, True, tmp_path, tmp_path, {}, pipe)
     check.rows = lambda: [message for kind, message in pipe.sent if kind == "row"]
     return check
 
@@ -99,7 +99,7 @@ def is_alive(pid: int) -> bool:
 )
 def test_a_part_that_ends_badly_costs_only_itself(tmp_path, run, status, rows, last):
     part = Part(0, "a part", 2, run)
-    outcome = run_in_process(part, Check(CPU, True, tmp_path, None, {}), 2.0, tmp_path / "log.txt")
+    outcome = run_in_process(part, Check(CPU, True, tmp_path, tmp_path, {}), 2.0, tmp_path / "log.txt")
     assert outcome.status == status and len(outcome.rows) == rows
     assert (outcome.error or "").strip().endswith(last or "")
     if run is says:
@@ -108,7 +108,7 @@ def test_a_part_that_ends_badly_costs_only_itself(tmp_path, run, status, rows, l
 
 @pytest.mark.parametrize("run, status", [(leaves_something, "passed"), (hangs_in_a_child, "out of time")])
 def test_nothing_of_a_part_lives_on(tmp_path, run, status):
-    part, check = Part(0, "a part", 3, run), Check(CPU, True, tmp_path, None, {})
+    part, check = Part(0, "a part", 3, run), Check(CPU, True, tmp_path, tmp_path, {})
     began = time.monotonic()
     outcome = run_in_process(part, check, 3.0, tmp_path / "log.txt")
     assert outcome.status == status and time.monotonic() - began < 60
