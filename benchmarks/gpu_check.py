@@ -166,8 +166,8 @@ def gpu(
     out: folder; report.json there is written after every part, log.txt has what the parts printed. parts: of
     0 to 9, in this order. dry_run: all of it at tiny sizes on the CPU; its figures mean nothing. reference:
     checkpoints and losses that `python -m benchmarks.gpu_reference DIR` made on another machine's CPU;
-    without it part 2 (or 8) makes them on this one's. Prints a table at its end and returns the report; status
-    1 if a part has not passed.
+    without it part 2 (or 8) makes them on this one's. Prints a table at its end and returns the report. Exit
+    status 1 if a part has not passed.
     """
     unknown = sorted(set(parts) - {part.number for part in PARTS})
     if unknown:

@@ -11,15 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.choices import get_ranks, repeat_noise
 from benchmarks.contenders import PHASES, Contender, build_contender
-from benchmarks.fake import build_fake, fake_processes
 from benchmarks.flops import count_phase
 from benchmarks.gpu_findings import Check, time_calls, wait_for
-from benchmarks.memory import fill_moments, measure_step
+from benchmarks.memory import simulate_peaks
 from benchmarks.roofline import Ceilings, count_kernels, get_ceilings, seconds_by_kind
 from benchmarks.step import step
-from launch.distributed import TIMEOUT
 from model import parallel
-from model.optim import build_optimizer
 from model.variants import VARIANTS
 from monitor.perf import peak_flops
 from train import Config
@@ -154,17 +151,7 @@ def start_simulation(cfg: Config):
 def simulate(cfg: Config, sender) -> None:
     """What `start_simulation`'s process does."""
     torch.set_num_threads(1)
-    cfg = Config(**vars(cfg) | {"compile": False, "batch_size": 2 * cfg.batch_size})
-    ranks, peaks = get_ranks(RANKS, cfg.model), {}
-    with fake_processes(2) as mode:
-        mesh = parallel.build_mesh(1, "cpu", TIMEOUT)
-        for phase in PHASES:
-            model = build_fake(mode, cfg, phase, ranks, "cpu", mesh)
-            with mode:
-                optimizer = build_optimizer(model, cfg.weight_decay)
-                fill_moments(model, optimizer)
-                peaks[phase] = sum(measure_step(cfg, model, optimizer, cfg.batch_size // 2).values())
-    sender.send(peaks)
+    sender.send(simulate_peaks(cfg, get_ranks(RANKS, cfg.model)))
     sender.close()
 
 

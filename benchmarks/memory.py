@@ -18,10 +18,13 @@ from torch.optim import Optimizer
 
 import train
 from benchmarks.choices import Model, get_ranks
+from benchmarks.contenders import PHASES
 from benchmarks.fake import CASES, build_fake, each_mesh, fake_processes, get_black_batch, take_step
 from data.loader import Batch
 from errors import UserError
+from launch.distributed import TIMEOUT
 from lora.ranks import Ranks
+from model import parallel
 from model.optim import build_optimizer
 from train import Config
 
@@ -85,6 +88,22 @@ def measure_step(cfg: Config, model: nn.Module, optimizer: Optimizer, images: in
         take_step(cfg, model, optimizer, batches())
     (peak,) = tracker.get_tracker_snapshot("peak").values()  # one device
     return {part: sum(peak[_FSDPRefType(name)] for name in names) for part, names in PARTS.items()}
+
+
+def simulate_peaks(cfg: Config, ranks: Ranks) -> dict[str, int]:
+    """{phase: bytes at the peak of a step} of one of two processes that each have a copy of everything, with
+    `cfg.batch_size` images each, eagerly."""
+    cfg = dataclasses.replace(cfg, compile=False, batch_size=2 * cfg.batch_size)
+    peaks = {}
+    with fake_processes(2) as mode:
+        mesh = parallel.build_mesh(1, "cpu", TIMEOUT)
+        for phase in PHASES:
+            model = build_fake(mode, cfg, phase, ranks, "cpu", mesh)
+            with mode:
+                optimizer = build_optimizer(model, cfg.weight_decay)
+                fill_moments(model, optimizer)
+                peaks[phase] = sum(measure_step(cfg, model, optimizer, cfg.batch_size // 2).values())
+    return peaks
 
 
 def largest_fit(measure: Callable[[int], float], limit: float, known: dict[int, float]) -> int:

@@ -2,6 +2,7 @@
 of it as a dry run."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -225,6 +226,13 @@ def test_peaks_are_simulated_in_a_process_of_their_own(check):
     assert list(peaks) == ["full", "warmup", "lora"]
     trained = sum(p.numel() for p in train.build_on_meta(cfg).parameters())
     assert 12 * trained < peaks["full"] < peaks["warmup"] and peaks["lora"] < peaks["full"]
+
+
+def test_a_simulation_that_failed_is_said(check):
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    sender.close()
+    gpu_step.compare_peaks(check, receiver)
+    assert check.rows() == [{"what": "peaks by bench.py memory", "figure": "did not come", "holds": False}]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -15,11 +15,7 @@ import pytest
 from small_runs import events
 
 from benchmarks.choices import get_ranks
-from benchmarks.fake import build_fake, fake_processes
-from benchmarks.memory import fill_moments, measure_step
-from launch import distributed
-from model import parallel
-from model.optim import build_optimizer
+from benchmarks.memory import simulate_peaks
 from tests.null_gpu.build import NoNullGPU, build, get_environment, run
 from train import Config
 
@@ -140,28 +136,12 @@ def test_the_lora_phase_compiles_for_sm_90(null_gpu, tmp_path):
 # ---- memory, and the host's time
 
 
-def simulate(model_name: str, images: int) -> dict[str, int]:
-    """bench.py memory's figure of each phase: bytes at a step's peak, of one of two processes that each have
-    a copy of everything."""
-    peaks = {}
-    with fake_processes(2) as mode:
-        mesh = parallel.build_mesh(1, "cpu", distributed.TIMEOUT)
-        cfg = Config(model=model_name, dataset="imagenet", compile=False, batch_size=2 * images)
-        for phase in PHASES:
-            ranks = get_ranks("mixed", model_name)
-            model = build_fake(mode, cfg, phase, ranks, "cpu", mesh)
-            with mode:
-                optimizer = build_optimizer(model, cfg.weight_decay)
-                fill_moments(model, optimizer)
-                peaks[phase] = sum(measure_step(cfg, model, optimizer, images).values())
-    return peaks
-
-
 def test_the_allocators_peaks_are_the_simulated_ones(null_gpu):
     flags = ["--model", "L/16", "--images", 64, "--world_size", 2, "--dp_shard", 1, "--steps", 1]
     done = run_script(null_gpu, 80, "steps", *flags)
     assert done.returncode == 0, done.stderr
-    measured, simulated = json.loads(done.stdout), simulate("L/16", 64)
+    cfg = Config(model="L/16", dataset="imagenet", batch_size=64)
+    measured, simulated = json.loads(done.stdout), simulate_peaks(cfg, get_ranks("mixed", "L/16"))
     print("\nViT-L/16, 64 images, a copy on each process, eagerly: GiB at a step's peak")
     for phase in PHASES:
         peak, expected = measured[phase]["peak"], simulated[phase]
@@ -181,3 +161,44 @@ def test_host_time_of_a_compiled_step(null_gpu):
         times = f"median {row['milliseconds']:6.1f}, least {row['least_milliseconds']:6.1f}"
         print(f"{phase:8}{times}{row['peak'] / 2**30:8.2f}")
         assert 0 < row["peak"] < 40 * 2**30
+
+
+# ---- bench.py gpu
+
+
+REHEARSAL = """
+import json, sys
+from pathlib import Path
+import torch
+from benchmarks.gpu_check import PARTS, run_in_process
+from benchmarks.gpu_findings import Check
+
+folder, figures, outcomes = Path(sys.argv[1]), {}, {}
+for number in 0, 1, 3, 4:
+    check = Check(torch.device("cuda", 0), True, folder, folder, dict(figures))
+    outcome = run_in_process(PARTS[number], check, 300, folder / "log.txt")
+    figures |= outcome.figures
+    outcomes[number] = vars(outcome)
+print(json.dumps(outcomes))
+"""
+
+
+def test_rehearsal_of_bench_gpu(null_gpu, tmp_path):
+    """Parts that a GPU is needed for, at their dry run's sizes: they come to their end, and where all numbers
+    are zero, part 1 says of every operator that it is wrong."""
+    done = run(
+        [sys.executable, "-c", REHEARSAL, tmp_path], null_gpu, 80, cwd=REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    statuses = {number: outcome["status"] for number, outcome in outcomes.items()}
+    assert statuses == {"0": "passed", "1": "failed", "3": "passed", "4": "passed"}, (
+        tmp_path / "log.txt"
+    ).read_text()
+    operators = [row for row in outcomes["1"]["rows"] if row["what"].endswith("error")]
+    assert len(operators) >= 6 + 4 and not any(row["holds"] for row in operators)
+    for phase in PHASES:
+        peak, simulated = (
+            outcomes["3"]["figures"][f"{phase}_{name}"] for name in ("peak_bytes", "simulated_peak_bytes")
+        )
+        assert 0 < simulated < peak  # at this size most of it is a library's workspace
