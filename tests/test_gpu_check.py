@@ -287,7 +287,8 @@ def test_the_reference_is_small_and_repeats(gpu_reference_folder):
 
 
 def test_control_a_scaled_gradient_is_found(check, gpu_reference_folder, monkeypatch):
-    """Part 2 without compiling, as it is and with gradients too large by a tenth."""
+    """Part 2 without compiling, of one phase, as it is and with gradients too large by a tenth."""
+    monkeypatch.setattr(gpu_runs, "PHASES", ("lora",))
     check.reference = gpu_reference_folder
     monkeypatch.setattr(
         gpu_runs, "BOUNDS", {"float32": gpu_runs.BOUNDS["float32"], "bfloat16": gpu_runs.BOUNDS["bfloat16"]}
@@ -312,7 +313,7 @@ def test_control_a_scaled_gradient_is_found(check, gpu_reference_folder, monkeyp
     monkeypatch.setattr(gpu_reference.parallel, "clip_gradients", scaled)
     check.pipe.sent.clear()
     gpu_runs.check_losses(check)
-    assert [row["holds"] for row in check.rows() if row["holds"] is not None][:-1] == [False] * 12
+    assert [row["holds"] for row in check.rows() if row["holds"] is not None][:-1] == [False] * 4
 
 
 def test_control_batches_that_are_not_the_loader_s_are_found(check, monkeypatch):
