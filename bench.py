@@ -13,7 +13,7 @@ and what a step costs on many GPUs, without having them.
     python bench.py estimate --gpus 64 --device a100-40gb   an epoch by arithmetic, nothing is measured
     python bench.py roofline --device h100     one GPU's step from its kernels' FLOPs and bytes, counted
     python bench.py gpu --out DIR          on one GPU, in six minutes: is it right, how fast, and why
-    python bench.py all                    all of them, into docs/bench.md: an hour on 2 cores
+    python bench.py all                    all but gpu and roofline, into docs/bench.md: an hour on 2 cores
 """
 
 import os

@@ -1,8 +1,13 @@
-"""python bench.py gpu: everything that only a GPU can say, in one command of six minutes.
+"""python bench.py gpu: what one GPU can say, in one command of six minutes.
 
-Ten parts, each in a process of its own with a limit to its time: a part that raises, hangs or breaks the CUDA
+Each part is in a process of its own with a limit to its time: a part that raises, hangs or breaks the CUDA
 context costs its own rows and nothing else. The processes are forked from one that has imported everything
-and never asked anything of CUDA, because a fork of one that has can't use it."""
+and never asked anything of CUDA, because a fork of one that has can't use it.
+
+A part is a function of a Check (benchmarks/gpu_findings.py) and a row of PARTS. It computes on
+`check.device`, at tiny sizes if `check.tiny`, says its lines with `say` and leaves numbers with `record`. All
+parts share the numbers' names: 4 reads `matmul` and `bandwidth` of 0, 8 reads `losses, …` of 2. What a part
+forks itself it must fork before it first asks anything of CUDA (gpu_step.start_simulation)."""
 
 import contextlib
 import json
@@ -26,7 +31,9 @@ from benchmarks.gpu_findings import Check
 from errors import UserError
 from files import write_json
 
-TOTAL_SECONDS = 360  # all parts together
+# All parts together. Their limits add up to more: if many of them are slow, the last ones do not begin, and
+# --parts asks for those in a second command.
+TOTAL_SECONDS = 360
 
 
 @dataclass
@@ -143,12 +150,12 @@ def get_status(outcome: Outcome, out_of_time: bool, exitcode: int) -> str:
 
 def look_at_device(check: Check) -> None:
     """What the GPU is, for the report's head; raises nothing where there is none."""
-    check.figure("available", torch.cuda.is_available())
+    check.record("available", torch.cuda.is_available())
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        check.figure("memory_bytes", properties.total_memory)
-        check.figure("capability", list(torch.cuda.get_device_capability(0)))
-    check.figure("device", describe_device())
+        check.record("memory_bytes", properties.total_memory)
+        check.record("capability", list(torch.cuda.get_device_capability(0)))
+    check.record("device", describe_device())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -161,14 +168,17 @@ def gpu(
     dry_run: bool = False,
     reference: str | None = None,
 ) -> dict:
-    """Everything that only a GPU can say, on one GPU, within six minutes: is it right, how fast, and why.
+    """What one GPU can say, within six minutes: is it right, how fast, and why.
 
-    out: folder; report.json there is written after every part, log.txt has what the parts printed. parts: of
-    0 to 9, in this order. dry_run: all of it at tiny sizes on the CPU; its figures mean nothing. reference:
+    out: folder; report.json there is written after every part, log.txt has what the parts printed. parts:
+    which, by number; they run in ascending order, and 4 uses 0's ceilings, or else 70 and 80 % of an H100's
+    data sheet. dry_run: all of it at tiny sizes on the CPU; its figures mean nothing. reference:
     checkpoints and losses that `python -m benchmarks.gpu_reference DIR` made on another machine's CPU;
     without it part 2 (or 8) makes them on this one's. Prints a table at its end and returns the report. Exit
     status 1 if a part has not passed.
     """
+    if not parts:
+        raise UserError("--parts needs a number or more")
     unknown = sorted(set(parts) - {part.number for part in PARTS})
     if unknown:
         raise UserError(f"parts are 0 to {PARTS[-1].number}, not {', '.join(map(str, unknown))}")
@@ -186,14 +196,18 @@ def gpu(
             return Check(device, dry_run, own, where, dict(figures))
 
         look = Part(-1, "the device", 60, look_at_device)
-        seen = run_in_process(look, prepare(look, {}), 60, folder / "log.txt")
-        if not seen.figures.get("available") and not dry_run:
+        seen = run_in_process(look, prepare(look, {}), look.seconds, folder / "log.txt")
+        if seen.status != "passed":
+            why = get_last_line(seen.error)
+            raise UserError(f"torch could not be asked for its GPU: {seen.status}, {why}")
+        if not seen.figures["available"] and not dry_run:
             raise UserError(
                 "bench.py gpu needs a CUDA GPU and torch sees none here; --dry_run goes through all parts at "
                 "tiny sizes on the CPU"
             )
         report |= seen.figures
-        report["device"] = report["device"] if not dry_run else "a dry run on the CPU"
+        if dry_run:
+            report["device"] = "a dry run on the CPU"
         run_parts(report, [part for part in PARTS if part.number in parts], prepare, folder)
     print_table(report)
     return report
@@ -232,16 +246,20 @@ def run_parts(report: dict, parts: list[Part], prepare: Callable, folder: Path) 
 
 
 def print_table(report: dict) -> None:
-    """Every part's rows, and what went wrong, shortest last words first."""
+    """Every part's rows, and the last line of what went wrong."""
     print(f"\n{report['device']}, torch {report['torch']}, {report['seconds']:.0f} s")
     for number, part in report["parts"].items():
         print(f"\n{number} {part['title']}: {part['status']}, {part['seconds']:.0f} s")
         for row in part["rows"]:
             mark = {None: " ", True: "+", False: "-"}[row["holds"]]
-            print(f"  {mark} {row['what']:58} {row['figure']}")
+            print(f"  {mark} {row['what']:58} {row['text']}")
         if part["error"]:
-            print(f"  - {part['error'].strip().splitlines()[-1]}")
+            print(f"  - {get_last_line(part['error'])}")
     print(f"\n+ holds, - does not. {json.dumps(count_statuses(report))}")
+
+
+def get_last_line(error: str | None) -> str:
+    return error.strip().splitlines()[-1] if error else "without a word"
 
 
 def count_statuses(report: dict) -> dict[str, int]:

@@ -11,28 +11,30 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass
 class Check:
-    """What a part is told, and how it says what it found: row by row, so that nothing is lost with it."""
+    """What a part is told, and how it says what it found: row by row, so that what it has said is not lost
+    with it."""
 
     device: torch.device
     tiny: bool  # a dry run: sizes for a CPU
     scratch: Path  # of this part alone
     reference: Path  # a folder of benchmarks/gpu_reference.py's, or where one is to be made
-    figures: dict  # what earlier parts measured, by name; a part adds to its own copy through `figure`
+    figures: dict  # what earlier parts recorded, by name; `record` adds to this part's own copy
     pipe: Connection | None = None
 
-    def say(self, what: str, figure: str, holds: bool | None = None) -> None:
-        """A line of the table. `holds`: whether a figure that must hold does; None where there is nothing to
-        hold."""
-        print(f"{what}: {figure}{'' if holds is not False else '  FAILED'}", flush=True)
+    def say(self, what: str, text: str, holds: bool | None = None) -> None:
+        """A line of the table. `holds`: whether what must hold does; None where there is nothing to hold."""
+        print(f"{what}: {text}{'' if holds is not False else '  FAILED'}", flush=True)
         if self.pipe:
-            self.pipe.send(("row", {"what": what, "figure": figure, "holds": holds}))
+            self.pipe.send(("row", {"what": what, "text": text, "holds": holds}))
 
-    def figure(self, name: str, value) -> None:
-        """A number for report.json, and for the parts after this one."""
+    def record(self, name: str, value) -> None:
+        """A number, or what JSON can hold, for report.json and for the parts after this one."""
         self.figures[name] = value
         if self.pipe:
             self.pipe.send(("figure", (name, value)))
@@ -57,7 +59,8 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 def time_calls(device: torch.device, call: Callable[[], object], in_a_row: int = 1, rounds: int = 5) -> float:
-    """Seconds of a `call` on the device, the median of `rounds`, each of so many calls in a row.
+    """Seconds of a `call` on the device, the median of `rounds`, each of `in_a_row` calls. The caller has
+    warmed it up.
 
     In a row, because a GPU's queue must not run empty: a single call between two waits would be timed with
     the host's way to it.
@@ -86,3 +89,22 @@ def get_error(found: Tensor, right: Tensor) -> float:
     found, right = found.detach().double().cpu(), right.detach().double().cpu()
     error = float((found - right).norm() / right.norm().clamp(min=1e-300))
     return error if error == error else float("inf")
+
+
+Span = tuple[str, float, float]  # a kernel's or a copy's name, its begin and its end in µs
+
+
+def trace(device: torch.device, call: Callable[[], object], calls: int) -> list[Span]:
+    """What ran on a GPU in so many calls in a row, by its begin; nothing on a CPU."""
+    if device.type != "cuda":
+        return []
+    wait_for(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            call()
+        wait_for(device)
+    spans = []
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            spans.append((event.name, event.time_range.start, event.time_range.end))
+    return sorted(spans, key=lambda span: span[1])

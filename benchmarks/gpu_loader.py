@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 import train
 from benchmarks.choices import get_ranks, repeat_noise
 from benchmarks.contenders import Contender, build_contender
-from benchmarks.gpu_findings import Check, wait_for, without_garbage_collection
+from benchmarks.gpu_findings import Check, Span, trace, wait_for, without_garbage_collection
+from benchmarks.gpu_step import classify
 from benchmarks.loading import make_photos
 from data.loader import Batch, Loader, build_loader, prefetch
 from model import parallel
@@ -20,8 +19,9 @@ from model.variants import VARIANTS
 
 
 def check_loader(check: Check) -> None:
-    """Photographs from files to the GPU while a step runs: are they the loader's, is the time of a fed step
-    the larger of its own and the loader's, and do copies run beside kernels.
+    """Photographs from files to the GPU while a step runs: do they arrive as the loader made them? How long a
+    fed step takes beside one on a batch in memory and beside the loader alone, and which share of the copies
+    runs beside kernels, is said; nothing of that has to hold.
 
     The step is one that keeps a GPU busy: where the host is the slower one, as in a small eager step, there
     is no kernel left to hide a copy behind."""
@@ -108,32 +108,18 @@ def measure_overlap(check: Check, contender: Contender, loader: Loader, in_memor
         f"{loader.backend}: loading alone, a step fed by it",
         f"{1e3 * loading:.1f}, {1e3 * fed:.1f} ms: {fed / max(in_memory, loading):.2f} × the larger of both",
     )
-    if check.device.type == "cuda":
-        copies, beside = trace_copies(contender)
-        share = f"{100 * beside / copies:.0f} %" if copies else "no copy was seen"
-        check.say(
-            f"{loader.backend}: copies to the GPU beside kernels", f"{share} of {copies / 1e3:.2f} ms a step"
-        )
+    copies, hidden = get_hidden(trace(check.device, contender.step, calls=4))
+    share = f"{100 * hidden / copies:.0f} % of {copies / 4e3:.2f} ms a step" if copies else "no copy"
+    check.say(f"{loader.backend}: copies to the GPU beside kernels", share)
     contender.batches.close()
     contender.batches = resident
 
 
-def trace_copies(contender: Contender, steps: int = 4) -> tuple[float, float]:
-    """(µs of copies from the host in a step, µs of them in which a kernel runs, too)."""
-    with profile(activities=[ProfilerActivity.CUDA]) as prof:
-        for _ in range(steps):
-            contender.step()
-        torch.cuda.synchronize()
-    kernels, copies = [], []
-    for event in prof.events():
-        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
-            continue
-        span = event.time_range.start, event.time_range.end
-        if "HtoD" in event.name:
-            copies.append(span)
-        elif "Mem" not in event.name:
-            kernels.append(span)
-    beside = 0.0
-    for begin, end in copies:  # kernels of one stream don't overlap each other
-        beside += sum(max(0.0, min(end, b) - max(begin, a)) for a, b in kernels)
-    return sum(end - begin for begin, end in copies) / steps, beside / steps
+def get_hidden(spans: list[Span]) -> tuple[float, float]:
+    """(µs of copies from the host, µs of them in which a kernel runs, too)."""
+    copies = [span for span in spans if "HtoD" in span[0]]
+    kernels = [span for span in spans if classify(span[0]) != "copies"]
+    hidden = 0.0
+    for _, begin, end in copies:  # kernels of one stream don't overlap each other
+        hidden += sum(max(0.0, min(end, stop) - max(begin, start)) for _, start, stop in kernels)
+    return sum(end - begin for _, begin, end in copies), hidden

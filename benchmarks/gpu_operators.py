@@ -25,12 +25,12 @@ def measure_ceilings(check: Check) -> None:
     """Bytes/s of a copy and FLOP/s of products: large square ones, those of L/16's step, and adapters'."""
     device, side = check.device, 256 if check.tiny else 8192
     bandwidth = measure_copy(device, (1 << 22) if check.tiny else (1 << 30))
-    check.figure("bandwidth", bandwidth)
+    check.record("bandwidth", bandwidth)
     check.say("copy on the device, read and written", f"{bandwidth / 1e9:.0f} GB/s")
     for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32 as TF32")):
         with parallel.matmul_precision("high"):
             rate = measure_product(device, dtype, side, side, side)
-        check.figure(f"square_{name.split()[0]}", rate)
+        check.record(f"square_{name.split()[0]}", rate)
         check.say(f"product of {side}³, {name}", f"{rate / 1e12:.1f} TFLOP/s")
 
     rows = (2 if check.tiny else IMAGES) * TOKENS
@@ -47,7 +47,7 @@ def measure_ceilings(check: Check) -> None:
         check.say(
             f"{name} ({rows}, {inputs}) → {outputs}, bfloat16", f"{rate / 1e12:.0f} TFLOP/s; ms: {each}"
         )
-    check.figure("matmul", flops / seconds)
+    check.record("matmul", flops / seconds)
     check.say("the products of a block of L/16, all twelve", f"{flops / seconds / 1e12:.0f} TFLOP/s")
     for rank in SKINNY:
         measure_skinny(check, rows, width, rank)
@@ -146,9 +146,9 @@ def check_lora_linear(check: Check) -> None:
                         errors[case] = max(errors.get(case, 0.0), error)
     for precision, base in worst:
         error, plain_error, bound = worst[precision, base], plain[precision, base], BOUNDS[precision]
-        figure = f"{error:.1e}, plainly {plain_error:.1e}, at most {bound:.0e}"
+        text = f"{error:.1e}, plainly {plain_error:.1e}, at most {bound:.0e}"
         holds = error <= bound and error <= 2 * plain_error + 1e-6
-        check.say(f"LoRALinear, ranks 8 to 64, base {base}, {precision}: error", figure, holds)
+        check.say(f"LoRALinear, ranks 8 to 64, base {base}, {precision}: error", text, holds)
 
 
 def build_lora_linear(width: int, ranks: list[int]) -> LoRALinear:

@@ -1,5 +1,5 @@
-"""python -m benchmarks.gpu_reference DIR: checkpoints of the three phases and what twenty more steps from
-each make of the loss, on a CPU in float32; what part 2 of `python bench.py gpu` holds a GPU to.
+"""python -m benchmarks.gpu_reference DIR: checkpoints of the three phases, from which parts 2 and 8 of
+`python bench.py gpu` start, and what twenty more steps from each make of the loss, on a CPU in float32.
 
 A few seconds and 9 MB. The run trains the smallest model on made-up images, so it needs no files, and it
 draws nothing on the device: CPU and CUDA draw other numbers from one seed.
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(f"python bench.py gpu --reference {argv[0]} holds a GPU to what is there")
     return 0
 
 

@@ -4,15 +4,14 @@ issue it, what its kernels do in that time, and the peers beside it."""
 import gc
 import multiprocessing
 import time
+from multiprocessing.connection import Connection
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.choices import get_ranks, repeat_noise
 from benchmarks.contenders import PHASES, Contender, build_contender
 from benchmarks.flops import count_phase
-from benchmarks.gpu_findings import Check, time_calls, wait_for
+from benchmarks.gpu_findings import Check, Span, time_calls, trace, wait_for
 from benchmarks.memory import simulate_peaks
 from benchmarks.roofline import Ceilings, count_kernels, get_ceilings, seconds_by_kind
 from benchmarks.step import step
@@ -24,7 +23,7 @@ from train import Config
 RANKS = "mixed"  # 8 to 64
 
 # A kernel's class by what its name has in it; the first that fits. inductor names a kernel of its own after
-# the operators it has fused (triton_poi_fused_cat_permute), so those are asked for first.
+# the operators it has fused (triton_poi_fused_cat_permute), so it is asked for before those.
 CLASSES = {
     "optimizer": ("multi_tensor",),
     "elementwise": ("triton_",),
@@ -33,14 +32,8 @@ CLASSES = {
     "copies": ("memcpy", "memset"),
     "eager passes": ("at::native",),  # outside the compiled blocks, and inside operators of our own
 }
-ROOFLINE_CLASSES = {  # kinds of benchmarks/roofline.py -> the classes above
-    "products": "products",
-    "adapters": "products",
-    "attention": "attention",
-    "optimizer": "optimizer",
-    "casts": "elementwise",  # the eager ones, too
-    "elementwise": "elementwise",
-}
+# Kinds of benchmarks/roofline.py that have no class of their own. Its elementwise has the eager passes in it.
+ROOFLINE_CLASSES = {"adapters": "products", "casts": "elementwise"}
 
 
 def get_config(check: Check) -> Config:
@@ -50,10 +43,9 @@ def get_config(check: Check) -> Config:
     return Config(model="L/16", dataset="imagenet", batch_size=64, dtype="bfloat16")
 
 
-def warm_up(check: Check, phase: str) -> Contender:
-    """What takes a phase's step, compiled and with its moments there."""
+def warm_up(check: Check, cfg: Config, phase: str) -> Contender:
+    """A Contender of this phase, compiled, after three steps."""
     free_memory(check.device)
-    cfg = get_config(check)
     parallel.set_up_device(check.device, VARIANTS[cfg.model]["embed_dim"])
     batches = repeat_noise(cfg.dataset, cfg.batch_size, check.device)
     contender = build_contender(phase, cfg, get_ranks(RANKS, cfg.model), check.device, batches)
@@ -83,38 +75,33 @@ def check_finite(phase: str, contender: Contender) -> None:
 
 
 def time_phases(check: Check) -> None:
-    """GPU ms, host ms, MFU and peak memory of a step of each phase, and the ratios.
+    """GPU ms, host ms, MFU and peak memory of a step of each phase, and the ratios. Nothing to hold.
 
     GPU ms: steps in a row between two events, divided by their number. Host ms: until the call of a single
     step returns, its work being queued on a GPU that has nothing to do; the shortest of several. It is an
-    upper bound where a step has more kernels than the queue holds (1,024), for then the host waits for the
+    upper bound where a step has more kernels than the queue holds (1,024), for then the host may wait for the
     GPU. A phase whose host ms are its GPU ms is bound by Python."""
-    cfg, ranks = get_config(check), get_ranks(RANKS, get_config(check).model)
-    simulated = start_simulation(cfg)  # before CUDA is in use here: it forks
-    milliseconds, limits = {}, {}
-    device = check.device
+    cfg = get_config(check)
+    simulated = start_simulation(cfg)
+    flops = {}
     for phase in PHASES:
-        contender = None  # the phase before goes first
-        contender = warm_up(check, phase)
-        seconds = time_calls(device, contender.step, in_a_row=1 if check.tiny else 5, rounds=7)
+        contender = None  # the phase before goes, before this one's memory is asked for
+        contender = warm_up(check, cfg, phase)
+        flops[phase], _ = count_phase(cfg, phase, get_ranks(RANKS, cfg.model), cfg.batch_size, check.device)
+        seconds = time_calls(check.device, contender.step, in_a_row=1 if check.tiny else 5, rounds=7)
         host = min(time_host(contender) for _ in range(5))
-        flops, _ = count_phase(cfg, phase, ranks, cfg.batch_size, device)
-        milliseconds[phase], limits[phase] = 1e3 * seconds, flops
-        check.figure(f"{phase}_gpu_ms", 1e3 * seconds)
-        check.figure(f"{phase}_host_ms", 1e3 * host)
-        peak = peak_flops(device, cfg.dtype)
-        rate = flops * cfg.batch_size / seconds
+        check.record(f"{phase}_gpu_ms", 1e3 * seconds)
+        check.record(f"{phase}_host_ms", 1e3 * host)
+        rate, peak = flops[phase] * cfg.batch_size / seconds, peak_flops(check.device, cfg.dtype)
         mfu = f", MFU {100 * rate / peak:.1f} %" if peak else ""
-        check.say(
-            f"{phase}: GPU ms, host ms",
-            f"{1e3 * seconds:.1f}, {1e3 * host:.1f}; {rate / 1e12:.0f} TFLOP/s{mfu}",
-        )
-        check.figure(f"{phase}_peak_bytes", measure_peak(contender))
+        text = f"{1e3 * seconds:.1f}, {1e3 * host:.1f}; {rate / 1e12:.0f} TFLOP/s{mfu}"
+        check.say(f"{phase}: GPU ms, host ms", text)
+        check.record(f"{phase}_peak_bytes", measure_peak(contender))
         check_finite(phase, contender)
     for phase in ("warmup", "lora"):
-        ratio, limit = milliseconds["full"] / milliseconds[phase], limits["full"] / limits[phase]
-        check.figure(f"{phase}_vs_full", ratio)
-        check.say(f"full / {phase}", f"{ratio:.2f}, by FLOPs {limit:.2f}")
+        ratio = check.figures["full_gpu_ms"] / check.figures[f"{phase}_gpu_ms"]
+        check.record(f"{phase}_vs_full", ratio)
+        check.say(f"full / {phase}", f"{ratio:.2f}, by FLOPs {flops['full'] / flops[phase]:.2f}")
     compare_peaks(check, simulated)
 
 
@@ -138,7 +125,7 @@ def measure_peak(contender: Contender) -> int:
     return torch.cuda.max_memory_allocated(contender.device)
 
 
-def start_simulation(cfg: Config):
+def start_simulation(cfg: Config) -> Connection:
     """The reading end of a pipe on which a process of its own sends {phase: bytes at its peak} as
     `bench.py memory` has them: plain replication, eager."""
     context = multiprocessing.get_context("fork")
@@ -148,14 +135,14 @@ def start_simulation(cfg: Config):
     return receiver
 
 
-def simulate(cfg: Config, sender) -> None:
+def simulate(cfg: Config, sender: Connection) -> None:
     """What `start_simulation`'s process does."""
     torch.set_num_threads(1)
     sender.send(simulate_peaks(cfg, get_ranks(RANKS, cfg.model)))
     sender.close()
 
 
-def compare_peaks(check: Check, simulated) -> None:
+def compare_peaks(check: Check, simulated: Connection) -> None:
     """The allocator's peaks beside the simulation's."""
     try:
         peaks = simulated.recv() if simulated.poll(60) else None
@@ -166,9 +153,9 @@ def compare_peaks(check: Check, simulated) -> None:
         return
     for phase, simulated_bytes in peaks.items():
         peak = check.figures[f"{phase}_peak_bytes"]
-        check.figure(f"{phase}_simulated_peak_bytes", simulated_bytes)
-        figure = f"{peak / 2**30:.2f} GiB; bench.py memory, eager: {simulated_bytes / 2**30:.2f}"
-        check.say(f"{phase}: peak of a compiled step", figure)
+        check.record(f"{phase}_simulated_peak_bytes", simulated_bytes)
+        text = f"{peak / 2**30:.2f} GiB; bench.py memory, eager: {simulated_bytes / 2**30:.2f}"
+        check.say(f"{phase}: peak of a compiled step", text)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -176,35 +163,39 @@ def compare_peaks(check: Check, simulated) -> None:
 
 
 def profile_phases(check: Check) -> None:
-    """ms of a step by class of kernel, and the share of time in which no kernel runs, beside the roofline."""
-    cfg, ranks = get_config(check), get_ranks(RANKS, get_config(check).model)
-    ceilings = get_measured_ceilings(check)
-    check.say(
-        "roofline's ceilings", f"{ceilings.matmul / 1e12:.0f} TFLOP/s, {ceilings.bandwidth / 1e9:.0f} GB/s"
-    )
+    """ms of a step by class of kernel, and the share of time in which no kernel runs, beside the roofline.
+    Nothing to hold. On a CPU there are no kernels."""
+    cfg, ceilings, steps = get_config(check), get_measured_ceilings(check), 3
+    rates = f"{ceilings.matmul / 1e12:.0f} TFLOP/s, {ceilings.bandwidth / 1e9:.0f} GB/s"
+    check.say("roofline's ceilings", rates)
     for phase in PHASES:
         contender = None
-        contender = warm_up(check, phase)
-        spans, steps = trace(contender)
+        contender = warm_up(check, cfg, phase)
+        spans = trace(check.device, contender.step, steps)
         check_finite(phase, contender)
         by_class, kernels = add_up(spans, steps)
         busy, whole = get_busy(spans)
-        check.figure(f"{phase}_ms_by_class", by_class)
-        check.figure(f"{phase}_largest_kernels", kernels[:30])
-        check.figure(f"{phase}_idle_share", 1 - busy / whole if whole else None)
-        roof = {}
-        for kind, seconds in seconds_by_kind(
-            count_kernels(cfg, phase, ranks, cfg.batch_size), ceilings
-        ).items():
-            name = ROOFLINE_CLASSES.get(kind, kind)
-            roof[name] = roof.get(name, 0.0) + 1e3 * seconds
-        check.figure(f"{phase}_roofline_ms", roof)
-        idle = f"{100 * (1 - busy / whole):.0f} % idle" if whole else "no kernels"
+        roof = get_roofline(cfg, phase, ceilings)
+        check.record(f"{phase}_ms_by_class", by_class)
+        check.record(f"{phase}_largest_kernels", kernels[:30])
+        check.record(f"{phase}_idle_share", 1 - busy / whole if whole else None)
+        check.record(f"{phase}_roofline_ms", roof)
         found = f"{sum(by_class.values()):.1f} ms in {len(spans) // steps} kernels"
+        idle = f"{100 * (1 - busy / whole):.0f} % idle" if whole else "no kernels"
         check.say(f"{phase}: a step's kernels", f"{found}, roofline {sum(roof.values()):.1f} ms; {idle}")
         for name in dict.fromkeys([*by_class, *roof]):
-            figure = f"{by_class.get(name, 0.0):8.2f} ms, roofline {roof.get(name, 0.0):8.2f}"
-            check.say(f"{phase}: {name}", figure)
+            text = f"{by_class.get(name, 0.0):8.2f} ms, roofline {roof.get(name, 0.0):8.2f}"
+            check.say(f"{phase}: {name}", text)
+
+
+def get_roofline(cfg: Config, phase: str, ceilings: Ceilings) -> dict[str, float]:
+    """ms of a step by class, as benchmarks/roofline.py counts them."""
+    kernels = count_kernels(cfg, phase, get_ranks(RANKS, cfg.model), cfg.batch_size)
+    roof: dict[str, float] = {}
+    for kind, seconds in seconds_by_kind(kernels, ceilings).items():
+        name = ROOFLINE_CLASSES.get(kind, kind)
+        roof[name] = roof.get(name, 0.0) + 1e3 * seconds
+    return roof
 
 
 def get_measured_ceilings(check: Check) -> Ceilings:
@@ -212,26 +203,6 @@ def get_measured_ceilings(check: Check) -> Ceilings:
     if "matmul" in check.figures and "bandwidth" in check.figures:
         return Ceilings(check.figures["matmul"], check.figures["bandwidth"])
     return get_ceilings("h100")
-
-
-Span = tuple[str, float, float]  # a kernel's name, its begin and its end in µs
-
-
-def trace(contender: Contender) -> tuple[list[Span], int]:
-    """The kernels of some steps in a row, and how many steps."""
-    cuda, steps = contender.device.type == "cuda", 3
-    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    wait_for(contender.device)
-    with profile(activities=activities) as prof:
-        for _ in range(steps):
-            contender.step()
-        wait_for(contender.device)
-    spans = []
-    for event in prof.events():
-        on_device = event.device_type == DeviceType.CUDA
-        if on_device and not event.is_user_annotation:
-            spans.append((event.name, event.time_range.start, event.time_range.end))
-    return sorted(spans, key=lambda span: span[1]), steps
 
 
 def classify(name: str) -> str:
@@ -279,7 +250,7 @@ def compare_peers(check: Check) -> None:
     model, images, rounds = ("Ti/16", 2, 1) if check.tiny else ("L/16", 64, 5)
     result = step(model=model, batch_size=images, rounds=rounds, modes=("eager",), dtype="bfloat16",
                   peers=("timm", "peft"))  # fmt: skip
-    check.figure("eager", result)
+    check.record("eager", result)
     each = ", ".join(f"{title} {ms:.1f}" for title, ms in result["milliseconds"].items())
     check.say(f"{model}, {images} images, bfloat16, eager: ms", each)
     for name, key in (("timm / full", "full_vs_timm"), ("HF + PEFT / lora", "lora_vs_peft")):

@@ -49,7 +49,7 @@ def says(check):
     os.write(1, b"printed\n")  # past whatever stands in for sys.stdout
     check.say("a figure", "1")
     check.say("a figure that holds", "2", True)
-    check.figure("bandwidth", 3.0)
+    check.record("bandwidth", 3.0)
 
 
 def does_not_hold(check):
@@ -74,11 +74,11 @@ def hangs(check):
 def leaves_something(check):
     """A process that lives on, and holds the pipe open, as a compiler's pool does."""
     holder = subprocess.Popen(["sleep", "600"], close_fds=False, pass_fds=[check.pipe.fileno()])
-    check.figure("pid", holder.pid)
+    check.record("pid", holder.pid)
 
 
 def hangs_in_a_child(check):
-    check.figure("pid", subprocess.Popen(["sleep", "600"]).pid)
+    check.record("pid", subprocess.Popen(["sleep", "600"]).pid)
     time.sleep(600)
 
 
@@ -232,7 +232,7 @@ def test_a_simulation_that_failed_is_said(check):
     receiver, sender = multiprocessing.Pipe(duplex=False)
     sender.close()
     gpu_step.compare_peaks(check, receiver)
-    assert check.rows() == [{"what": "peaks by bench.py memory", "figure": "did not come", "holds": False}]
+    assert check.rows() == [{"what": "peaks by bench.py memory", "text": "did not come", "holds": False}]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -166,29 +166,10 @@ def test_host_time_of_a_compiled_step(null_gpu):
 # ---- bench.py gpu
 
 
-REHEARSAL = """
-import json, sys
-from pathlib import Path
-import torch
-from benchmarks.gpu_check import PARTS, run_in_process
-from benchmarks.gpu_findings import Check
-
-folder, figures, outcomes = Path(sys.argv[1]), {}, {}
-for number in 0, 1, 3, 4:
-    check = Check(torch.device("cuda", 0), True, folder, folder, dict(figures))
-    outcome = run_in_process(PARTS[number], check, 300, folder / "log.txt")
-    figures |= outcome.figures
-    outcomes[number] = vars(outcome)
-print(json.dumps(outcomes))
-"""
-
-
 def test_rehearsal_of_bench_gpu(null_gpu, tmp_path):
     """Parts that a GPU is needed for, at their dry run's sizes: they come to their end, and where all numbers
     are zero, part 1 says of every operator that it is wrong."""
-    done = run(
-        [sys.executable, "-c", REHEARSAL, tmp_path], null_gpu, 80, cwd=REPO, capture_output=True, text=True
-    )
+    done = run_script(null_gpu, 80, "rehearse", tmp_path, 0, 1, 3, 4)
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout)
     statuses = {number: outcome["status"] for number, outcome in outcomes.items()}

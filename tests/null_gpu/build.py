@@ -1,7 +1,13 @@
 """A GPU that computes nothing: torch believes in an A100 or an H100 on a machine that has none.
 
-    eval "$(python tests/null_gpu/build.py FOLDER --sm 80)"    # or 90
-    python bench.py step                                       # any script of this shell, as it is
+    (
+        set -e                                                          # or a failure would go unseen
+        null_gpu=$(python tests/null_gpu/build.py FOLDER --sm 80)       # or 90
+        eval "$null_gpu"                                                # for this subshell alone
+        python bench.py step --model L/16 --batch_size 64               # any script, as it is
+    )
+
+Its milliseconds are the host's. It needs gcc, nm, and a torch built for CUDA 13.
 
 gcc compiles this folder's C files into FOLDER, as one library that stands in for CUDA's runtime and driver,
 cuBLAS, cuDNN, NVRTC and CUPTI. It is preloaded, so every call of torch and of Triton goes to it.
@@ -46,7 +52,7 @@ def build(folder: Path, site_packages: Path | None = None) -> None:
     Raises NoNullGPU."""
     site_packages = site_packages or Path(sysconfig.get_paths()["purelib"])
     if not list(site_packages.glob("torch/lib/libtorch_cuda.so")):
-        raise NoNullGPU(f"the torch in {site_packages} was built without CUDA")
+        raise NoNullGPU(f"there is no torch in {site_packages}, or it was built without CUDA")
     missing = [tool for tool in ("gcc", "nm") if not shutil.which(tool)]
     if missing:
         raise NoNullGPU(f"there is no {' and no '.join(missing)}")

@@ -11,4 +11,5 @@ class Counts(ctypes.Structure):
 
 
 def get_counts() -> Counts:
+    """Raises KeyError or ValueError where there is no null GPU: see build.py."""
     return Counts.in_dll(ctypes.CDLL(os.environ["LD_PRELOAD"]), "null_gpu_counts")

@@ -1,11 +1,10 @@
 """What a step of each phase holds, and how long the host takes for it: train.py's own step, on the null GPU.
 Prints one JSON object.
 
-    eval "$(python tests/null_gpu/build.py FOLDER)"
-    python -m tests.null_gpu.steps --model L/16 --images 64 --compile
+    python -m tests.null_gpu.steps --model L/16 --images 64 --compile    (on it: see build.py)
 
-Several processes are this one and others that do not exist, as in benchmarks/fake.py: the device is asked for
-what FSDP needs, and nothing is sent.
+With `--world_size N` this is process 0 of N, of which the others do not exist, as in benchmarks/fake.py: the
+device is asked for what FSDP needs, and nothing is sent.
 """
 
 import argparse

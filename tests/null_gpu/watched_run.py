@@ -1,11 +1,15 @@
 """train.py with its flags on the null GPU, watched: from one look at the results to the next the host must
-not wait for the GPU. With `--plant_item` before them the step itself asks the GPU for a number: the control.
+not wait for the GPU. For runs with 6 steps an epoch (STEPS), as
 
-Ends with a line `waits: N`, of so many in the steps that were watched; torch itself raises an error at those
-that it knows. Two things are patched, because every result is 0 here:
+    python -m tests.null_gpu.watched_run --loader synthetic --train_samples 120 --batch_size 20 \\
+        --epochs 6 --dtype bfloat16 --lr_warmup_steps 1 --run_dir FOLDER
 
-- the weights' norms, so that Algorithm 2 would have only zeros to divide: the ranks are drawn instead;
-- the number of images that were evaluated, by which evaluate divides.
+Its last line is `watched steps: N, waits: M`; at waits that torch knows it raises an error itself. With
+`--plant_item` as the first flag the step asks the GPU for a number: the control, which ends so.
+
+Of train.py's names `get_lr` is where it watches. Two are replaced because every result is 0 here:
+`choose_ranks`, since Algorithm 2 would have only zeros to go by, by ranks that are drawn; and `evaluate`,
+where it would divide by the number of images it has seen.
 """
 
 import sys
@@ -53,7 +57,7 @@ def evaluate_nothing(*args) -> dict[str, float]:
 def main(argv: list[str]) -> int:
     train.get_lr, train.evaluate = watch, evaluate_nothing
     train.choose_ranks = lambda cfg, *args: get_ranks("mixed", cfg.model)
-    if argv[0] == "--plant_item":
+    if argv[:1] == ["--plant_item"]:
         train.train_step = take_step_with_item
         argv = argv[1:]
     status = train.main(argv)
