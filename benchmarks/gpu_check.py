@@ -9,18 +9,13 @@ A part is a function of a Check (benchmarks/gpu_findings.py) and a row of PARTS.
 parts share the numbers' names: 4 reads `matmul` and `bandwidth` of 0, 8 reads `losses, …` of 2. What a part
 forks itself it must fork before it first asks anything of CUDA (gpu_step.start_simulation)."""
 
-import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -28,20 +23,13 @@ import torch
 from benchmarks import gpu_loader, gpu_operators, gpu_runs, gpu_step
 from benchmarks.choices import describe_device
 from benchmarks.gpu_findings import Check
+from benchmarks.gpu_process import Outcome, Part, run_in_process
 from errors import UserError
 from files import write_json
 
-# All parts together. Their limits add up to more: if many of them are slow, the last ones do not begin, and
-# --parts asks for those in a second command.
-TOTAL_SECONDS = 360
-
-
-@dataclass
-class Part:
-    number: int
-    title: str
-    seconds: int  # its limit on a GPU
-    run: Callable[[Check], None]
+# Of all parts together; imports take the rest of six minutes. The parts' limits add up to more: if many of
+# them are slow, the last ones do not begin, and --parts asks for those in a second command.
+TOTAL_SECONDS = 350
 
 
 PARTS = [
@@ -56,92 +44,6 @@ PARTS = [
     Part(8, "FSDP2 on a mesh of one process", 45, gpu_runs.check_fsdp),
     Part(9, "Hugging Face with PEFT and timm beside it, eagerly", 60, gpu_step.compare_peers),
 ]
-
-
-@dataclass
-class Outcome:
-    """What is known of a part when it is over."""
-
-    title: str
-    status: str = "failed"  # passed; failed: a row does not hold; error; out of time; not begun
-    seconds: float = 0.0
-    rows: list[dict] = field(default_factory=list)
-    figures: dict = field(default_factory=dict)
-    error: str | None = None  # its traceback
-
-
-# ------------------------------------------------------------------------------------------------------------
-# a part in its own process
-
-
-def enter(run: Callable[[Check], None], check: Check, log: Path) -> None:
-    """What the part's process does: leads a process group, prints into `log`, sends what it finds."""
-    os.setsid()
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    try:
-        torch.manual_seed(0)
-        run(check)
-    except BaseException:
-        traceback.print_exc()
-        check.pipe.send(("error", traceback.format_exc()))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    check.pipe.close()
-    os._exit(0)  # no exit handler of CUDA or of a compiler's pool is waited for
-
-
-def run_in_process(part: Part, check: Check, limit: float, log: Path) -> Outcome:
-    """A part's outcome, after `limit` seconds at the latest; no process that it started is left."""
-    outcome, began = Outcome(part.title), time.perf_counter()
-    receiver, check.pipe = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=enter, args=(part.run, check, log))
-    process.start()
-    check.pipe.close()
-    ended = out_of_time = False
-    while not ended and not out_of_time:
-        left = max(0.0, limit - (time.perf_counter() - began))
-        # Not the pipe's end alone: a process that the part has started may hold it open.
-        ready = wait([receiver, process.sentinel], left)
-        ended, out_of_time = process.sentinel in ready, not ready
-        while receiver.poll():
-            try:
-                take(outcome, *receiver.recv())
-            except EOFError:
-                ended = True
-                break
-    if out_of_time:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # compilers and loaders that outlive it
-    outcome.seconds = time.perf_counter() - began
-    outcome.status = get_status(outcome, out_of_time, process.exitcode)
-    if outcome.status == "error" and outcome.error is None:
-        outcome.error = f"its process ended with status {process.exitcode}"
-    return outcome
-
-
-def take(outcome: Outcome, kind: str, message) -> None:
-    """Into the outcome what the part's process has sent."""
-    if kind == "row":
-        outcome.rows.append(message)
-    elif kind == "figure":
-        outcome.figures[message[0]] = message[1]
-    else:
-        outcome.error = message
-
-
-def get_status(outcome: Outcome, out_of_time: bool, exitcode: int) -> str:
-    if out_of_time:
-        return "out of time"
-    if outcome.error or exitcode:
-        return "error"
-    if any(row["holds"] is False for row in outcome.rows):
-        return "failed"
-    return "passed"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,9 +86,11 @@ def gpu(
         raise UserError(f"parts are 0 to {PARTS[-1].number}, not {', '.join(map(str, unknown))}")
     if reference is not None and not (Path(reference) / "losses.json").exists():
         raise UserError(f"{reference} has no losses.json: python -m benchmarks.gpu_reference {reference}")
-    folder = make_folder(Path(out))
-    report = {"torch": torch.__version__, "dry_run": dry_run, "parts": {}}
-    with tempfile.TemporaryDirectory() as scratch:
+    if dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # parts that ask by themselves see none, too
+    began, folder = time.perf_counter(), make_folder(Path(out))
+    report = {"torch": torch.__version__, "dry_run": dry_run, "parts": {}, "seconds": 0.0}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         where = Path(reference).resolve() if reference else Path(scratch) / "reference"
 
         def prepare(part: Part, figures: dict) -> Check:
@@ -196,7 +100,7 @@ def gpu(
             return Check(device, dry_run, own, where, dict(figures))
 
         look = Part(-1, "the device", 60, look_at_device)
-        seen = run_in_process(look, prepare(look, {}), look.seconds, folder / "log.txt")
+        seen = run_in_process(look, prepare(look, {}), look.seconds, Path(scratch) / "look.txt")
         if seen.status != "passed":
             why = get_last_line(seen.error)
             raise UserError(f"torch could not be asked for its GPU: {seen.status}, {why}")
@@ -208,24 +112,32 @@ def gpu(
         report |= seen.figures
         if dry_run:
             report["device"] = "a dry run on the CPU"
-        run_parts(report, [part for part in PARTS if part.number in parts], prepare, folder)
-    print_table(report)
+        (folder / "log.txt").write_text("")
+        (folder / "report.json").unlink(missing_ok=True)
+        # Told to end it leaves as after an error: the part that runs is ended, what is known is printed.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            run_parts(report, [part for part in PARTS if part.number in parts], prepare, folder, began)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            print_table(report)
     return report
 
 
 def make_folder(folder: Path) -> Path:
-    """The output's folder, with an empty log. Raises UserError if it can't be made."""
+    """The output's folder. Raises UserError if it can't be made or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.txt").write_text("")
+        (folder / "log.txt").touch()
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}") from None
     return folder
 
 
-def run_parts(report: dict, parts: list[Part], prepare: Callable, folder: Path) -> None:
-    """Run the parts one after the other, and write the report after each."""
-    began, figures = time.perf_counter(), {}
+def run_parts(report: dict, parts: list[Part], prepare: Callable, folder: Path, began: float) -> None:
+    """Run the parts one after the other, until TOTAL_SECONDS after `began`, and write the report after
+    each."""
+    figures = {}
     for part in parts:
         left = TOTAL_SECONDS - (time.perf_counter() - began)
         limit = min(part.seconds, left)

@@ -99,7 +99,7 @@ def trace(device: torch.device, call: Callable[[], object], calls: int) -> list[
     if device.type != "cuda":
         return []
     wait_for(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with without_garbage_collection(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(calls):
             call()
         wait_for(device)

@@ -14,6 +14,7 @@ from benchmarks.gpu_findings import Check, Span, trace, wait_for, without_garbag
 from benchmarks.gpu_step import classify
 from benchmarks.loading import make_photos
 from data.loader import Batch, Loader, build_loader, prefetch
+from data.order import default_workers
 from model import parallel
 from model.variants import VARIANTS
 
@@ -21,11 +22,12 @@ from model.variants import VARIANTS
 def check_loader(check: Check) -> None:
     """Photographs from files to the GPU while a step runs: do they arrive as the loader made them? How long a
     fed step takes beside one on a batch in memory and beside the loader alone, and which share of the copies
-    runs beside kernels, is said; nothing of that has to hold.
+    runs beside kernels, is said and does not have to hold.
 
     The step is one that keeps a GPU busy: where the host is the slower one, as in a small eager step, there
     is no kernel left to hide a copy behind."""
-    images, batches, model = (4, 3, "Ti/16") if check.tiny else (64, 48, "L/16")
+    images, model = (4, "Ti/16") if check.tiny else (64, "L/16")
+    batches = 4 * default_workers() + 40  # an epoch lasts longer than anything that is timed
     photos = check.scratch / "photos"
     make_photos(photos / "train", min(64, images * batches))
     multiply(photos / "train", images * batches)
@@ -90,18 +92,25 @@ def time_steps(contender: Contender, tiny: bool) -> float:
         return (time.perf_counter() - began) / steps
 
 
+def time_loading(loader: Loader) -> float:
+    """Seconds of a batch by the loader alone, on average, once its workers have come into step: each begins
+    with several batches, and they all arrive at once."""
+    workers = default_workers()
+    batches = repeat(loader)
+    for _ in range(2 * workers + 1):
+        next(batches)
+    began = time.perf_counter()
+    for _ in range(2 * workers):
+        next(batches)
+    seconds = time.perf_counter() - began
+    batches.close()
+    return seconds / (2 * workers)
+
+
 def measure_overlap(check: Check, contender: Contender, loader: Loader, in_memory: float) -> None:
     """ms of a step that is fed by `loader`, beside the step's and the loader's own; and the share of the
     copies' time in which a kernel runs, too."""
-    steps = 4 if check.tiny else 30
-    alone = repeat(loader)
-    for _ in range(2):
-        next(alone)
-    began = time.perf_counter()
-    for _ in range(steps):
-        next(alone)
-    loading = (time.perf_counter() - began) / steps
-    alone.close()
+    loading = time_loading(loader)
     resident, contender.batches = contender.batches, prefetch(repeat(loader), check.device)
     fed = time_steps(contender, check.tiny)
     check.say(
@@ -110,7 +119,8 @@ def measure_overlap(check: Check, contender: Contender, loader: Loader, in_memor
     )
     copies, hidden = get_hidden(trace(check.device, contender.step, calls=4))
     share = f"{100 * hidden / copies:.0f} % of {copies / 4e3:.2f} ms a step" if copies else "no copy"
-    check.say(f"{loader.backend}: copies to the GPU beside kernels", share)
+    holds = copies > 0 if check.device.type == "cuda" else None
+    check.say(f"{loader.backend}: copies to the GPU beside kernels", share, holds)
     contender.batches.close()
     contender.batches = resident
 

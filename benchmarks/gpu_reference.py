@@ -82,7 +82,7 @@ def get_losses(
     """(loss, gradient norm) of STEPS of train.py's steps on `device`, from the checkpoint at `path` on.
 
     The batches are the run's own after that checkpoint; nothing is written. The caller has set the device
-    up."""
+    up. Raises FloatingPointError for a loss or norm that is not finite."""
     meta = checkpoint.verify(path)
     s = State(**meta["state"])
     cfg = train.Config(**meta["config"] | {"dtype": dtype, "compile": compiled})
@@ -98,6 +98,8 @@ def get_losses(
     for step in range(s.step, s.step + STEPS):
         results.append(train.train_step(cfg, model, optimizer, batches, step, lr, failed))
     batches.close()
+    if failed:
+        raise FloatingPointError(f"from {path} on, {dtype}: a loss or gradient norm was not finite")
     return [(loss, norm) for loss, _, norm, _ in torch.stack(results).tolist()]
 
 

@@ -221,13 +221,15 @@ def set_up_device(device: torch.device, width: int) -> None:
 
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Inside, a GPU's products in float32 are TF32's ("high") or not ("highest")."""
-    before = torch.get_float32_matmul_precision()
+    """Inside, a GPU's products and convolutions in float32 are TF32's ("high") or not ("highest")."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """bench.py gpu: parts that fail in every way, its sums by hand, its checks against planted faults, and all
 of it as a dry run."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +18,8 @@ from small_runs import REPO
 
 import train
 from benchmarks import gpu_check, gpu_loader, gpu_operators, gpu_reference, gpu_runs, gpu_step
-from benchmarks.gpu_check import Part, run_in_process
 from benchmarks.gpu_findings import Check, get_error, time_calls
+from benchmarks.gpu_process import Part, run_in_process
 from benchmarks.gpu_step import add_up, classify, get_busy
 from lora.layers import LoRALinear
 
@@ -29,13 +31,13 @@ def check(tmp_path):
     """A part's Check, tiny and on the CPU, which keeps its rows: check.rows()."""
 
     class Rows:
-        sent = []
+        def __init__(self):
+            self.sent = []
 
         def send(self, message):
             self.sent.append(message)
 
     pipe = Rows()
-    pipe.sent = []
     check = Check(CPU, True, tmp_path, tmp_path, {}, pipe)
     check.rows = lambda: [message for kind, message in pipe.sent if kind == "row"]
     return check
@@ -77,6 +79,25 @@ def leaves_something(check):
     check.record("pid", holder.pid)
 
 
+def leaves_a_fork(check):
+    """It holds what the part's process holds, the pipe and whatever else would tell of its end."""
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(600)
+    check.record("pid", pid)
+
+
+def forks_and_raises(check):
+    leaves_a_fork(check)
+    raise ValueError("a bug")
+
+
+def talks_for_ever(check):
+    check.record("pid", os.getpid())
+    while True:
+        check.say("a figure", "1")
+
+
 def hangs_in_a_child(check):
     check.record("pid", subprocess.Popen(["sleep", "600"]).pid)
     time.sleep(600)
@@ -107,16 +128,62 @@ def test_a_part_that_ends_badly_costs_only_itself(tmp_path, run, status, rows, l
         assert outcome.figures == {"bandwidth": 3.0} and "printed" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("run, status", [(leaves_something, "passed"), (hangs_in_a_child, "out of time")])
+@pytest.mark.parametrize(
+    "run, status",
+    [
+        (leaves_something, "passed"),
+        (leaves_a_fork, "passed"),
+        (forks_and_raises, "error"),
+        (talks_for_ever, "out of time"),
+        (hangs_in_a_child, "out of time"),
+    ],
+)
 def test_nothing_of_a_part_lives_on(tmp_path, run, status):
     part, check = Part(0, "a part", 3, run), Check(CPU, True, tmp_path, tmp_path, {})
     began = time.monotonic()
     outcome = run_in_process(part, check, 3.0, tmp_path / "log.txt")
     assert outcome.status == status and time.monotonic() - began < 60
-    deadline = time.monotonic() + 20
-    while is_alive(outcome.figures["pid"]) and time.monotonic() < deadline:
+    assert is_gone(outcome.figures["pid"])
+
+
+ENDLESS = """
+import sys, time
+from benchmarks import gpu_check
+from benchmarks.gpu_process import Part
+
+def hangs(check):
+    check.say("pid", str(__import__("os").getpid()))
+    print("begun", flush=True)
+    time.sleep(600)
+
+gpu_check.PARTS = [Part(0, "a part", 300, hangs)]
+gpu_check.gpu(out=sys.argv[1], parts=(0,), dry_run=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_told_to_end_it_takes_its_part_with_it(tmp_path, number):
+    command = [sys.executable, "-c", ENDLESS, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    log = tmp_path / "log.txt"
+    while not (log.exists() and "begun" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not is_alive(outcome.figures["pid"])
+    pid = int(re.search(r"pid: (\d+)", log.read_text())[1])
+    assert is_alive(pid)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode not in (0, 2) and is_gone(pid)
+    if number == signal.SIGTERM:
+        assert process.returncode == 143 and "a dry run on the CPU" in out  # the table
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process ends within some seconds."""
+    deadline = time.monotonic() + 20
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not is_alive(pid)
 
 
 def gets_figures(check):
@@ -141,7 +208,7 @@ def test_the_report_is_there_after_every_part(tmp_path, monkeypatch, capsys):
     # a part for which no time is left is said to be missing, and is no pass
     monkeypatch.setattr(gpu_check, "TOTAL_SECONDS", 0)
     report["dry_run"], report["parts"] = False, {}
-    gpu_check.run_parts(report, parts[:1], None, tmp_path / "out")
+    gpu_check.run_parts(report, parts[:1], None, tmp_path / "out", time.perf_counter())
     assert report["parts"]["0"]["status"] == "not begun" and not gpu_check.passed(report)
 
 
@@ -150,6 +217,7 @@ def test_the_report_is_there_after_every_part(tmp_path, monkeypatch, capsys):
     [
         ("gpu --out {}", "needs a CUDA GPU"),
         ("gpu --dry_run --parts 0,12 --out {}", "parts are 0 to 9, not 12"),
+        ("gpu --dry_run --parts --out {}", "needs a number or more"),
         ("gpu --dry_run --reference {} --out {}", "has no losses.json"),
         ("gpu --dry_run --out /dev/null/gpu", "can't be written"),
     ],
@@ -205,10 +273,20 @@ def test_classes_of_kernels(name, kind):
 def test_deviation_and_error_by_hand():
     right = [(1.0, 2.0), (4.0, 5.0)]
     assert gpu_runs.get_deviation([(1.1, 2.0), (4.0, 4.0)], right) == pytest.approx((0.1, 0.2))
+    nan = float("nan")
+    assert gpu_runs.get_deviation([(1.0, 2.0), (nan, nan)], right) == (float("inf"), float("inf"))
     with pytest.raises(ValueError):  # of another length
         gpu_runs.get_deviation(right[:1], right)
     assert get_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
     assert get_error(torch.tensor([float("nan")]), torch.tensor([1.0])) == float("inf")
+
+
+def test_hidden_copies_by_hand():
+    """A copy of 10 µs with a kernel beside it for 4 and 3, one of 5 without."""
+    spans = [("a", 0.0, 14.0), ("Memcpy HtoD (Pinned -> Device)", 10.0, 20.0), ("b", 17.0, 30.0)]
+    spans += [("Memcpy HtoD (Pinned -> Device)", 40.0, 45.0), ("Memset (Device)", 40.0, 45.0)]
+    assert gpu_loader.get_hidden(spans) == (15.0, 7.0)
+    assert gpu_loader.get_hidden([]) == (0, 0.0)
 
 
 def test_calls_are_timed_in_a_row():
@@ -265,6 +343,55 @@ def test_control_an_update_that_is_not_skipped_is_found(check, monkeypatch):
     )
     gpu_operators.check_skipped_update(check)
     assert check.rows()[0]["holds"] is False
+
+
+@pytest.mark.parametrize(
+    "message, backend, is_raised",
+    [
+        ("No available kernel. Aborting execution.", "FLASH_ATTENTION", False),
+        ("No available kernel. Aborting execution.", "MATH", True),
+        ("CUDA error: misaligned address", "FLASH_ATTENTION", True),
+    ],
+)
+def test_only_a_missing_kernel_is_passed_over(check, monkeypatch, message, backend, is_raised):
+    get_attention, now = gpu_operators.get_attention, []
+
+    def failing(attention, x, dy):
+        if x.dtype == torch.float32 and now[-1] == getattr(gpu_operators.SDPBackend, backend):
+            raise RuntimeError(message)
+        return get_attention(attention, x, dy)
+
+    sdpa_kernel = gpu_operators.sdpa_kernel
+    monkeypatch.setattr(gpu_operators, "sdpa_kernel", lambda asked: now.append(asked) or sdpa_kernel(asked))
+    monkeypatch.setattr(gpu_operators, "get_attention", failing)
+    with pytest.raises(RuntimeError, match=message) if is_raised else contextlib.nullcontext():
+        gpu_operators.check_attention(check)
+
+
+PYTEST = """
+import sys
+print({lines!r})
+sys.exit({status})
+"""
+
+
+@pytest.mark.parametrize(
+    "lines, status, device, holds",
+    [
+        ("== 3 passed, 1 skipped in 9.00s ==", 0, "cuda", True),
+        ("== 4 skipped in 9.00s ==", 0, "cuda", False),
+        ("== 4 skipped in 9.00s ==", 0, "cpu", True),
+        ("FAILED tests/a.py::b - no\n== 1 failed, 3 passed in 9.00s ==", 1, "cuda", False),
+        ("", 3, "cuda", False),
+    ],
+)
+def test_pytest_s_word_is_taken(check, monkeypatch, tmp_path, lines, status, device, holds):
+    (tmp_path / "pytest.py").write_text(PYTEST.format(lines=lines, status=status))
+    monkeypatch.setattr(gpu_runs, "REPO", tmp_path)
+    check.device = torch.device(device)
+    gpu_runs.run_tests(check)
+    assert check.rows()[-1]["holds"] == holds
+    assert [row["holds"] for row in check.rows()[:-1]] == [False] * lines.count("FAILED")
 
 
 @pytest.fixture(scope="module")

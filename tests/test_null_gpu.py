@@ -167,19 +167,19 @@ def test_host_time_of_a_compiled_step(null_gpu):
 
 
 def test_rehearsal_of_bench_gpu(null_gpu, tmp_path):
-    """Parts that a GPU is needed for, at their dry run's sizes: they come to their end, and where all numbers
-    are zero, part 1 says of every operator that it is wrong."""
+    """Parts that a GPU is needed for, at their dry run's sizes: they come to their end. Where all numbers are
+    zero, part 1 says of every operator that it is wrong, and part 4 of the profile that it has no kernels."""
     done = run_script(null_gpu, 80, "rehearse", tmp_path, 0, 1, 3, 4)
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout)
     statuses = {number: outcome["status"] for number, outcome in outcomes.items()}
-    assert statuses == {"0": "passed", "1": "failed", "3": "passed", "4": "passed"}, (
-        tmp_path / "log.txt"
-    ).read_text()
+    log = (tmp_path / "log.txt").read_text()
+    assert statuses == {"0": "passed", "1": "failed", "3": "passed", "4": "failed"}, log
     operators = [row for row in outcomes["1"]["rows"] if row["what"].endswith("error")]
     assert len(operators) >= 6 + 4 and not any(row["holds"] for row in operators)
+    failed = [row["what"] for row in outcomes["4"]["rows"] if row["holds"] is False]
+    assert failed == [f"{phase}: a step's kernels" for phase in PHASES]
     for phase in PHASES:
-        peak, simulated = (
-            outcomes["3"]["figures"][f"{phase}_{name}"] for name in ("peak_bytes", "simulated_peak_bytes")
-        )
-        assert 0 < simulated < peak  # at this size most of it is a library's workspace
+        peak = outcomes["3"]["figures"][f"{phase}_peak_bytes"]
+        # at this size most of it is a library's workspace
+        assert 0 < outcomes["3"]["figures"][f"{phase}_simulated_peak_bytes"] < peak

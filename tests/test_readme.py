@@ -271,7 +271,7 @@ CHECKS = {
     "bench.py": lambda words: check_flags(words[1:], get_bench_flags()[words[0]]),
     "study.py": lambda words: check_flags(words, ["--report"]),
 }
-MODULES = ("monitor.plot", "data.beton", "data.folder")
+MODULES = ("monitor.plot", "data.beton", "data.folder", "benchmarks.gpu_reference")
 
 
 def check_command(words: list[str]) -> None:

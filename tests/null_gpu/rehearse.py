@@ -3,8 +3,9 @@ part's number -> its outcome. What the parts print goes to FOLDER/log.txt.
 
     python -m tests.null_gpu.rehearse FOLDER 0 1 3 4
 
-0, 3 and 4 pass; 1 finds every operator wrong, because all numbers are 0. The others would say no more: 2 and
-8 compare losses, 5 and 7 train on what is learned, 6 and 9 time what is not computed.
+0 and 3 pass. 1 finds every operator wrong, because all numbers are 0, and 4 no kernel in a profile. The
+others would say no more: 2 and 8 compare losses, 5 and 7 train on what is learned, 6 and 9 time what is not
+computed.
 """
 
 import json
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_check import PARTS, run_in_process
+from benchmarks.gpu_check import PARTS
 from benchmarks.gpu_findings import Check
+from benchmarks.gpu_process import run_in_process
 
 
 def main(folder: Path, numbers: list[int]) -> None:
