@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -88,7 +89,7 @@ def get_error(found: Tensor, right: Tensor) -> float:
     """‖found − right‖ / ‖right‖, in float64 on the CPU; infinite where something is not finite."""
     found, right = found.detach().double().cpu(), right.detach().double().cpu()
     error = float((found - right).norm() / right.norm().clamp(min=1e-300))
-    return error if error == error else float("inf")
+    return math.inf if math.isnan(error) else error
 
 
 Span = tuple[str, float, float]  # a kernel's or a copy's name, its begin and its end in µs

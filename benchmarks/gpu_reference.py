@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 import train
 from benchmarks.contenders import PHASES
@@ -77,7 +78,12 @@ def run_on_cpu(flags: list[str]) -> int:
 
 
 def get_losses(
-    path: Path, device: torch.device, dtype: str, compiled: bool, mesh=None, lr: float = LEARNING_RATE
+    path: Path,
+    device: torch.device,
+    dtype: str,
+    compiled: bool,
+    mesh: DeviceMesh | None = None,
+    lr: float = LEARNING_RATE,
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) of STEPS of train.py's steps on `device`, from the checkpoint at `path` on.
 

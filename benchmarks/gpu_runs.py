@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import train
 from benchmarks.choices import get_ranks, repeat_noise
@@ -113,22 +113,32 @@ def check_resume(check: Check) -> None:
     whether the bits were equal anyway."""
     for dtype, compiled in (("float32", False), ("bfloat16", True)):
         flags = [*RUN, "--dtype", dtype, "--compile", str(compiled)]
-        refused = None
-        torch.use_deterministic_algorithms(True)
-        try:
-            differing = resume_and_compare(flags, check.scratch / dtype / "strict")
-        except RuntimeError as error:
-            if "deterministic" not in str(error):
-                raise
-            refused = str(error).split(" does not have")[0]
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            differing = resume_and_compare(flags, check.scratch / dtype / "warned")
-        torch.use_deterministic_algorithms(False)
-        note = f"; {refused} has no deterministic kernel" if refused else ""
-        text = "equal to the bit" if not differing else f"{len(differing)} tensors differ: {differing[:3]}"
+        differing, refused = resume_deterministically(flags, check.scratch / dtype)
+        text = f"{len(differing)} tensors differ: {differing[:3]}" if differing else "equal to the bit"
+        if refused:
+            text += f"; {refused} has no deterministic kernel"
         how = f"{dtype}, {'compiled' if compiled else 'eager'}"
-        check.say(f"resumed, deterministic, {how}", text + note, not differing)
+        check.say(f"resumed, deterministic, {how}", text, not differing)
     resume_as_one_trains(check)
+
+
+def resume_deterministically(flags: list[str], folder: Path) -> tuple[list[str], str | None]:
+    """What `resume_and_compare` returns with torch's deterministic algorithms, and the operator that has
+    none."""
+    refused = None
+    torch.use_deterministic_algorithms(True)
+    try:
+        differing = resume_and_compare(flags, folder / "strict")
+    except RuntimeError as error:
+        named = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+        if not named:
+            raise
+        refused = named[1]
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        differing = resume_and_compare(flags, folder / "warned")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return differing, refused
 
 
 def resume_as_one_trains(check: Check) -> None:
@@ -222,7 +232,7 @@ def compare_sharded(
     check.say(f"{what}: sharded beside not", text, loss <= bounds[0] and norm <= bounds[1])
 
 
-def check_switches(check: Check, mesh) -> None:
+def check_switches(check: Check, mesh: DeviceMesh) -> None:
     """Whether evaluation gives the same loss before and after each switch, as B = 0 and a freeze must."""
     cfg = train.Config(model="tiny-debug", dtype="float32", compile=False, batch_size=64)
     ranks = get_ranks("8", cfg.model)

@@ -172,7 +172,7 @@ def profile_phases(check: Check) -> None:
     rates = f"{ceilings.matmul / 1e12:.0f} TFLOP/s, {ceilings.bandwidth / 1e9:.0f} GB/s"
     check.say("roofline's ceilings", f"{rates}, {whose}")
     for phase in PHASES:
-        contender = None
+        contender = None  # as in time_phases
         contender = warm_up(check, cfg, phase)
         spans = trace(check.device, contender.step, steps)
         check_finite(phase, contender)
@@ -253,8 +253,8 @@ def compare_peers(check: Check) -> None:
     """`bench.py step` beside timm's ViT and PEFT on Hugging Face's, eagerly: whole models take minutes to
     compile."""
     model, images, rounds = ("Ti/16", 2, 1) if check.tiny else ("L/16", 64, 5)
-    result = step(model=model, batch_size=images, rounds=rounds, modes=("eager",), dtype="bfloat16",
-                  peers=("timm", "peft"))  # fmt: skip
+    options = dict(dtype="bfloat16", peers=("timm", "peft"), modes=("eager",))
+    result = step(model=model, batch_size=images, rounds=rounds, **options)
     check.record("eager", result)
     each = ", ".join(f"{title} {ms:.1f}" for title, ms in result["milliseconds"].items())
     check.say(f"{model}, {images} images, bfloat16, eager: ms", each)

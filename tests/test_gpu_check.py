@@ -417,9 +417,6 @@ def test_control_a_scaled_gradient_is_found(check, gpu_reference_folder, monkeyp
     """Part 2 without compiling, of one phase, as it is and with gradients too large by a tenth."""
     monkeypatch.setattr(gpu_runs, "PHASES", ("lora",))
     check.reference = gpu_reference_folder
-    monkeypatch.setattr(
-        gpu_runs, "BOUNDS", {"float32": gpu_runs.BOUNDS["float32"], "bfloat16": gpu_runs.BOUNDS["bfloat16"]}
-    )
     get_losses = gpu_runs.get_losses
     monkeypatch.setattr(
         gpu_runs,
@@ -465,6 +462,33 @@ def test_control_a_tensor_that_differs_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_runs, "read_checkpoint", lambda run_dir: runs[run_dir.name])
     compare = lambda other: gpu_runs.compare(tmp_path / "one", tmp_path / other)
     assert compare("same") == [] and compare("other") == ["b"] and compare("more") == ["c"]
+
+
+REFUSAL = "a first line\nnll_loss2d does not have a deterministic implementation, but you set 'torch.use_"
+
+
+@pytest.mark.parametrize(
+    "refusal, differing, holds, said",
+    [
+        (None, [], True, "equal to the bit"),
+        (None, ["a"], False, "1 tensors differ: ['a']"),
+        (REFUSAL, ["a"], False, "1 tensors differ: ['a']; nll_loss2d has no deterministic kernel"),
+        (REFUSAL, [], True, "equal to the bit; nll_loss2d has no deterministic kernel"),
+        ("out of memory", [], "raised", ""),
+    ],
+)
+def test_a_kernel_that_refuses_is_named(check, monkeypatch, refusal, differing, holds, said):
+    def resume(flags, folder):
+        strict = torch.are_deterministic_algorithms_enabled()
+        if refusal and strict and not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(refusal)
+        return differing if strict else []
+
+    monkeypatch.setattr(gpu_runs, "resume_and_compare", resume)
+    with pytest.raises(RuntimeError, match=refusal) if holds == "raised" else contextlib.nullcontext():
+        gpu_runs.check_resume(check)
+        assert [(row["holds"], row["text"]) for row in check.rows()[:2]] == [(holds, said)] * 2
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.slow
