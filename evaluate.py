@@ -18,7 +18,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,8 +36,7 @@ from data.loader import Loader, build_loader, prefetch
 from data.order import DataError
 from errors import UserError
 from launch import distributed, failures
-from lora.inject import merge_lora
-from lora.kernels import separate_products
+from lora.inject import merge_lora, use_reference
 from model import checkpoint, parallel
 from model.checkpoint import on_process_0
 from model.pretrained import copy_weights, find_variant, load_pretrained
@@ -81,8 +80,7 @@ def build_checkpoint(
 ) -> nn.Module:
     """The model of a checkpoint, whole on this process, in evaluation mode. All processes together.
 
-    With cfg.dtype float32 all of it is float32, and a base stored in bfloat16 has just those values. Raises
-    UserError for damaged files.
+    Raises UserError for damaged files.
     """
     model = train.build_model(cfg, s.phase, s.ranks, device)
     checkpoint.load_weights(path, model)
@@ -162,25 +160,21 @@ def check_classes(source: str, head: Tensor | None, num_classes: int) -> None:
 # evaluation
 
 
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Inside, products in float32 are no TF32's on a GPU; on a CPU an adapter's are not those of a sum
-    W + B A, which would agree with a merged weight whatever B A is."""
-    with parallel.matmul_precision("highest"), separate_products():
-        yield
-
-
 @torch.no_grad()
 def compare_merged(
     cfg: train.Config, model: nn.Module, merged: nn.Module, batches: Iterator, device: torch.device
 ) -> dict[str, float]:
-    """The largest difference of the two models' logits, and the largest logit, of all processes' batches. To
-    be called within `exact_products`."""
+    """The largest difference of the two models' logits, and the largest logit, of all processes' batches.
+
+    In float32 without TF32, `model`'s adapters by their plain definition: its own operator multiplies by a sum
+    W + B A, which would agree with a merged weight whatever B A is."""
+    model = use_reference(copy.deepcopy(model))
     data, worst = DATASETS[cfg.dataset], torch.zeros(2, device=device)
     for images, labels in prefetch(batches, device):
         images = normalise(images, data.mean, data.std)
-        logits = model(images)[labels >= 0]  # (N, C)
-        others = merged(images)[labels >= 0]
+        with parallel.matmul_precision("highest"):
+            logits = model(images)[labels >= 0]  # (N, C)
+            others = merged(images)[labels >= 0]
         if len(logits):
             worst = torch.maximum(worst, torch.stack([(logits - others).abs().max(), logits.abs().max()]))
     difference, largest = [distributed.max_over_processes(value, device) for value in worst.tolist()]
@@ -247,9 +241,8 @@ def evaluate_checkpoint(
     unmerged = model
     if not merge and cfg.dtype != "float32":
         unmerged = build_checkpoint(exact, s, path, device)
-    with exact_products():
-        merged = merge_lora(copy.deepcopy(unmerged))
-        differences = compare_merged(cfg, unmerged, merged, loader.epoch(0), device)
+    merged = merge_lora(copy.deepcopy(unmerged))
+    differences = compare_merged(cfg, unmerged, merged, loader.epoch(0), device)
     return train.evaluate(cfg, merged if merge else model, loader.epoch(0), device) | differences
 
 

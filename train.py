@@ -175,17 +175,17 @@ def build_model(
 ) -> nn.Module:
     """The model of a phase, compiled, sharded over `mesh`, on `device`; its weights are still to be set.
     There is no other way to build one."""
-    dtype = getattr(torch, cfg.dtype)
     model = build_net(cfg)
     if phase != "full":
         families = match_families(model, LORA_FAMILIES, tuple(ranks))
         add_lora(model, families, ranks, cfg.lora_alpha, cfg.lora_scaling == "rslora")
     if phase == "lora":
         rest = cfg.mode == "lora" or cfg.lora_trainable == "adapters+rest"
-        sharded = mesh is not None and cfg.frozen_base == "shard"  # gathered in `dtype` from float32 shards
-        freeze_base(model, keep=LORA_REST if rest else (), dtype=None if sharded else dtype)
+        freeze_base(model, keep=LORA_REST if rest else ())
     for block in model.blocks:
         use_onednn(block)
+    # W + B A is summed from a W in float32: only where there are no adapters are weights gathered in less.
+    dtype = getattr(torch, cfg.dtype) if phase == "full" else torch.float32
     checkpointing, replicate = cfg.activation_checkpointing, cfg.frozen_base == "replicate"
     parallel.parallelize(model, mesh, cfg.compile, dtype, checkpointing, cfg.reshard_after_forward, replicate)
     parallel.materialise(model, device)

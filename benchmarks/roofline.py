@@ -3,16 +3,16 @@ here was measured.
 
 A kernel takes max(FLOPs / attainable matmul rate, bytes / attainable bandwidth), a step the sum over its
 kernels, back to back. The kernels are counted, not listed by hand: a dispatch mode watches the operators that
-train.py's own step calls on fake tensors, in the data types they really have. Our own operators hide
-products, so what is inside them is run, and watched, too.
+train.py's own step calls on fake tensors, in the data types they really have.
 
 - A matrix product, attention, and a call on lists of tensors (the optimiser's, the clipping's) is a kernel
-  each. It reads its operands and writes its results once, and what it adds into it reads as well.
+  each, and so is one of our own Triton kernels (lora/triton_kernels.py). It reads its operands and writes
+  its results once, and what it adds into it reads as well.
 - Inside a block the compiler fuses what is elementwise, reductions and normalisation with it. Here:
   consecutive such operators between two kernels of the first sort that share a tensor are one pass. It reads
   each tensor from outside once, and writes what somebody uses later (backward counts), and nothing else. The
   gradients of LayerNorm's own weights, sums over columns, are a pass of their own that reads these again.
-- Outside the blocks, and inside our own operators, nothing is compiled: there each operator is a pass.
+- Outside the blocks nothing is compiled: there each operator is a pass.
 - Views cost nothing.
 
 What this does not see: launches and the host; that a skinny product, or one whose tiles don't fill the GPU,
@@ -22,7 +22,8 @@ what here is two passes.
 
 The tensors are a CPU's, because a fake GPU without a real one has no backward. `as_on_a_gpu` sees to it that
 everything that asks gets a GPU's answer; attention is the CPU's operator, which reads and writes what the
-GPU's does.
+GPU's does, but for one thing that is added here: where the gradient of its result has gaps between its rows,
+the GPU's first copies it.
 """
 
 import contextlib
@@ -36,7 +37,6 @@ from unittest import mock
 import torch
 import torch.nn.utils.clip_grad
 from torch import Tensor, nn
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -102,15 +102,16 @@ class Call:
 class Trace(TorchDispatchMode):
     """Watches operators. `calls`: those that are kernels, in the order in which they ran."""
 
-    def __init__(self):
+    def __init__(self, ranks: int):
+        """`ranks`: the most that the adapters of one Linear have together."""
         super().__init__()
+        self.ranks = ranks
         self.calls: list[Call] = []
         self.graph: int | None = None  # in which graph of the compiler's the next operators are
         self.graphs = itertools.count()
         self.numbers: dict[int, int] = {}  # address of a storage -> its number
         self.storages: list[torch.UntypedStorage] = []  # held, so that no address comes up twice
         self.lasting: set[int] = set()  # storages that were there before, or are still there afterwards
-        self.rank: int | None = None  # inside an adapter's operator: its ranks' sum
 
     def begin_graph(self) -> None:
         self.graph = next(self.graphs)
@@ -124,21 +125,20 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if operator.namespace == "prelora":
-            return self.look_inside(operator, args, kwargs)
         if operator.namespace in ("prim", "profiler"):  # questions and marks, no work
             return operator(*args, **kwargs)
-        with self:
-            result = operator.decompose(*args, **kwargs)
-        if result is not NotImplemented:  # below autograd, where F.linear comes as it is
-            return result
+        if operator.namespace != "prelora":
+            with self:
+                result = operator.decompose(*args, **kwargs)
+            if result is not NotImplemented:  # below autograd, where F.linear comes as it is
+                return result
         known = len(self.storages)
         reads = self.get_pieces((args, kwargs))
         self.lasting.update(range(known, len(self.storages)))
         known = len(self.storages)
         result = operator(*args, **kwargs)
         made = [piece for piece in self.get_pieces(result) if piece.storage >= known]
-        name = operator._schema.name.removeprefix("aten::")
+        name = operator._schema.name.removeprefix("aten::").removeprefix("prelora::")
         changed, untouched = self.get_changed(operator, args, kwargs)
         writes = tuple(made + changed)
         if not writes or "empty" in name:  # a view, a question, or memory that is not written yet
@@ -147,21 +147,10 @@ class Trace(TorchDispatchMode):
             reads = []
         reads = tuple(piece for piece in reads if piece not in untouched)
         kind, flops = self.classify(operator, name, args, kwargs, result)
-        if kind in ("products", "adapters") and "convolution" not in name:
+        if kind in ("products", "adapters") and "mm" in name:
             a, b = args[-2:]
             name += f" {'×'.join(str(size) for size in (*a.shape, b.shape[-1]))}"
         self.calls.append(Call(name, kind, flops, reads, writes, self.graph))
-        return result
-
-    def look_inside(self, operator, args, kwargs):
-        """Run what an operator of ours is made of. The compiler leaves it as it is."""
-        names = [argument.name for argument in operator._schema.arguments]
-        before = self.graph, self.rank
-        self.graph = None
-        self.rank = args[names.index("A")].shape[0] if "A" in names else None
-        with self:
-            result = OPDEFS[operator._schema.name]._init_fn(*args, **kwargs)
-        self.graph, self.rank = before
         return result
 
     def get_pieces(self, tensors) -> list[Piece]:
@@ -194,6 +183,12 @@ class Trace(TorchDispatchMode):
 
     def classify(self, operator, name: str, args, kwargs, result) -> tuple[str, int]:
         """(kind, FLOPs) of an operator."""
+        if name == "effective_weight":
+            weight, B, A = args[:3]
+            return "adapters", 2 * B.shape[0] * A.numel()
+        if name == "adapter_gradients":
+            x, dy, ax, _ = args
+            return "adapters", 2 * ax.numel() * (x.shape[1] + dy.shape[1])
         if "scaled_dot_product" in name:
             backward = "backward" in name  # (dy, q, k, v, …), forward (q, k, v, …)
             count = sdpa_backward_flop_count if backward else sdpa_flop_count
@@ -206,7 +201,7 @@ class Trace(TorchDispatchMode):
             flops = flop_registry[operator._overloadpacket](*args, **kwargs, out_val=result)
         else:
             return ("casts" if name == "_to_copy" else "elementwise"), 0
-        if self.rank is not None and min(*args[-2].shape, *args[-1].shape) <= self.rank:
+        if self.graph is not None and min(*args[-2].shape, *args[-1].shape) <= self.ranks:
             return "adapters", flops
         return "products", flops
 
@@ -236,10 +231,8 @@ def as_on_a_gpu() -> Iterator[None]:
     """Fake tensors of a CPU take the same way as a GPU's tensors; and nothing of them stays behind."""
     with contextlib.ExitStack() as stack:
         patch = lambda *args: stack.enter_context(mock.patch.object(*args))
-        # There float32 is TF32, and oneDNN isn't.
-        patch(kernels, "is_exact", lambda x: x.dtype == torch.float64)
-        patch(onednn, "takes", lambda tensor: False)
-        patch(onednn.OneDNNLinear, "forward", nn.Linear.forward)
+        patch(kernels, "uses_triton", lambda tensor: True)
+        patch(onednn, "IS_FASTER", False)
         patch(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *args, **kwargs: True)
         # It is cached, and a fake tensor in the cache would be the next real step's.
         patch(data.device, "_get_constants", data.device._get_constants.__wrapped__)
@@ -301,6 +294,12 @@ def fuse(run: list[Call], end: int, last_use: dict[int, int]) -> list[Kernel]:
     return found
 
 
+def get_most_ranks(ranks: Ranks) -> int:
+    """The most that the adapters of one Linear have together; q, k and v are one."""
+    layers = zip(*(ranks.get(family, [0]) for family in ("q", "k", "v")))
+    return max([*(sum(layer) for layer in layers), *(max(layer) for layer in ranks.values())])
+
+
 def get_storages(pieces: tuple[Piece, ...]) -> set[int]:
     return {piece.storage for piece in pieces}
 
@@ -315,7 +314,7 @@ def count_kernels(cfg: train.Config, phase: str, ranks: Ranks, batch_size: int) 
     if cfg.activation_checkpointing == "selective":
         raise UserError("what selective checkpointing recomputes only the compiler knows")
     cfg = replace(cfg, compile=False)
-    mode, trace = FakeTensorMode(allow_non_fake_inputs=True), Trace()
+    mode, trace = FakeTensorMode(allow_non_fake_inputs=True), Trace(get_most_ranks(ranks))
     with as_on_a_gpu():
         model = build_fake(mode, cfg, phase, ranks, "cpu")
         watch_blocks(trace, model.blocks)

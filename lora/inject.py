@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from lora.layers import LoRALinear, check_ranks
+from lora.layers import LoRALinear, PlainLoRALinear, check_ranks
 from lora.onednn import OneDNNLinear
 
 # family -> (name of the Linear, row part, number of row parts) of each layer
@@ -121,6 +121,18 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
+def use_reference(model: nn.Module) -> nn.Module:
+    """Have every LoRALinear compute W x + s·B·(A x) as it is written, slowly, in place.
+
+    For comparisons with a merged weight: the fast operator multiplies by W + s·B·A and would agree with it
+    whatever B·A is.
+    """
+    for module in model.modules():
+        if type(module) is LoRALinear:
+            module.__class__ = PlainLoRALinear
+    return model
+
+
 def get_adapter_names(model: nn.Module) -> set[str]:
     """Names of the parameters that are an adapter's: each module that has `adapter_parameters()` is asked."""
     names: set[str] = set()
@@ -130,28 +142,23 @@ def get_adapter_names(model: nn.Module) -> set[str]:
     return names
 
 
-def freeze_base(model: nn.Module, keep: tuple[str, ...] = (), dtype: torch.dtype | None = None) -> nn.Module:
+def freeze_base(model: nn.Module, keep: tuple[str, ...] = ()) -> nn.Module:
     """Make the adapters the only trainable parameters, in place, and drop every other gradient.
 
     What is an adapter the modules say themselves, see `get_adapter_names`. `keep`: name patterns that stay
-    trainable besides (the head, norms and embeddings in static LoRA). `dtype`: cast the frozen Linears and
-    Convs to it once, instead of autocast doing so every step; they need no float32 master any more. Raises
-    ValueError for a pattern that matches nothing.
+    trainable besides (the head, norms and embeddings in static LoRA). The base stays in the precision that it
+    has: an adapter's B A is added to it in every step. Raises ValueError for a pattern that matches nothing.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in keep:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"{pattern!r} matches no parameter of the model")
     adapters = get_adapter_names(model)
-    for prefix, module in model.named_modules():
-        for name, p in module.named_parameters(prefix, recurse=False):
-            kept = any(fnmatchcase(name, pattern) for pattern in keep)
-            p.requires_grad = kept or name in adapters
-            if p.requires_grad:
-                continue
+    for name, p in model.named_parameters():
+        kept = any(fnmatchcase(name, pattern) for pattern in keep)
+        p.requires_grad = kept or name in adapters
+        if not p.requires_grad:
             p.grad = None
-            if dtype is not None and isinstance(module, (nn.Linear, nn.Conv2d)):
-                p.data = p.data.to(dtype)
     return model
 
 

@@ -1,76 +1,154 @@
-"""The fast operator behind LoRALinear, which computes what lora/layers.py's `reference` says.
+"""The operator behind LoRALinear, which computes what lora/layers.py's `reference` says.
 
-Nothing outside this folder knows of it. `prelora::lora_linear` is one operator with a backward of its own,
-which torch.compile takes as it is; a small one goes before it, `prelora::prepare`. They keep x and A x for
-backward and compute no gradient that nobody asked for. Where that is exact and cheaper (see `merges`) they
-multiply by W + B A, and keep that instead of A x, if x has a gradient.
+Nothing outside this folder knows of it. It multiplies by W + B A, made anew in every forward: summed in
+float32 from the float32 W, and only then cast to the type of the products. That is what mixed precision does
+with its master weights, so the sum is as exact as full training is. Summed onto a W that is bfloat16 already,
+most of a small B A would be rounded away.
+
+torch.compile traces the two autograd.Functions here, so that a block stays one graph. On a GPU two Triton
+kernels (lora/triton_kernels.py) do what costs the most memory traffic; everywhere else the same is done in
+plain torch. On the CPUs where oneDNN's products win they are oneDNN's (lora/onednn.py).
 
 Not for torch.func's transforms (no vmap, no double backward), nor for float16 autocast, which needs a
 gradient scaler.
 
 Throughout: x (N, in), weight (out, in), bias (out,), dy and y (N, out). A (Σ rank, in) holds all adapters' A
 below each other, with the scaling in it; Bs[i] (out / parts, rank i) is the B of row part where[i], of
-`parts`. `use_onednn`: whether to multiply by oneDNN, where it takes the tensors.
+`parts`.
 """
 
 import contextlib
-from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.autograd import Function
 
 from lora import onednn
 
-# ---- when W + B A is made
+if find_spec("triton"):  # torch for CPUs comes without
+    from lora import triton_kernels
 
 
-_separate = False  # see separate_products
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bs: list[Tensor], where: list[int], parts: int
+) -> Tensor:
+    """y (N, out) = x (W + B A)' + bias, in autocast's type where it is on, else in the weight's."""
+    dtype = weight.dtype
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    x = x.to(dtype)
+    if bias is not None:
+        bias = bias.to(dtype)
+    adapters_train = A.requires_grad or any(B.requires_grad for B in Bs)
+    if torch.is_grad_enabled() and adapters_train and not weight.requires_grad:
+        return FrozenBase.apply(x, weight, bias, A, where, parts, *Bs)
+    effective = EffectiveWeight.apply(weight, A, dtype, where, parts, *Bs)
+    return onednn.linear(x, effective, bias) if onednn.is_faster(x) else F.linear(x, effective, bias)
 
 
-@contextlib.contextmanager
-def separate_products() -> Iterator[None]:
-    """Inside, W and B A multiply x each on its own, whatever `merges` would choose.
+class EffectiveWeight(Function):
+    """W + B A (out, in) in the type of the products. Backward needs no product of N rows: dA = B' dW and
+    dB = dW A', and dW is there anyway."""
 
-    For comparisons with a merged weight. Not for compiled blocks, nor for a backward whose forward was
-    outside.
+    @staticmethod
+    def forward(ctx, weight: Tensor, A: Tensor, dtype: torch.dtype, where: list[int], parts: int, *Bs):
+        ctx.save_for_backward(A, *Bs)
+        ctx.where, ctx.parts, ctx.dtype = where, parts, weight.dtype
+        with without_autocast(weight):
+            return add_product(weight, stack(Bs, where, parts), A, dtype)
+
+    @staticmethod
+    def backward(ctx, dW: Tensor):
+        A, *Bs = ctx.saved_tensors
+        with without_autocast(dW):
+            B = stack(Bs, ctx.where, ctx.parts).to(dW.dtype)
+            dA = (B.t() @ dW).to(A.dtype)
+            dB = (dW @ A.to(dW.dtype).t()).to(A.dtype)  # (out, Σ rank), of which the adapters' blocks count
+            dBs = unstack(dB, Bs, ctx.where, ctx.parts)
+        return dW.to(ctx.dtype), dA, None, None, None, *dBs
+
+
+class FrozenBase(Function):
+    """y = x (W + B A)' + bias where W is not trained: backward makes dx and the adapters' gradients, which
+    are products of few columns and so cost what it takes to read x and dy.
+
+    On a GPU A x comes with y and dy B with dx, out of one product each: the matrix that they multiply by has
+    A for a lower border and B for a right one. So y and dx have gaps between their rows, which costs nobody
+    anything but attention's backward: it would copy its projection's dx. That one is as wide as its input,
+    and dx of such a Linear is a product of its own. One kernel then makes dA = (dy B)' x and dB = dy' (A x).
     """
-    global _separate
-    before, _separate = _separate, True
-    try:
-        yield
-    finally:
-        _separate = before
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, where, parts, *Bs):
+        ctx.where, ctx.parts = where, parts
+        ctx.need_dx, ctx.need_dbias = x.requires_grad, bias is not None and bias.requires_grad
+        outputs, inputs = weight.shape
+        with without_autocast(x):
+            B = stack(Bs, where, parts)
+            if not uses_triton(x):
+                effective = add_product(weight, B, A, x.dtype)
+                ctx.save_for_backward(x, effective, x.new_empty(0), A, *Bs)
+                return product(x, effective.t(), bias)
+            effective = triton_kernels.effective_weight(weight, B, A, x.dtype, True)  # (out + r, in + r)
+            if bias is not None:
+                bias = F.pad(bias, (0, effective.shape[0] - outputs))
+            y_and_ax = product(x, effective[:, :inputs].t(), bias)  # (N, out + r)
+            ctx.save_for_backward(x, effective, y_and_ax[:, outputs : outputs + A.shape[0]], A, *Bs)
+            return y_and_ax[:, :outputs]
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, effective, ax, A, *Bs = ctx.saved_tensors
+        outputs, inputs, ranks = dy.shape[1], x.shape[1], A.shape[0]
+        with without_autocast(x):
+            dbias = dy.sum(0) if ctx.need_dbias else None
+            if not uses_triton(x):
+                dx = product(dy, effective) if ctx.need_dx else None
+                dA, dBs = get_gradients(x, dy, A, Bs, ctx.where, ctx.parts)
+                return dx, None, dbias, dA, None, None, *dBs
+            if ctx.need_dx and inputs != outputs:
+                dx_and_dy_B = dy @ effective[:outputs]  # (N, in + r)
+                dx, dy_B = dx_and_dy_B[:, :inputs], dx_and_dy_B[:, inputs : inputs + ranks]
+            else:
+                dx = dy @ effective[:outputs, :inputs] if ctx.need_dx else None
+                dy_B = dy @ effective[:outputs, inputs : inputs + ranks]
+            gradients = triton_kernels.adapter_gradients(x, dy, ax, dy_B).sum(0)  # (Σ rank, in + out)
+            dA = gradients[:, :inputs].to(A.dtype)
+            dBs = unstack(gradients[:, inputs:].t().to(A.dtype), Bs, ctx.where, ctx.parts)
+        return dx, None, dbias, dA, None, None, *dBs
 
 
-@torch.compiler.assume_constant_result  # dynamo can't trace the question
-def multiplies_exactly() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
+# ---- what they are made of
 
 
-def is_exact(x: Tensor) -> bool:
-    """Whether products of x are no less exact than its type: not in bfloat16, nor in TF32."""
-    if x.dtype == torch.float32:
-        return x.device.type in ("cpu", "meta") or multiplies_exactly()
-    return x.dtype == torch.float64
+def uses_triton(x: Tensor) -> bool:
+    """Whether x's products go with the Triton kernels."""
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and find_spec("triton") is not None
 
 
-def merges(x: Tensor, weight: Tensor) -> bool:
-    """Whether x is multiplied by W + B A, made anew in every forward, instead of by W and by A and B.
-
-    That spares the products of N rows with B, forward, and with A, backward, and where W is trained the other
-    four, too: the adapters' gradients then are B' dW and dW A'. It costs one product of `weight.shape` (W
-    trained: three), so x must have rows enough, and one more copy of the weights, whole ones where FSDP
-    shards them, from forward to backward. And nothing may be lost in the sum: in bfloat16 or TF32 an
-    adapter's small B A would vanish beside W.
-    """
-    return is_exact(x) and x.shape[0] >= 2 * min(weight.shape) and not _separate
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Inside, every product is of the type that it is given."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-# ---- products
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b + bias: (m, k), (k, n) and (n,) -> (m, n)."""
+    if onednn.is_faster(a):
+        return onednn.mm(a, b, bias)
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
-def spans(Bs: list[Tensor]) -> list[tuple[int, int]]:
+def add_product(weight: Tensor, B: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+    """W + B A (out, in), of B (out, Σ rank): summed in float32, or float64, and then cast to `dtype`."""
+    if uses_triton(weight):
+        return triton_kernels.effective_weight(weight, B, A, dtype, False)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.addmm(weight.to(wide), B.to(wide), A.to(wide)).to(dtype)
+
+
+def get_spans(Bs: list[Tensor]) -> list[tuple[int, int]]:
     """Each adapter's rows of A: (start, end)."""
     ends = [0]
     for B in Bs:
@@ -78,237 +156,35 @@ def spans(Bs: list[Tensor]) -> list[tuple[int, int]]:
     return list(zip(ends, ends[1:]))
 
 
-def part_of(tensor: Tensor, part: int, parts: int, dim: int) -> Tensor:
-    """A view of one of `parts` equal parts of a dimension."""
-    size = tensor.shape[dim] // parts
-    return tensor.narrow(dim, part * size, size)
+def stack(Bs: list[Tensor], where: list[int], parts: int) -> Tensor:
+    """All Bs in one matrix (out, Σ rank), each in its own rows and columns: times A it is what the adapters
+    add to the weight, in all row parts."""
+    if parts == 1:
+        return Bs[0]
+    spans, total = get_spans(Bs), sum(B.shape[1] for B in Bs)
+    blocks = [Bs[0].new_zeros(Bs[0].shape[0], total)] * parts
+    for B, part, (start, end) in zip(Bs, where, spans):
+        blocks[part] = F.pad(B, (start, total - end))
+    return torch.cat(blocks)
 
 
-def mm(a: Tensor, b: Tensor, bias: Tensor | None, use_onednn: bool) -> Tensor:
-    """a b + bias: (m, k), (k, n) and (n,) -> (m, n)."""
-    if use_onednn and onednn.takes(a):
-        return onednn.mm(a, b, bias)
-    if bias is None:
-        return torch.mm(a, b)
-    return torch.addmm(bias, a, b)
+def unstack(stacked: Tensor, Bs: list[Tensor], where: list[int], parts: int) -> list[Tensor]:
+    """Of a matrix as `stack` makes it the blocks, (out / parts, rank) each."""
+    blocks = stacked.chunk(parts)
+    return [blocks[part][:, start:end].contiguous() for part, (start, end) in zip(where, get_spans(Bs))]
 
 
-def get_dW(dy: Tensor, x: Tensor, use_onednn: bool) -> Tensor:
-    """dW (out, in) = dy' x."""
-    if use_onednn and onednn.takes(x):
-        return onednn.get_weight_gradient(dy, x)
-    return torch.mm(dy.t(), x)
-
-
-def get_dB(dy: Tensor, ax: Tensor, use_onednn: bool) -> Tensor:
-    """One adapter's dB (rows, rank) = dy' (A x), from its columns of dy (N, rows) and of A x (N, rank)."""
-    if use_onednn and onednn.takes(dy):
-        return onednn.mm(ax.t(), dy).t().contiguous()  # oneDNN makes the transpose faster
-    return torch.mm(dy.t(), ax)
-
-
-def add_product(
-    weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int, use_onednn: bool
-) -> Tensor:
-    """W + B A (out, in); rows without an adapter stay as they are."""
-    adapters = list(zip(Bs, where, spans(Bs)))
-    if use_onednn and onednn.takes(weight):
-        rows = list(weight.chunk(parts))
-        for B, part, (start, end) in adapters:
-            rows[part] = onednn.addmm(rows[part], B, A[start:end])
-        return rows[0] if parts == 1 else torch.cat(rows)
-    new = weight.clone(memory_format=torch.contiguous_format)
-    for B, part, (start, end) in adapters:
-        part_of(new, part, parts, 0).addmm_(B, A[start:end])
-    return new
-
-
-# ---- forward
-
-
-@torch.library.custom_op("prelora::prepare", mutates_args=())
-def prepare(
-    x: Tensor, weight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int, use_onednn: bool
-) -> Tensor:
-    """What forward hands on to backward: W + B A (out, in) where they multiply by it, else A x (N, Σ rank).
-
-    It has no gradient of its own: `lora_linear` sees to that. It is apart from `lora_linear` so that y is all
-    that gives: with two outputs the compiler's partitioner thinks y cheaper to make again than to keep, and
-    has forward write GELU's derivative, too, instead of keeping what backward can make it from.
-    """
-    if merges(x, weight):
-        return add_product(weight, A, Bs, where, parts, use_onednn)
-    return mm(x, A.t(), None, use_onednn)
-
-
-@prepare.register_fake
-def _(x, weight, A, Bs, where, parts, use_onednn):
-    if merges(x, weight):
-        return torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return x.new_empty(x.shape[0], A.shape[0])
-
-
-@torch.library.custom_op("prelora::lora_linear", mutates_args=())
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    Bs: list[Tensor],
-    prepared: Tensor,
-    where: list[int],
-    parts: int,
-    use_onednn: bool,
-) -> Tensor:
-    """y (N, out), with its gradients. `prepared` is what `prepare` made of the same arguments."""
-    if merges(x, weight):
-        return mm(x, prepared.t(), bias, use_onednn)
-    y = mm(x, weight.t(), bias, use_onednn)
-    for B, part, (start, end) in zip(Bs, where, spans(Bs)):
-        part_of(y, part, parts, 1).addmm_(prepared[:, start:end], B.t())
-    return y
-
-
-@lora_linear.register_fake
-def _(x, weight, bias, A, Bs, prepared, where, parts, use_onednn):
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-# ---- backward
-
-
-@torch.library.custom_op("prelora::lora_linear_backward", mutates_args=())
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    prepared: Tensor,
-    Bs: list[Tensor],
-    where: list[int],
-    parts: int,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_adapters: bool,
-    use_onednn: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of (x, weight, bias, A, Bs); an empty tensor where one is not needed."""
-    merged = merges(x, weight)
-    dx, dweight, dbias, dA = (x.new_empty(0) for _ in range(4))
-    dBs = [x.new_empty(0) for _ in Bs]
-    if need_bias:
-        dbias = dy.sum(0)
-    if need_weight:
-        dweight = get_dW(dy, x, use_onednn)
-    if merged and need_x:
-        dx = mm(dy, prepared, None, use_onednn)
-    if merged and need_weight and need_adapters:
-        dA, dBs = adapters_from_dweight(dweight, A, Bs, where, parts, use_onednn)
-        return dx, dweight, dbias, dA, dBs
-    if not need_adapters and (merged or not need_x):
-        return dx, dweight, dbias, dA, dBs
-
-    dys = [part_of(dy, part, parts, 1) for part in where]  # (N, out / parts) each
-    if use_onednn and onednn.takes(dy):
-        dys = [onednn.make_whole(columns) for columns in dys]
-    dy_Bs = [mm(columns, B, None, use_onednn) for columns, B in zip(dys, Bs)]
-    dy_B = dy_Bs[0] if len(dy_Bs) == 1 else torch.cat(dy_Bs, dim=1)  # (N, Σ rank)
-    if need_adapters:
-        dA = mm(dy_B.t(), x, None, use_onednn)
-        ax = mm(x, A.t(), None, use_onednn) if merged else prepared  # (N, Σ rank)
-        dBs = [get_dB(columns, ax[:, start:end], use_onednn) for columns, (start, end) in zip(dys, spans(Bs))]
-    if need_x and not merged:
-        dx = mm(dy, weight, None, use_onednn).addmm_(dy_B, A)
-    return dx, dweight, dbias, dA, dBs
-
-
-def adapters_from_dweight(
-    dweight: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int, use_onednn: bool
+def get_gradients(
+    x: Tensor, dy: Tensor, A: Tensor, Bs: list[Tensor], where: list[int], parts: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """dA (Σ rank, in) = B' dW and dBs (out / parts, rank) = dW A', from dW without going through N rows."""
-    dAs, dBs = [], []
-    for B, part, (start, end) in zip(Bs, where, spans(Bs)):
-        rows = part_of(dweight, part, parts, 0)  # (out / parts, in)
-        dAs.append(mm(B.t(), rows, None, use_onednn))
-        dBs.append(mm(rows, A[start:end].t(), None, use_onednn))
-    return torch.cat(dAs), dBs
-
-
-@lora_linear_backward.register_fake
-def _(
-    dy, x, weight, A, prepared, Bs, where, parts, need_x, need_weight, need_bias, need_adapters, use_onednn
-):
-    new = lambda shape, needed: x.new_empty(shape if needed else (0,))
-    dx, dweight, dbias = (
-        new(x.shape, need_x),
-        new(weight.shape, need_weight),
-        new(weight.shape[:1], need_bias),
-    )
-    return dx, dweight, dbias, new(A.shape, need_adapters), [new(B.shape, need_adapters) for B in Bs]
-
-
-def setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, A, Bs, prepared, ctx.where, ctx.parts, ctx.use_onednn = inputs
-    if merges(x, weight) and not ctx.needs_input_grad[0]:  # then W + B A has done its work
-        prepared = x.new_empty(0)
-    ctx.save_for_backward(x, weight, A, prepared, *Bs)
-    ctx.has_bias = bias is not None
-
-
-def backward(ctx, dy: Tensor):
-    x, weight, A, prepared, *Bs = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_A, need_Bs = ctx.needs_input_grad[:5]
-    need_bias = need_bias and ctx.has_bias
-    need = need_x, need_weight, need_bias, need_A or any(need_Bs)
-    dx, dweight, dbias, dA, dBs = lora_linear_backward(
-        dy, x, weight, A, prepared, Bs, ctx.where, ctx.parts, *need, ctx.use_onednn
-    )
-    gradients = [
-        dx if need_x else None,
-        dweight if need_weight else None,
-        dbias if need_bias else None,
-        dA if need_A else None,
-        [dB if needed else None for dB, needed in zip(dBs, need_Bs)],
-    ]
-    return *gradients, None, None, None, None  # prepared, where, parts, use_onednn
-
-
-lora_linear.register_autograd(backward, setup_context=setup_context)
-
-
-# ---- FLOPs, from the tensors' shapes: LoRA's own, W x and B (A x), however the operators come by them
-
-
-@register_flop_formula(torch.ops.prelora.prepare)
-def prepare_flops(x, weight, A, *args, **kwargs) -> int:
-    return 2 * x[0] * A[0] * A[1]
-
-
-@register_flop_formula(torch.ops.prelora.lora_linear)
-def lora_linear_flops(x, weight, bias, A, Bs, *args, **kwargs) -> int:
-    return 2 * x[0] * (weight[0] * weight[1] + sum(rows * rank for rows, rank in Bs))
-
-
-@register_flop_formula(torch.ops.prelora.lora_linear_backward)
-def lora_linear_backward_flops(
-    dy,
-    x,
-    weight,
-    A,
-    prepared,
-    Bs,
-    where,
-    parts,
-    need_x,
-    need_weight,
-    need_bias,
-    need_adapters,
-    *args,
-    **kwargs,
-) -> int:
-    W_size, A_size, B_size = weight[0] * weight[1], A[0] * A[1], sum(rows * rank for rows, rank in Bs)
-    base = (need_x + need_weight) * W_size  # dx, dW
-    through = (need_x or need_adapters) * B_size + need_x * A_size  # dy B, and that times A
-    adapters = need_adapters * (A_size + B_size)  # dA, dB
-    return 2 * x[0] * (base + through + adapters)
+    """dA (Σ rank, in) = (dy B)' x and dBs = dy' (A x), row part by row part."""
+    columns = dy.chunk(parts, dim=1)  # (N, out / parts) each
+    dys = [columns[part] for part in where]
+    dy_B = torch.cat([product(part, B.to(x.dtype)) for part, B in zip(dys, Bs)], dim=1)  # (N, Σ rank)
+    ax = product(x, A.to(x.dtype).t())  # (N, Σ rank)
+    dA = product(dy_B.t(), x).to(A.dtype)
+    dBs = []
+    for part, (start, end) in zip(dys, get_spans(Bs)):
+        # The transpose is what oneDNN makes faster.
+        dBs.append(product(ax[:, start:end].t(), part).t().contiguous().to(A.dtype))
+    return dA, dBs

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lora.kernels import lora_linear, prepare
-from lora.onednn import OneDNNLinear, use_onednn
+from lora.kernels import lora_linear
 
 
 def reference(
@@ -36,8 +35,7 @@ class LoRALinear(nn.Linear):
 
     Parameters: weight (out, in) and bias (out,) of the base; lora_A (Σ rank, in); lora_B[i] (out / parts,
     rank_i), one for each adapted part. The scaling s is 1 with `alpha=None`, else alpha / rank, or with
-    `rslora` alpha / √rank (Kalajdzievski 2312.03732). `use_onednn` is set by the verb of this name in
-    lora/onednn.py.
+    `rslora` alpha / √rank (Kalajdzievski 2312.03732).
 
     Raises ValueError for rows that the parts don't divide, a rank below 0 or above min(in, out / parts).
     """
@@ -56,7 +54,7 @@ class LoRALinear(nn.Linear):
         # on meta: from_linear puts the base's own weight and bias in
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
         check_ranks(in_features, out_features, ranks)
-        self.ranks, self.alpha, self.rslora, self.use_onednn = list(ranks), alpha, rslora, False
+        self.ranks, self.alpha, self.rslora = list(ranks), alpha, rslora
         empty = lambda *shape: torch.empty(*shape, device=device, dtype=dtype)
         self.lora_A = nn.Parameter(empty(sum(ranks), in_features))
         self.lora_B = nn.ParameterDict()
@@ -78,7 +76,6 @@ class LoRALinear(nn.Linear):
             linear.in_features, linear.out_features, ranks, alpha, rslora, linear.bias is not None, **place
         )
         new.weight, new.bias = linear.weight, linear.bias
-        new.use_onednn = isinstance(linear, OneDNNLinear)
         return new.train(linear.training)
 
     def get_scaling(self, rank: int) -> float:
@@ -119,19 +116,11 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.lora_B:  # rank 0 in every part
             return super().forward(x)
-        A = self.lora_A if self.scaling is None else self.lora_A * self.scaling
-        tensors = [x.reshape(-1, x.shape[-1]), self.weight, self.bias, A, *self.lora_B.values()]
-        # Autocast knows nothing of the operator.
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            tensors = [None if t is None else t.to(dtype) for t in tensors]
-        # (N, in), (out, in), (out,), (Σ rank, in), (out / parts, rank) each
-        x2d, weight, bias, A, *Bs = tensors
+        A = self.lora_A if self.scaling is None else self.lora_A * self.scaling  # (Σ rank, in)
+        Bs = list(self.lora_B.values())  # (out / parts, rank) each
         where = [int(part) for part in self.lora_B]  # the row parts that have an adapter
-        how = where, len(self.ranks), self.use_onednn
-        with torch.no_grad():
-            prepared = prepare(x2d, weight, A, Bs, *how)
-        y = lora_linear(x2d, weight, bias, A, Bs, prepared, *how)
+        x2d = x.reshape(-1, x.shape[-1])  # (N, in)
+        y = lora_linear(x2d, self.weight, self.bias, A, Bs, where, len(self.ranks))  # (N, out)
         return y.view(*x.shape[:-1], self.out_features)  # (..., out)
 
     def adapter(self, part: int) -> tuple[Tensor, Tensor]:
@@ -157,12 +146,18 @@ class LoRALinear(nn.Linear):
         delta = torch.cat([B.float() @ A.float() for B, A in adapters])  # (out, in)
         linear.weight = nn.Parameter((self.weight.float() + delta).to(dtype), self.weight.requires_grad)
         linear.bias = self.bias
-        if self.use_onednn:
-            use_onednn(linear)
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}, alpha={self.alpha}, rslora={self.rslora}"
+
+
+class PlainLoRALinear(LoRALinear):
+    """Computes by `reference`. `lora.inject.use_reference` makes these."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapters = [(1.0, *self.adapter(part)) for part in range(len(self.ranks))]  # s is in B
+        return reference(x, self.weight, self.bias, adapters)
 
 
 def check_ranks(in_features: int, out_features: int, ranks: list[int], where: str = "") -> None:

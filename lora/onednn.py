@@ -1,9 +1,9 @@
 """oneDNN's matrix products, as a verb on a model: `use_onednn(model)`.
 
 In float32 on a CPU torch's own products are MKL's, and on AMD's processors MKL takes its AVX2 path. oneDNN,
-which is in torch as well, takes AVX-512 there and needs half the time (measured by `python bench.py step`; on
-Intel's processors the two are expected to be even). On a GPU, in other types and under autocast the verb
-changes nothing.
+which is in torch as well, takes AVX-512 there and needs half the time (measured by `python bench.py step`).
+Without AVX-512 it takes a fifth more than MKL, so the machine is asked, once: see IS_FASTER. Anywhere else, on
+a GPU, in other types and under autocast the verb changes nothing.
 
 Where oneDNN multiplies, neither for torch.func's transforms (no vmap, no double backward) nor for a weight
 that is a DTensor.
@@ -20,30 +20,44 @@ from torch.utils.flop_counter import register_flop_formula
 
 # torch.compile's cache knows an operator by its name alone: after an edit of one it would go on with the old
 # backward. So the files that define operators are part of the cache's key.
-for _file in ("onednn.py", "kernels.py"):
+for _file in ("onednn.py",):
     torch.compiler.config.cache_key_tag += f"/{zlib.crc32(Path(__file__).with_name(_file).read_bytes()):x}"
 
 
-def use_onednn(model: nn.Module) -> nn.Module:
-    """Have every nn.Linear and LoRALinear of `model` multiply by oneDNN in float32 on a CPU, in place.
+def is_amd_with_avx512() -> bool:
+    """Of this machine, as torch sees it: ATEN_CPU_CAPABILITY=avx2 makes it one without."""
+    try:
+        is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        return False
+    return is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
-    Parameters, their names and the state dict stay as they are. Subclasses of nn.Linear are left alone, but
-    for those that have an attribute `use_onednn`: on these it is set. Call it before torch.compile. A second
-    call changes nothing.
+
+IS_FASTER = is_amd_with_avx512()  # than torch's own products
+
+
+def use_onednn(model: nn.Module) -> nn.Module:
+    """Have every nn.Linear of `model` multiply by oneDNN in float32 on a CPU where that is faster, in place.
+
+    Parameters, their names and the state dict stay as they are. Subclasses of nn.Linear are left alone
+    (LoRALinear asks `is_faster` itself). Call it before torch.compile. A second call changes nothing.
     """
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if IS_FASTER and type(module) is nn.Linear:
             module.__class__ = OneDNNLinear
-        elif hasattr(module, "use_onednn"):
-            module.use_onednn = True
     return model
+
+
+def is_faster(tensor: Tensor) -> bool:
+    """Whether this tensor's products should be oneDNN's. torch.compile can trace the question."""
+    return IS_FASTER and tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 # ---- the products, without gradients. They take what `takes` says yes to.
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether oneDNN takes this tensor's products; none with `torch.backends.mkldnn.flags(enabled=False)`."""
+    """Whether oneDNN can: not empty ones, nor with `torch.backends.mkldnn.flags(enabled=False)`."""
     if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.numel() == 0:
         return False
     return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
@@ -56,15 +70,9 @@ def make_whole(matrix: Tensor) -> Tensor:
     return matrix.contiguous()
 
 
-def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a b + bias: (m, k), (k, n) and (n,) -> (m, n)."""
     return torch.ops.mkldnn._linear_pointwise(make_whole(a), make_whole(b).t(), bias, "none", [], "")
-
-
-def addmm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """c + a b: (m, n), (m, k) and (k, n) -> (m, n). The sum is taken in the product's own pass."""
-    operands = make_whole(a), make_whole(c), make_whole(b).t()
-    return torch.ops.mkldnn._linear_pointwise.binary(*operands, None, "add")
 
 
 def get_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -73,23 +81,23 @@ def get_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.mkldnn_linear_backward_weights(dy.to_mkldnn(), x.to_mkldnn(), weight, False)[0]
 
 
-# ---- F.linear as an operator with a backward of its own, which torch.compile takes as it is
+# ---- as operators, which torch.compile takes as they are; F.linear with a backward of its own
 
 
 @torch.library.custom_op("prelora::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear of x (N, in), weight (out, in), bias (out,) -> (N, out), with its gradients."""
     if takes(x):
-        return mm(x, weight.t(), bias)
+        return multiply(x, weight.t(), bias)
     return F.linear(x, weight, bias)
 
 
 @torch.library.custom_op("prelora::mm", mutates_args=())
-def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
-    """dx (N, in) = dy (N, out) weight (out, in)."""
-    if takes(dy):
-        return mm(dy, weight)
-    return torch.mm(dy, weight)
+def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b + bias: (m, k), (k, n) and (n,) -> (m, n), without gradients."""
+    if takes(a) and b.numel():
+        return multiply(a, b, bias)
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
 @torch.library.custom_op("prelora::weight_gradient", mutates_args=())
@@ -105,9 +113,9 @@ def _(x, weight, bias):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@linear_dx.register_fake
-def _(dy, weight):
-    return dy.new_empty(dy.shape[0], weight.shape[1])
+@mm.register_fake
+def _(a, b, bias=None):
+    return a.new_empty(a.shape[0], b.shape[1])
 
 
 @linear_dweight.register_fake
@@ -124,8 +132,8 @@ def linear_flops(x, weight, bias, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.prelora.mm)
-def linear_dx_flops(dy, weight, **kwargs) -> int:
-    return 2 * dy[0] * dy[1] * weight[1]
+def mm_flops(a, b, *args, **kwargs) -> int:
+    return 2 * a[0] * a[1] * b[1]
 
 
 @register_flop_formula(torch.ops.prelora.weight_gradient)
@@ -142,7 +150,7 @@ def setup_context(ctx, inputs, output) -> None:
 def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dx = linear_dx(dy, weight) if need_x else None
+    dx = mm(dy, weight) if need_x else None
     dweight = linear_dweight(dy, x) if need_weight else None
     dbias = dy.sum(0) if need_bias else None
     return dx, dweight, dbias
@@ -155,8 +163,7 @@ class OneDNNLinear(nn.Linear):
     """(..., in) -> (..., out), with nn.Linear's parameters and function. `use_onednn` makes these."""
 
     def forward(self, x: Tensor) -> Tensor:
-        on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if not on_cpu or x.dtype != torch.float32 or self.weight.dtype != torch.float32:
+        if not is_faster(x) or self.weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         y = linear(x.reshape(-1, self.in_features), self.weight, self.bias)  # (N, out)
         return y.view(*x.shape[:-1], self.out_features)

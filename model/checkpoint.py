@@ -112,11 +112,6 @@ def load_weights(path: Path, model: nn.Module) -> None:
     read_tensors(path, {f"model.{name}": t for name, t in model.state_dict().items()})
 
 
-def get_stored_dtypes(path: Path) -> dict[str, torch.dtype]:
-    """The precision in which each of the model's parameters lies in a checkpoint."""
-    return {name: info.properties.dtype for name, info in get_stored(path, "model.").items()}
-
-
 def on_process_0(function: Callable, *args):
     """Call `function` on process 0 while the others wait, and return its result on all of them.
 
