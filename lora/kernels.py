@@ -89,8 +89,11 @@ class FrozenBase(Function):
             B = stack(Bs, where, parts)
             if not uses_triton(x):
                 effective = add_product(weight, B, A, x.dtype)
+                y = product(x, effective.t(), bias)
+                if not ctx.need_dx:  # then W + B A has done its work
+                    effective = x.new_empty(0)
                 ctx.save_for_backward(x, effective, x.new_empty(0), A, *Bs)
-                return product(x, effective.t(), bias)
+                return y
             effective = triton_kernels.effective_weight(weight, B, A, x.dtype, True)  # (out + r, in + r)
             if bias is not None:
                 bias = F.pad(bias, (0, effective.shape[0] - outputs))

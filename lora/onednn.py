@@ -2,8 +2,8 @@
 
 In float32 on a CPU torch's own products are MKL's, and on AMD's processors MKL takes its AVX2 path. oneDNN,
 which is in torch as well, takes AVX-512 there and needs half the time (measured by `python bench.py step`).
-Without AVX-512 it takes a fifth more than MKL, so the machine is asked, once: see IS_FASTER. Anywhere else, on
-a GPU, in other types and under autocast the verb changes nothing.
+Without AVX-512 it takes a fifth more than MKL, so the machine is asked, once: see IS_FASTER. Anywhere else,
+on a GPU, in other types and under autocast the verb changes nothing.
 
 Where oneDNN multiplies, neither for torch.func's transforms (no vmap, no double backward) nor for a weight
 that is a DTensor.

@@ -19,7 +19,7 @@ ALIGNED = 8  # numbers of bfloat16 in 16 bytes, at which a GPU's rows should beg
 # whose float32 rows take more registers. Both without spilling: tests/test_triton_kernels.py compiles them.
 TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8}
 SLABS = {"BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 8}
-ROWS = {torch.bfloat16: 64, torch.float32: 32}
+ROWS = {2: 64, 4: 16}  # by bytes of a number
 PROGRAMS = 108  # that adapter_gradients starts at least: one for each of an A100's multiprocessors
 
 
@@ -123,12 +123,12 @@ def adapter_gradients(x: Tensor, dy: Tensor, ax: Tensor, dy_B: Tensor) -> Tensor
     """
     (N, IN), OUT, RANK = x.shape, dy.shape[1], ax.shape[1]
     tiles = triton.cdiv(IN, SLABS["BLOCK_C"]) + triton.cdiv(OUT, SLABS["BLOCK_C"])
-    blocks = max(triton.cdiv(N, ROWS[x.dtype]), 1)  # of rows
+    blocks = max(triton.cdiv(N, ROWS[x.element_size()]), 1)  # of rows
     steps = triton.cdiv(blocks, min(triton.cdiv(PROGRAMS, tiles), blocks))
     slabs = triton.cdiv(blocks, steps)
     result = torch.empty(slabs, RANK, IN + OUT, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(RANK, SLABS["BLOCK_R"]), tiles, slabs)
     strides = *x.stride(), *dy.stride(), *ax.stride(), *dy_B.stride()
-    sizes = N, IN, OUT, RANK, steps
-    wrap_triton(adapter_gradients_kernel)[grid](x, dy, ax, dy_B, result, *sizes, *strides, BLOCK_N=ROWS[x.dtype], **SLABS)
+    arguments = x, dy, ax, dy_B, result, N, IN, OUT, RANK, steps, *strides
+    wrap_triton(adapter_gradients_kernel)[grid](*arguments, BLOCK_N=ROWS[x.element_size()], **SLABS)
     return result
