@@ -1,7 +1,7 @@
 """python -m benchmarks.gpu_reference DIR: checkpoints of the three phases, from which parts 2 and 8 of
 `python bench.py gpu` start, and what twenty more steps from each make of the loss, on a CPU in float32.
 
-A few seconds and 9 MB. The run trains the smallest model on made-up images, so it needs no files, and it
+A few seconds and 13 MB. The run trains the smallest model on made-up images, so it needs no files, and it
 draws nothing on the device: CPU and CUDA draw other numbers from one seed.
 """
 
