@@ -52,7 +52,7 @@ def write_card(
         f"data: {data}, {meta['train_images']:,} training images of {pixels} pixels",
         f"phases: {phases}; exported from step {s.step:,}, epoch {s.epoch} of {cfg.epochs}, phase {s.phase}",
         f"metrics: {metrics}",
-        "precision: float32 throughout",
+        "base precision: float32 throughout",
         f"checked: {library}'s logits are the trained model's, on {images} validation images, in float32",
         "licence: to be filled in by whoever publishes this",
     ]

@@ -56,6 +56,7 @@ class State:
 
     phase: str = "full"  # full, warmup or lora
     ranks: dict[str, list[int]] | None = None  # family -> rank of each layer, once there are adapters
+    base: dict[str, str] | None = None  # lora: "checkpoint" and "id" of this run's that has the frozen base
     epoch: int = 0  # completed
     step: int = 0  # optimiser steps taken
     epoch_step: int = 0  # of them in the epoch under way
@@ -251,12 +252,21 @@ def get_config(cfg, path: Path, meta: dict):
     return typed_config(type(cfg), meta["config"], f"{path}/meta.json")
 
 
+def get_meta(cfg, s: State, images: int) -> dict:
+    """What a checkpoint's meta.json says of a run that trains on so many images, for `read_state`."""
+    return {"state": dataclasses.asdict(s), "config": vars(cfg), "train_images": images}
+
+
 def read_state(meta: dict, path: Path) -> State:
     """The State in the meta of the checkpoint at `path`. Raises UserError if the meta is damaged."""
     checkpoint.check_meta(path, meta)
     state, names = meta["state"], {field.name for field in dataclasses.fields(State)}
-    if not isinstance(state, dict) or state.keys() != names:
-        raise UserError(f"{path}/meta.json is damaged: its state is not {', '.join(sorted(names))}")
+    if not isinstance(state, dict):
+        raise UserError(f"{path}/meta.json is damaged: its state is {state!r}")
+    if state.keys() != names:
+        lacking, unknown = sorted(names - state.keys()), sorted(state.keys() - names)
+        what = f"has no {', '.join(lacking)}" if lacking else f"has {', '.join(unknown)} besides"
+        raise UserError(f"{path}/meta.json is damaged, or of another version: its state {what}")
     for name in ("epoch", "step", "epoch_step", "metrics_bytes", "steps_bytes"):
         if type(state[name]) is not int or state[name] < 0:
             raise UserError(f"{path}/meta.json is damaged: {name} is {state[name]!r}")
@@ -264,7 +274,20 @@ def read_state(meta: dict, path: Path) -> State:
         raise UserError(
             f"{path}/meta.json is damaged: phase {state['phase']!r} with ranks {state['ranks']!r}"
         )
+    if checkpoint.get_named(path, meta) and state["phase"] != "lora":
+        raise UserError(f"{path}/meta.json is damaged: phase {state['phase']!r} with a frozen base")
     return State(**state)
+
+
+def choose_base(cfg, s: State, steps: int) -> dict[str, str] | None:
+    """The base that the checkpoint after the next `steps` steps names. None: it is whole.
+
+    Where a lora phase has no base yet, it is this run's checkpoint at s.step: the freeze's or, where the run
+    had none there (mode lora, a fork), the first one of the phase. That is replaced if no steps are left.
+    """
+    if s.phase != "lora" or s.base or not steps:
+        return s.base
+    return on_process_0(checkpoint.find_whole, Path(cfg.run_dir), s.step)
 
 
 def check_same(cfg, old, names: list[str], where: Path) -> None:
@@ -290,8 +313,8 @@ def check_checkpoint(cfg, start: Start, images: int) -> None:
     total_steps = images // cfg.batch_size * cfg.epochs
     if s.step > total_steps:
         raise UserError(f"{path} is past the end of {cfg.epochs} epochs, {total_steps} steps")
-    if start.forked:  # its own logs are yet to be written
-        s.metrics_bytes = s.steps_bytes = 0
+    if start.forked:  # its own logs are yet to be written, and its own checkpoints
+        s.metrics_bytes, s.steps_bytes, s.base = 0, 0, None
     else:
         check_logs(cfg.run_dir, s.metrics_bytes, s.steps_bytes, path)
 
@@ -324,6 +347,7 @@ def find_fork(cfg) -> tuple[Path, dict, list[dict], list[str]]:
     at = choose_epoch(cfg, run, asked, kept, due)
     path, meta = kept[at]
     checkpoint.verify(path)
+    checkpoint.get_base(path, meta)
     check_fork(cfg, path, meta, epochs, switches, due)
     records = get_shared_records(cfg, run, epochs, switches, at)
     old = get_config(cfg, path, meta)

@@ -53,7 +53,7 @@ from monitor.logger import RunLogger
 from monitor.norms import get_norms
 from monitor.perf import count_flops, peak_memory, reset_peak_memory
 from monitor.records import get_epoch_record, get_start_record, get_switch_record
-from start import Start, State, begin, count_base, open_log, say_done
+from start import Start, State, begin, choose_base, count_base, get_meta, open_log, say_done
 
 
 @dataclass
@@ -348,6 +348,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
 
         # -- an epoch of training, or what is left of it
         steps = min(steps_per_epoch - s.epoch_step, last_step - s.step)
+        s.base = choose_base(cfg, s, steps)  # a lora phase's checkpoints leave out what is frozen
         batches = prefetch(train_loader.epoch(s.epoch, s.epoch_step * cfg.grad_accum_steps), device)
         trace = log.get_trace_path(s.phase) if cfg.profile and steps >= 3 else None
         clock = start.clock = EpochClock(s, model, batches, device, trace)
@@ -417,8 +418,7 @@ def save(cfg: Config, s: State, log: RunLogger, model, optimizer, images: int, p
     """A checkpoint, at which the logs will be cut back when a run goes on from it."""
     s.metrics_bytes, s.steps_bytes = log.metrics_bytes, log.steps_bytes
     parallel.reshard(model)
-    meta = {"state": dataclasses.asdict(s), "config": vars(cfg), "train_images": images}
-    checkpoint.save(Path(cfg.run_dir), model, optimizer, meta, pinned)
+    checkpoint.save(Path(cfg.run_dir), model, optimizer, get_meta(cfg, s, images), pinned)
 
 
 def main(argv: list[str], signals: list[int] | None = None) -> int:

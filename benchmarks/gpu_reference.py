@@ -1,7 +1,7 @@
 """python -m benchmarks.gpu_reference DIR: checkpoints of the three phases, from which parts 2 and 8 of
 `python bench.py gpu` start, and what twenty more steps from each make of the loss, on a CPU in float32.
 
-A few seconds and 9 MB. The run trains the smallest model on made-up images, so it needs no files, and it
+A few seconds and 13 MB. The run trains the smallest model on made-up images, so it needs no files, and it
 draws nothing on the device: CPU and CUDA draw other numbers from one seed.
 """
 
@@ -51,9 +51,9 @@ def main(argv: list[str]) -> int:
 
 
 def make_reference(folder: Path) -> None:
-    """Write `folder`: full/, warmup/ and lora/, the checkpoints, and losses.json: {phase: [(loss, gradient
-    norm) of each of STEPS steps]}, computed on this CPU. What was there before under these names goes.
-    losses.json comes last."""
+    """Write `folder`: full/, warmup/ and lora/, the checkpoints, the base that lora/ needs beside it, and
+    losses.json: {phase: [(loss, gradient norm) of each of STEPS steps]}, computed on this CPU. What was there
+    before under these names goes. losses.json comes last."""
     cpu = torch.device("cpu")
     parallel.set_up_device(cpu, VARIANTS["tiny-debug"]["embed_dim"])
     with tempfile.TemporaryDirectory() as run_dir:
@@ -64,11 +64,18 @@ def make_reference(folder: Path) -> None:
         if status:
             raise RuntimeError(f"the run for the reference ended with status {status}")
         for path, meta in checkpoint.kept(Path(run_dir)):
-            target = folder / meta["state"]["phase"]
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(path, target)
+            replace(folder / meta["state"]["phase"], path)
+            base = checkpoint.get_base(path, meta)
+            if base is not None:
+                replace(folder / base.name, base)
     losses = {phase: get_losses(folder / phase, cpu, "float32", compiled=False) for phase in PHASES}
     write_json(folder / "losses.json", {"torch": torch.__version__, "losses": losses})
+
+
+def replace(target: Path, source: Path) -> None:
+    """Make `target` a copy of the folder `source`."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
 
 
 def run_on_cpu(flags: list[str]) -> int:

@@ -182,8 +182,17 @@ def start(flags: list[str]) -> None:
 
 
 def read_checkpoint(run_dir: Path) -> dict[str, Tensor]:
-    """All tensors of a run's last checkpoint."""
+    """All tensors of a run's last checkpoint, and the weights of its base under "base."."""
     path = checkpoint.latest(run_dir)
+    tensors, base = read_all(path), checkpoint.get_base(path)
+    if base is not None:
+        weights = {name: t for name, t in read_all(base).items() if name.startswith("model.")}
+        tensors |= {f"base.{name}": t for name, t in weights.items()}
+    return tensors
+
+
+def read_all(path: Path) -> dict[str, Tensor]:
+    """All tensors in a checkpoint."""
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in stored.items()}
     dcp.load(tensors, checkpoint_id=path)

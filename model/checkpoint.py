@@ -7,6 +7,10 @@ processes.
                                      renamed; what stands there under that name is *.old for that moment
     RUN/checkpoints/latest           the name of the newest one, replaced atomically after the rename
 
+A checkpoint is whole, or it names in its state, as "base", the whole one beside it from which what is frozen
+is read: {"checkpoint": its name, "id": the random "id" in its meta.json}. So a LoRA phase writes its base
+once.
+
 The index of the tensors, `.metadata`, is a pickle: load only your own runs. To share weights, export them to
 safetensors.
 """
@@ -14,6 +18,7 @@ safetensors.
 import contextlib
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +33,7 @@ from torch.optim import Optimizer
 
 from errors import SharedError, UserError
 from files import read_json, write_json
-from model.optim import get_optimizer_state, set_optimizer_state
+from model.optim import get_adapters, get_optimizer_state, set_optimizer_state
 from model.tensors import get_stored, read_tensors, write_tensors
 
 META_KEYS = {"state", "config", "train_images"}  # what those who go on from a checkpoint read of its meta
@@ -40,20 +45,34 @@ def save(run_dir: Path, model: nn.Module, optimizer: Optimizer, meta: dict, pinn
     """Write model, optimiser and `meta` as step_<meta["state"]["step"]>, move `latest` to it, prune the
     others.
 
-    All processes together. The last two intact checkpoints are kept, and every `pinned` one. Raises
-    SharedError where the disk refuses (it is full, say), with `latest` still at the checkpoint before.
+    Where meta["state"] names a base, frozen parameters are left out. All processes together. The last two
+    intact checkpoints are kept, every `pinned` one, the bases of all these, and a whole one of the lora
+    phase, which the next ones may name. Raises SharedError where the disk refuses (it is full, say), with
+    `latest` still at the checkpoint before.
     """
-    final = run_dir / "checkpoints" / f"step_{meta['state']['step']:08d}"
+    state = meta["state"]
+    final = run_dir / "checkpoints" / f"step_{state['step']:08d}"
     tmp = final.with_suffix(".tmp")
     tensors = get_tensors(model, optimizer)
+    if state.get("base"):
+        for name in get_frozen(model):
+            del tensors[f"model.{name}"]
+    elif state.get("phase") == "lora":
+        pinned = True
     on_process_0(remove_leftovers, final.parent)
     write_tensors(tmp, tensors, str(final))
     on_process_0(complete, tmp, final, meta | {"pinned": pinned})
     return final
 
 
+def get_frozen(model: nn.Module) -> set[str]:
+    """Names of the parameters that a base holds for all later checkpoints: frozen, and no adapter's."""
+    adapters = get_adapters(model)
+    return {name for name, p in model.named_parameters() if not p.requires_grad and p not in adapters}
+
+
 def get_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """All that a checkpoint holds: `model.NAME` and `optimizer.NAME.KEY`, the optimiser's own tensors.
+    """All that a whole checkpoint holds: `model.NAME` and `optimizer.NAME.KEY`, the optimiser's own tensors.
 
     Raises TypeError for a state that is no tensor (None apart, which says that there is none) and ValueError
     for a key with a dot, which could not be told from a name when it is read: neither would be loaded.
@@ -77,7 +96,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
     Parameters whose state the checkpoint lacks (an adapter that has not stepped yet) start fresh, states of
     what is not trained are left in the file. Raises SharedError for a weight that is missing or has another
-    shape, or a damaged file.
+    shape, a damaged file, or a base that is not there as `get_base` wants it.
     """
     load_weights(path, model)
     parameters, state, flat = dict(model.named_parameters()), {}, {}
@@ -109,7 +128,13 @@ def build_state(key: str, stored: TensorStorageMetadata, p: nn.Parameter, group:
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Restore weights alone, in place, by name, in the model's own precision. Raises as `load` does."""
-    read_tensors(path, {f"model.{name}": t for name, t in model.state_dict().items()})
+    own = {f"model.{name}": t for name, t in model.state_dict().items()}
+    base = on_process_0(get_base, path)
+    if base is not None:
+        # What is trained has to be in the checkpoint itself: a warmup's has older adapters.
+        elsewhere = get_frozen(model) - get_stored(path, "model.").keys()
+        read_tensors(base, {f"model.{name}": own.pop(f"model.{name}") for name in elsewhere})
+    read_tensors(path, own)
 
 
 def on_process_0(function: Callable, *args):
@@ -154,7 +179,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def complete(tmp: Path, final: Path, meta: dict) -> None:
     """Every process's shards are in `tmp`: make it the newest checkpoint, and only then delete older ones."""
-    write_json(tmp / "meta.json", meta)
+    write_json(tmp / "meta.json", meta | {"id": secrets.token_hex(8)})
     old = final.with_suffix(".old")
     if final.exists():
         # It was saved on a signal before the epoch's evaluation, or is damaged, or from before a roll-back.
@@ -183,7 +208,8 @@ def find(run_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
     """The checkpoint to go on from: the newest one, or the one before it where its files are missing or cut.
 
     Returns (path, meta, warnings about those passed over); (None, None, []) if there is none yet. Raises
-    UserError if there are some and all are damaged.
+    UserError if there are some and all are damaged; and where an intact one has lost its base, because the
+    one before it may lie a whole phase back.
     """
     folder, warnings = run_dir / "checkpoints", []
     candidates = [d for d in folder.glob("step_*") if re.fullmatch(r"step_\d{8}(\.old)?", d.name)]
@@ -200,6 +226,7 @@ def find(run_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
         except UserError as e:
             warnings.append(f"passed over a damaged checkpoint: {e}")
         else:
+            get_base(path, meta)
             return path, meta, warnings
     if warnings:
         raise UserError(f"no intact checkpoint in {folder}: {warnings[-1]}")
@@ -209,7 +236,7 @@ def find(run_dir: Path) -> tuple[Path | None, dict | None, list[str]]:
 def resolve(target: Path) -> tuple[Path, dict, list[str]]:
     """What `find` returns, for a run directory or for the directory of one checkpoint.
 
-    Raises UserError if it is neither, or damaged.
+    Raises UserError if it is neither, or damaged, or has lost its base.
     """
     if re.fullmatch(r"step_\d{8}(\.old)?", target.resolve().name) and target.is_dir():
         found = target, verify(target), []
@@ -221,6 +248,7 @@ def resolve(target: Path) -> tuple[Path, dict, list[str]]:
             f"{target} is neither a run with a checkpoint nor a checkpoint (RUN/checkpoints/step_00001234)"
         )
     check_meta(path, meta)
+    get_base(path, meta)
     return found
 
 
@@ -228,6 +256,56 @@ def check_meta(path: Path, meta: dict) -> None:
     """Raise UserError if the meta of checkpoint `path` lacks one of META_KEYS."""
     if not meta.keys() >= META_KEYS:
         raise UserError(f"{path}/meta.json is damaged: keys are missing")
+
+
+def get_named(path: Path, meta: dict) -> dict | None:
+    """The "base" that the checkpoint at `path` names, None where it is whole. Raises UserError for what is no
+    checkpoint's name and id."""
+    state = meta.get("state")
+    base = state.get("base") if isinstance(state, dict) else None  # else read_state says what is wrong
+    if base is None:
+        return None
+    if not isinstance(base, dict) or base.keys() != {"checkpoint", "id"}:
+        raise UserError(f"{path}/meta.json is damaged: its base is {base!r}")
+    if not re.fullmatch(r"step_\d{8}", str(base["checkpoint"])):
+        raise UserError(f"{path}/meta.json is damaged: its base is {base!r}")
+    return base
+
+
+def get_base(path: Path, meta: dict | None = None) -> Path | None:
+    """The checkpoint from which the frozen weights of the one at `path` are read; None where that is whole.
+
+    Raises UserError where the base is missing, damaged, or another than the one named.
+    """
+    named = get_named(path, read_meta(path) if meta is None else meta)
+    if named is None:
+        return None
+    name, token = named["checkpoint"], named["id"]
+    base = path.resolve().parent / name
+    needs = f"{path} holds only what the LoRA phase trains: it needs {name} (id {token}) of its run beside it"
+    if not base.exists():
+        raise UserError(f"{needs}, which is missing")
+    try:
+        found = verify(base)
+    except UserError as e:
+        raise UserError(f"{needs}, which is damaged: {e}") from None
+    if found.get("id") != token:
+        raise UserError(f"{needs}, and the one there is another (id {found.get('id')})")
+    if get_named(base, found):
+        raise UserError(f"{needs}, and the one there is not whole itself")
+    return base
+
+
+def find_whole(run_dir: Path, step: int) -> dict | None:
+    """The name and id of a run's checkpoint of that step, as a "base" for later ones; None where there is
+    none, or it is damaged, or not whole."""
+    path = run_dir / "checkpoints" / f"step_{step:08d}"
+    try:
+        meta = verify(path)
+        whole = get_named(path, meta) is None
+    except UserError:
+        return None
+    return {"checkpoint": path.name, "id": meta["id"]} if whole and "id" in meta else None
 
 
 def kept(run_dir: Path) -> list[tuple[Path, dict]]:
@@ -274,30 +352,35 @@ def verify(path: Path) -> dict:
 
 
 def read_meta(path: Path) -> dict:
-    """A checkpoint's meta.json: what `save` was given as `meta`, and `pinned`. Raises UserError if it is
+    """A checkpoint's meta.json: what `save` was given as `meta`, `pinned` and `id`. Raises UserError if it is
     damaged."""
     return read_json(path / "meta.json")
 
 
 def prune(newest: Path) -> None:
-    """Delete what is older than the last two intact ones, `newest` being the last, and not pinned.
+    """Delete what is older than the last two intact ones, `newest` being the last, and neither pinned nor the
+    base of one that stays.
 
     Left alone are later steps (of a run rolled back by hand) until training comes by them again, and a
     checkpoint whose meta.json can't be read.
     """
     named = [d for d in newest.parent.iterdir() if re.fullmatch(r"step_\d{8}", d.name)]
-    complete = sorted(d for d in named if d.name <= newest.name)
-    intact = 0
-    for old in reversed(complete):
+    intact, bases = 0, set()
+    for old in sorted(named, reverse=True):  # a base is older than what names it
         try:
-            if intact < 2:
+            meta = read_meta(old)
+            base = get_named(old, meta)
+        except UserError:
+            continue
+        keep = meta.get("pinned", True) or old.name in bases or old.name > newest.name
+        if intact < 2 and old.name <= newest.name:
+            keep = True
+            with contextlib.suppress(UserError):
                 verify(old)
                 intact += 1
-                continue
-            pinned = read_meta(old).get("pinned", True)
-        except UserError:
-            pinned = True
-        if not pinned:
+        if keep and base:
+            bases.add(base["checkpoint"])
+        if not keep:
             # First, so that a kill in mid-deletion leaves no half checkpoint under that name.
             os.replace(old, old.with_suffix(".tmp"))
             shutil.rmtree(old.with_suffix(".tmp"))

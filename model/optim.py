@@ -51,12 +51,9 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """What is trainable, in the model's order: (what weight decay is for, the rest).
 
     Weight decay is for Linear and Conv weights and for adapters' matrices: not for biases, norms, positions
-    and class token. What is an adapter a module says itself, by `adapter_parameters()`: {name: parameter}.
+    and class token.
     """
-    adapters = set()
-    for module in model.modules():
-        if hasattr(module, "adapter_parameters"):
-            adapters.update(module.adapter_parameters().values())
+    adapters = get_adapters(model)
     decayed, rest = [], []
     for module in model.modules():
         is_matrix_product = isinstance(module, (nn.Linear, nn.Conv2d))
@@ -71,6 +68,16 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
         # A temporary of an unsharded module is among them: see model.parallel.reshard.
         raise AssertionError("some of the trainable parameters are sharded and some are not")
     return decayed, rest
+
+
+def get_adapters(model: nn.Module) -> set[nn.Parameter]:
+    """The adapters' parameters. What is one a module says itself, by `adapter_parameters()`: {name:
+    parameter}."""
+    adapters = set()
+    for module in model.modules():
+        if hasattr(module, "adapter_parameters"):
+            adapters.update(module.adapter_parameters().values())
+    return adapters
 
 
 def apply_update(optimizer: Optimizer, lr: float, skip: Tensor) -> None:

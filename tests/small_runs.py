@@ -83,8 +83,15 @@ def without_times(records) -> list[dict]:
 
 
 def weights(run_dir, path=None) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint (the latest): model and optimiser."""
+    """All tensors of a checkpoint (the latest): model and optimiser, what is frozen from its base."""
     path = path or checkpoint.latest(Path(run_dir))
+    base, own = checkpoint.get_base(path), held(path)
+    frozen = {key: t for key, t in held(base).items() if key.startswith("model.")} if base else {}
+    return frozen | own
+
+
+def held(path) -> dict[str, torch.Tensor]:
+    """The tensors in a checkpoint itself."""
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in saved.items()}
     dcp.load(tensors, checkpoint_id=path)

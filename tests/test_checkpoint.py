@@ -2,7 +2,10 @@
 rest."""
 
 import contextlib
+import json
+import re
 import resource
+import shutil
 import traceback
 from datetime import timedelta
 from unittest import mock
@@ -15,7 +18,7 @@ from test_optim import ADAPTERS, OPTIMIZERS, SMALL, build, equal, snapshot, step
 from torch import nn
 
 from errors import SharedError, UserError
-from lora.inject import add_lora, init_adapters, match_families
+from lora.inject import add_lora, freeze_base, init_adapters, match_families
 from model import checkpoint
 from model.optim import apply_update, build_optimizer, get_optimizer_state, set_optimizer_state
 from model.parallel import build_mesh, materialise, parallelize, reshard, to_plain
@@ -47,7 +50,9 @@ def test_checkpoint_roundtrip_to_the_bit(tmp_path, kwargs):
     model, optimizer = trained(**kwargs)
     path = checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 2}}, pinned=False)
     assert path == tmp_path / "checkpoints/step_00000002" == checkpoint.latest(tmp_path)
-    assert checkpoint.read_meta(path) == {"state": {"step": 2}, "pinned": False}
+    meta = checkpoint.read_meta(path)
+    assert meta == {"state": {"step": 2}, "pinned": False, "id": meta["id"]}
+    assert re.fullmatch("[0-9a-f]{16}", meta["id"])
     other = build(**kwargs)
     other.init_weights(5)
     other_optimizer = build_optimizer(other, 0.1)
@@ -206,6 +211,272 @@ def test_states_of_what_is_not_trained_stay_in_the_file(tmp_path):
         "optimizer.1.weight.momentum_buffer",
         "optimizer.1.bias.momentum_buffer",
     }
+
+
+# ---- what is frozen lies in the base
+
+
+def build_frozen(mesh=None, seed=0, keep=()):
+    """A ViT with adapters on a frozen base, a norm's statistics besides, and its optimiser."""
+    ranks = {"q": [2, 4], "v": [1, 2], "fc1": [4, 4]}
+    with torch.device("meta"):
+        model = VisionTransformer("small", 8, 5)
+        model.statistics = nn.BatchNorm1d(3, affine=False)
+        add_lora(model, match_families(model, LORA_FAMILIES, tuple(ranks)), ranks)
+    freeze_base(model, keep=keep)
+    materialise(parallelize(model, mesh), "cpu")
+    model.init_weights(seed)
+    init_adapters(model, seed)
+    with torch.no_grad():
+        model.head.weight.fill_(0.1 + seed)  # zero, it would stop every other gradient
+    return model, build_optimizer(model, 0.1)
+
+
+def save_frozen(folder, number, model, optimizer, base=None, pinned=False):
+    """A checkpoint of the lora phase: (its path, what later ones name it by)."""
+    meta = {"state": {"step": number, "phase": "lora", "base": base}, "config": {}, "train_images": 64}
+    path = checkpoint.save(folder, model, optimizer, meta, pinned)
+    return path, checkpoint.find_whole(folder, number)
+
+
+def save_phase(folder, mesh=None):
+    """A whole checkpoint of step 1 and one of step 2 that names it; the model and optimiser of step 2."""
+    model, optimizer = build_frozen(mesh)
+    train_on(model, optimizer, range(1))
+    reshard(model)
+    _, base = save_frozen(folder, 1, model, optimizer)
+    train_on(model, optimizer, range(1, 2))
+    reshard(model)
+    path, _ = save_frozen(folder, 2, model, optimizer, base)
+    return path, model, optimizer
+
+
+BUFFERS = {f"statistics.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+HEAD = {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("keep, trained", [((), ADAPTERS), (("head.*",), ADAPTERS | HEAD)])
+def test_a_checkpoint_with_a_base_holds_what_is_trained(tmp_path, keep, trained):
+    model, optimizer = build_frozen(keep=keep)
+    train_on(model, optimizer, range(1))
+    everything = set(model.state_dict())
+    moments = {f"{name}.{key}" for name in trained for key in ("exp_avg", "exp_avg_sq", "step")}
+    first, base = save_frozen(tmp_path, 1, model, optimizer)
+    second, _ = save_frozen(tmp_path, 2, model, optimizer, base)
+    for path, held in ((first, everything), (second, trained | BUFFERS)):
+        assert checkpoint.get_stored(path, "model.").keys() == held
+        assert checkpoint.get_stored(path, "optimizer.").keys() == moments
+        assert checkpoint.get_stored_dtypes(path) == dict.fromkeys(everything, torch.float32) | {
+            "statistics.num_batches_tracked": torch.int64
+        }
+    assert base == {"checkpoint": "step_00000001", "id": checkpoint.read_meta(first)["id"]}
+    assert checkpoint.get_base(second) == first.resolve() and checkpoint.get_base(first) is None
+    assert checkpoint.find_whole(tmp_path, 2) is None and checkpoint.find_whole(tmp_path, 3) is None
+    sizes = [sum(file.stat().st_size for file in path.glob("*.distcp")) for path in (first, second)]
+    assert sizes[1] < sizes[0]
+
+
+def test_an_adapter_that_is_frozen_is_held_nonetheless(tmp_path):
+    """A base of the warmup has it as it was, one of the full phase has none."""
+    model, optimizer = build_frozen()
+    _, base = save_frozen(tmp_path, 1, model, optimizer)
+    adapter = model.blocks[0].attn.qkv.lora_A
+    adapter.requires_grad = False
+    second, _ = save_frozen(tmp_path, 2, model, optimizer, base)
+    assert "blocks.0.attn.qkv.lora_A" in checkpoint.get_stored(second, "model.")
+
+
+def test_frozen_weights_are_read_from_the_base(tmp_path):
+    path, model, optimizer = save_phase(tmp_path)
+    assert checkpoint.find(tmp_path)[0] == path and checkpoint.resolve(path)[0] == path
+    other, other_optimizer = build_frozen(seed=1)
+    before = whole(other, other_optimizer)
+    with pytest.raises(UserError, match="Missing key"):  # control: its own tensors are not all
+        checkpoint.read_tensors(path, {f"model.{name}": t for name, t in other.state_dict().items()})
+    assert equal(whole(other, other_optimizer), before)
+    checkpoint.load(path, other, other_optimizer)
+    assert equal(whole(other, other_optimizer), whole(model, optimizer))
+    half = build_frozen(seed=1)[0].to(torch.bfloat16)  # the base in another precision than it lies there
+    checkpoint.load_weights(path, half)
+    assert all(torch.equal(t, half.state_dict()[name].to(t.dtype)) for name, t in whole_bf16(model).items())
+
+
+def whole_bf16(model):
+    floats = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    return {name: t.bfloat16() for name, t in floats.items()}
+
+
+def test_a_trained_weight_is_not_taken_from_the_base(tmp_path):
+    """A warmup's base has adapters, older ones; and a head, which was trained if the model trains it."""
+    path, _, _ = save_phase(tmp_path)
+    other, other_optimizer = build_frozen(keep=("head.*",))
+    with pytest.raises(UserError, match=r"can't load .*step_00000002: Missing key .*model\.head"):
+        checkpoint.load(path, other, other_optimizer)
+
+
+def replace_base(folder):
+    """Another base: the same step and config, another run's."""
+    shutil.rmtree(folder / "checkpoints/step_00000001")
+    shutil.copytree(folder.parent / "twin/checkpoints/step_00000001", folder / "checkpoints/step_00000001")
+
+
+def name_base(folder, base):
+    path = folder / "checkpoints/step_00000002/meta.json"
+    meta = json.loads(path.read_text())
+    meta["state"]["base"] = base
+    path.write_text(json.dumps(meta))
+
+
+def drop_whole(folder):
+    """The base names a base itself."""
+    path = folder / "checkpoints/step_00000001/meta.json"
+    meta = json.loads(path.read_text())
+    meta["state"]["base"] = {"checkpoint": "step_00000000", "id": "0"}
+    path.write_text(json.dumps(meta))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+NEEDS = r"step_00000002 holds only what the LoRA phase trains: it needs step_00000001 \(id [0-9a-f]{16}\) of "
+NEEDS += "its run beside it, "
+BASES = {
+    "missing": (lambda f: shutil.rmtree(f / "checkpoints/step_00000001"), NEEDS + "which is missing"),
+    "cut": (
+        lambda f: cut(f / "checkpoints/step_00000001/__0_0.distcp"),
+        NEEDS + "which is damaged: .*__0_0.distcp is cut short",
+    ),
+    "without meta": (
+        lambda f: (f / "checkpoints/step_00000001/meta.json").unlink(),
+        NEEDS + "which is damaged: .*meta.json is missing",
+    ),
+    "another": (replace_base, NEEDS + r"and the one there is another \(id [0-9a-f]{16}\)"),
+    "not whole": (drop_whole, NEEDS + "and the one there is not whole itself"),
+    "a path": (
+        lambda f: name_base(f, {"checkpoint": "../../x", "id": "0"}),
+        "step_00000002/meta.json is damaged: its base is ",
+    ),
+    "no id": (lambda f: name_base(f, "step_00000001"), "step_00000002/meta.json is damaged: its base is "),
+}
+
+
+@pytest.mark.parametrize("damage", BASES)
+def test_a_base_that_is_not_right_is_one_error(tmp_path, damage):
+    """For those who resume, evaluate and load; not the checkpoint before it, which may be a phase back."""
+    path, _, _ = save_phase(tmp_path / "run")
+    save_phase(tmp_path / "twin")
+    other, other_optimizer = build_frozen(seed=1)
+    before = whole(other, other_optimizer)
+    spoil, words = BASES[damage]
+    for read in (lambda: checkpoint.find(tmp_path / "run"), lambda: checkpoint.resolve(path)):
+        assert read()[0] == path  # the control
+    spoil(tmp_path / "run")
+    for read in (
+        lambda: checkpoint.find(tmp_path / "run"),
+        lambda: checkpoint.resolve(tmp_path / "run"),
+        lambda: checkpoint.resolve(path),
+        lambda: checkpoint.load(path, other, other_optimizer),
+        lambda: checkpoint.get_stored_dtypes(path),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            read()
+        assert "\n" not in str(error.value)
+    assert equal(whole(other, other_optimizer), before)
+
+
+def test_a_checkpoint_that_was_copied_out_alone(tmp_path):
+    path, _, _ = save_phase(tmp_path / "run")
+    alone = shutil.copytree(path, tmp_path / "alone/step_00000002")
+    with pytest.raises(UserError, match=NEEDS + "which is missing"):
+        checkpoint.resolve(alone)
+    shutil.copytree(path.with_name("step_00000001"), tmp_path / "alone/step_00000001")
+    assert checkpoint.resolve(alone)[0] == alone
+    (tmp_path / "link").symlink_to(path)
+    assert checkpoint.resolve(tmp_path / "link")[0] == tmp_path / "link"
+
+
+def test_a_damaged_checkpoint_of_the_lora_phase_is_passed_over(tmp_path):
+    path, model, optimizer = save_phase(tmp_path)
+    third, _ = save_frozen(tmp_path, 3, model, optimizer, checkpoint.find_whole(tmp_path, 1))
+    cut(third / "__0_0.distcp")
+    found, _, warnings = checkpoint.find(tmp_path)
+    assert found == path and len(warnings) == 1 and "step_00000003" in warnings[0]
+
+
+def test_a_base_outlives_all_that_name_it(tmp_path):
+    """The first of a lora phase is pinned. So is a freeze's; one that is not is kept for who names it."""
+    model, optimizer = build_frozen()
+    _, base = save_frozen(tmp_path, 1, model, optimizer)
+    assert checkpoint.read_meta(tmp_path / "checkpoints/step_00000001")["pinned"]
+    for number in range(2, 7):
+        save_frozen(tmp_path, number, model, optimizer, base)
+    assert names(tmp_path) == ["latest", "step_00000001", "step_00000005", "step_00000006"]
+    warmup = {"state": {"step": 1, "phase": "warmup", "base": None}}
+    for named in (True, False):
+        folder = tmp_path / str(named)
+        path = checkpoint.save(folder, model, optimizer, warmup, pinned=False)
+        assert not checkpoint.read_meta(path)["pinned"]
+        base = checkpoint.find_whole(folder, 1)
+        other = base if named else save_frozen(folder, 2, model, optimizer)[1]
+        for number in range(3, 7):
+            save_frozen(folder, number, model, optimizer, other)
+        assert ("step_00000001" in names(folder)) == named
+        assert checkpoint.find(folder)[0].name == "step_00000006"
+
+
+def saved_on(folder, processes):
+    """What is in memory as `save_phase` saves it, on so many processes."""
+    if processes > 1:
+        dist.init_process_group("gloo")
+    with mock.patch.dict(VARIANTS, {"small": SMALL}):
+        _, model, optimizer = save_phase(folder, build_mesh(processes, "cpu", timedelta(minutes=1)))
+        saved = whole(model, optimizer)
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return saved
+
+
+def loaded_on(folder, processes):
+    """What so many processes load from there."""
+    if processes > 1:
+        dist.init_process_group("gloo")
+    with mock.patch.dict(VARIANTS, {"small": SMALL}):
+        model, optimizer = build_frozen(build_mesh(processes, "cpu", timedelta(minutes=1)), seed=1)
+        checkpoint.load(folder / "checkpoints/step_00000002", model, optimizer)
+        loaded = whole(model, optimizer)
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return loaded
+
+
+@pytest.mark.parametrize("savers, loaders", [(2, 2), (2, 1), (1, 2)])
+def test_a_base_on_another_number_of_processes(on_ranks, tmp_path, savers, loaders):
+    saved = on_ranks(savers, saved_on, tmp_path, savers)[0]
+    assert len(saved) > 60 and any("/exp_avg" in name for name in saved)
+    for loaded in on_ranks(loaders, loaded_on, tmp_path, loaders):
+        assert equal(loaded, saved)
+
+
+def refused_on(folder):
+    """The errors with which processes that load from there are refused."""
+    dist.init_process_group("gloo")
+    try:
+        checkpoint.load_weights(folder / "checkpoints/step_00000002", nn.Linear(2, 2))
+    except SharedError as error:
+        return str(error)
+    finally:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def test_a_missing_base_is_every_processs_error(on_ranks, tmp_path):
+    save_phase(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/step_00000001")
+    one, two = on_ranks(2, refused_on, tmp_path)
+    assert one == two and re.search(NEEDS + "which is missing", one)
 
 
 # ---- what process 0 meets, the others hear of
@@ -398,8 +669,9 @@ def test_what_a_checkpoint_must_say(tmp_path):
     optimizer = build_optimizer(model, 0.1)
     meta = {"state": {"step": 1}, "config": {}, "train_images": 64}
     path = checkpoint.save(tmp_path, model, optimizer, meta, pinned=False)
-    assert checkpoint.kept(tmp_path) == [(path, meta | {"pinned": False})]
-    assert checkpoint.resolve(tmp_path) == checkpoint.resolve(path) == (path, meta | {"pinned": False}, [])
+    written = meta | {"pinned": False, "id": checkpoint.read_meta(path)["id"]}
+    assert checkpoint.kept(tmp_path) == [(path, written)]
+    assert checkpoint.resolve(tmp_path) == checkpoint.resolve(path) == (path, written, [])
     del meta["train_images"]
     checkpoint.save(tmp_path, model, optimizer, meta | {"state": {"step": 2}}, pinned=False)
     assert [kept for kept, _ in checkpoint.kept(tmp_path)] == [path]

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from small_runs import REPO, weights
 
-REPO = Path(__file__).parent.parent
 EDITS = sorted(path.stem for path in (REPO / "docs/edits").glob("*.diff"))
 # 4 steps an epoch: 2 epochs full, 1 warmup, 1 lora
 SMALL = (
@@ -62,14 +61,6 @@ def edited(tmp_path):
     return run
 
 
-def get_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    path = run_dir / "checkpoints" / (run_dir / "checkpoints/latest").read_text()
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in stored.items()}
-    dcp.load(tensors, checkpoint_id=path)
-    return tensors
-
-
 def pick(events, kind):
     return [event for event in events if event["event"] == kind]
 
@@ -111,7 +102,7 @@ def test_another_switch_rule(edited, small, edit, switches):
 def test_dora(edited, small, tmp_path, compiled):
     status, said, events = edited("dora", small, *SWITCH, "--compile", compiled)
     assert status == 0, said
-    tensors = get_tensors(tmp_path / "run")
+    tensors = weights(tmp_path / "run")
     lengths = tensors["model.blocks.0.attn.qkv.weight"].norm(dim=1)
     magnitude = tensors["model.blocks.0.attn.qkv.lora_magnitude"]
     assert not torch.equal(magnitude, lengths) and torch.allclose(
@@ -128,7 +119,7 @@ def test_dora(edited, small, tmp_path, compiled):
 def test_muon(edited, small, tmp_path):
     status, said, events = edited("muon", small, *SWITCH, "--max_steps", "10")
     assert status == 0, said
-    tensors = get_tensors(tmp_path / "run")
+    tensors = weights(tmp_path / "run")
     assert "optimizer.blocks.0.mlp.fc1.weight.momentum_buffer" in tensors
     assert (
         "optimizer.pos_embed.exp_avg" in tensors
@@ -146,7 +137,7 @@ def test_a_model_that_is_no_vit(edited, small, tmp_path, compiled):
     status, said, events = edited("batchnorm", small, *SWITCH, "--compile", compiled)
     assert status == 0, said
     assert [switch["to"] for switch in pick(events, "switch")] == ["warmup", "lora"]
-    tensors = get_tensors(tmp_path / "run")
+    tensors = weights(tmp_path / "run")
     assert tensors["model.blocks.0.norm.running_var"].isfinite().all()
     assert tensors["model.blocks.0.norm.num_batches_tracked"] == 16  # the steps, and nothing of the dry runs
     epochs = pick(events, "epoch")

@@ -238,7 +238,8 @@ def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
         and str(runs.data) not in card
         and str(runs[run]) not in card
     )
-    assert all(tensor.dtype == torch.float32 for tensor in stored(path).values())  # bf16 is of products alone
+    assert {t.dtype for t in stored(path).values()} == {torch.float32}  # of the freeze, in bfloat16 too
+    assert "base precision: float32 throughout" in card
     assert ("Trained as static LoRA" if run == "static" else "Trained with PreLoRA") in card and (
         "are no adapters yet" in card
     ) == (phase == "full")
@@ -260,8 +261,10 @@ def change_meta(path, **config):
 
 @pytest.fixture
 def checkpoint_alone(runs, tmp_path):
-    """A checkpoint of the lora phase without the run around it."""
-    return Path(shutil.copytree(runs.at("plain", "lora"), tmp_path / "alone/checkpoints/step_00000014"))
+    """A checkpoint of the lora phase and its base, without the run around them."""
+    folder = tmp_path / "alone/checkpoints"
+    shutil.copytree(runs.at("plain", "warmup"), folder / "step_00000010")
+    return Path(shutil.copytree(runs.at("plain", "lora"), folder / "step_00000014"))
 
 
 def test_a_card_says_what_is_known(runs, checkpoint_alone, tmp_path, monkeypatch):
@@ -365,14 +368,12 @@ def test_half_recomputed_by_the_compilers_choice(tmp_path, capsys):
     assert run_main(evaluate.main, [tmp_path / "run"], capsys)[0] == 0
 
 
-def test_a_run_in_bf16_is_exported_without_rounding_its_base(runs, tmp_path):
-    path = runs.at("bf16", "lora")
-    tensors = stored(path)
-    weight = tensors["blocks.0.attn.proj.weight"]
-    assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
-    exported = load_file(make(path, tmp_path / "out") / "model.safetensors")
+def test_a_bf16_runs_base_is_exported_as_the_freeze_left_it(runs, tmp_path):
+    frozen = stored(runs.at("bf16", "warmup"))["blocks.0.attn.proj.weight"]  # no adapter there
+    assert frozen.dtype == torch.float32 and not torch.equal(frozen, frozen.bfloat16().float())
+    exported = load_file(make(runs.at("bf16", "lora"), tmp_path / "out") / "model.safetensors")
     assert all(t.dtype == torch.float32 for t in exported.values())
-    assert torch.equal(exported["blocks.0.attn.proj.weight"], weight)  # no adapter there
+    assert torch.equal(exported["blocks.0.attn.proj.weight"], frozen)
     assert not torch.equal(
         exported["blocks.0.mlp.fc2.weight"], exported["blocks.0.mlp.fc2.weight"].bfloat16().float()
     )  # merged in float32
@@ -615,11 +616,15 @@ def test_a_link_to_an_empty_folder_stays_a_link(runs, tmp_path):
 
 def damage(run_dir):
     """Cut the newest checkpoint short."""
-    newest = checkpoint.latest(run_dir)
-    file = max(newest.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    return damage_shard(checkpoint.latest(run_dir))
+
+
+def damage_shard(path):
+    """Cut the checkpoint's largest file short."""
+    file = max(path.glob("*.distcp"), key=lambda f: f.stat().st_size)
     with open(file, "r+b") as f:
         f.truncate(file.stat().st_size - 100)
-    return newest
+    return path
 
 
 def test_a_damaged_checkpoint_is_passed_over_or_refused(runs, tmp_path, capsys):
@@ -637,6 +642,27 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(runs, tmp_path, capsys):
         assert status == 2 and "is cut short" in err and err.count("\n") == 1
     status, out, _ = run_main(export.main, [run_dir, "--format", "timm", "--out", tmp_path / "out"], capsys)
     assert status == 0 and "passed over" in out and "step_00000012" in out
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "another"])
+def test_a_checkpoint_whose_base_is_not_right_is_refused(runs, checkpoint_alone, tmp_path, capsys, damage):
+    """Copied out alone, or beside another run's of the same step."""
+    logged = events(runs["plain"], "epoch")[-1]["val_loss"]
+    got = json.loads(run_main(evaluate.main, [checkpoint_alone], capsys)[1].splitlines()[-1])
+    assert got["val_loss"] == pytest.approx(logged, rel=1e-6)  # control: with its base it is all there
+    base = checkpoint_alone.with_name("step_00000010")
+    if damage == "cut":
+        damage_shard(base)
+    else:
+        shutil.rmtree(base)
+    if damage == "another":
+        shutil.copytree(runs.at("bf16", "warmup"), base)
+    for main, flags in ((evaluate.main, []), (export.main, ["--format", "timm", "--out", tmp_path / "out"])):
+        status, _, err = run_main(main, [checkpoint_alone, *flags], capsys)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+        needed = "holds only what the LoRA phase trains: it needs step_00000010 (id "
+        assert f"{checkpoint_alone} {needed}" in err
+    assert not (tmp_path / "out").exists()
 
 
 # ---- evaluate
@@ -735,7 +761,7 @@ def test_merged_and_unmerged(runs, capsys, monkeypatch):
         (["PICKLE", "--dataset", "imagenet"], "is a pickle"),
         (["EXPORT"], "is no run, it holds weights: give "),
         (["EXPORT", "--dataset", "fashion_mnist"], "is no run, it holds weights: give "),
-        (["STATE"], "/meta.json is damaged: "),
+        (["STATE"], "/meta.json is damaged, or of another version: its state has mood besides"),
         (["timm:nope", "--dataset", "imagenet"], "timm has no model nope"),
         (["timm:vit_tiny_patch16_224"], "say what to evaluate it on, --dataset fashion_mnist or imagenet"),
         (["/nowhere/x.safetensors", "--dataset", "imagenet"], "/nowhere/x.safetensors is not there"),

@@ -1100,7 +1100,7 @@ def test_meta_json_says_where_a_run_stands(runs, tmp_path):
     state, ranks = meta["state"], json.loads((run_dir / "ranks.json").read_text())
     assert (state["phase"], state["ranks"], state["step"]) == ("warmup", ranks, 14)
     assert (state["epoch"], state["epoch_step"]) == (3, 2)
-    assert meta.keys() == {"state", "config", "train_images", "pinned"} and meta["train_images"] == 64
+    assert meta.keys() == {"state", "config", "train_images", "pinned", "id"} and meta["train_images"] == 64
     assert meta["config"].keys() == {f.name for f in dataclasses.fields(train.Config)}
     assert meta["config"]["batch_size"] == 16
     started = events(run_dir, "start")[0]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ from config.cli import typed_config
 from errors import UserError
 from lora.ranks import assign_ranks, count_parameters
 from model import checkpoint
-from model.variants import LORA_FAMILIES
+from model.variants import LORA_FAMILIES, LORA_REST
 from start import count_base
 
 slow = pytest.mark.slow
@@ -106,7 +107,8 @@ def test_stop_in_mid_epoch_and_go_on(small, reference, tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert train.main(argv(small, run_dir, "--max_steps", 5)) == 0
     assert "stopped at step 5" in capsys.readouterr().out
-    for steps in (15, SWITCH * STEPS, 27):  # in mid-epoch, at the switch, in mid-warmup
+    # in mid-epoch, at the switch, in mid-warmup, at the freeze, one step after it
+    for steps in (15, SWITCH * STEPS, 27, FREEZE * STEPS, FREEZE * STEPS + 1):
         run(small, run_dir, "--max_steps", steps, "--resume", True)
         assert checkpoint.read_meta(checkpoint.latest(run_dir))["state"]["step"] == steps
         assert resume(run_dir) == 0  # nothing to do, and it says how to go on
@@ -377,6 +379,162 @@ def test_a_fork_says_what_is_different_and_outlives_its_source(small, source, tm
     assert [epoch["epoch"] for epoch in events(run_dir, "epoch")] == [1, 2, 3]
 
 
+# ---- the lora phase's checkpoints, and the base that they name
+
+
+def get_state(run_dir, step) -> dict:
+    return checkpoint.read_meta(run_dir / f"checkpoints/step_{step:08d}")["state"]
+
+
+def get_base_step(run_dir, step) -> int | None:
+    """The step of the base that the checkpoint of `step` needs, once that base is found to be right; None:
+    that checkpoint is whole."""
+    base = checkpoint.get_base(run_dir / f"checkpoints/step_{step:08d}")
+    assert (base is None) == (get_state(run_dir, step)["base"] is None)
+    return base and int(base.name[5:])
+
+
+def get_steps_of_checkpoints(run_dir) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*"))
+
+
+def assert_holds(run_dir, step, trained) -> None:
+    """The checkpoint itself holds these parameters and their moments, and nothing else."""
+    path = run_dir / f"checkpoints/step_{step:08d}"
+    moments = {f"{name}.{key}" for name in trained for key in ("exp_avg", "exp_avg_sq", "step")}
+    assert checkpoint.get_stored(path, "model.").keys() == trained
+    assert checkpoint.get_stored(path, "optimizer.").keys() == moments
+
+
+def get_parameters(run_dir, step, rest) -> tuple[set[str], set[str]]:
+    """(all, trained) parameters of the lora phase that the checkpoint of `step` is in, by their names."""
+    cfg = train.Config(dtype="float32", compile=False)
+    model = train.build_model(cfg, "warmup", get_state(run_dir, step)["ranks"], "meta")
+    names = {name for name, _ in model.named_parameters()}
+    of_rest = {name for name in names if any(fnmatchcase(name, pattern) for pattern in LORA_REST)}
+    assert "head.weight" in of_rest and "blocks.0.norm1.bias" in of_rest
+    return names, {name for name in names if ".lora_" in name} | (of_rest if rest else set())
+
+
+def test_a_lora_phase_saves_its_adapters(small, reference):
+    names, trained = get_parameters(reference, 42, rest=False)
+    assert len(trained) < len(names)
+    freeze = reference / "checkpoints/step_00000030"
+    assert checkpoint.get_stored(freeze, "model.").keys() == names and get_base_step(reference, 30) is None
+    for step in (36, 42):
+        assert get_base_step(reference, step) == 30
+        assert_holds(reference, step, trained)
+    ids = {checkpoint.read_meta(path)["id"] for path in (reference / "checkpoints").glob("step_*")}
+    assert len(ids) == 4
+
+
+def test_without_a_warmup_the_base_is_of_the_full_phase(small, baseline, tmp_path):
+    flags = ["--lora_warmup_epochs", 0, "--keep_every", 0]  # the baseline keeps all
+    run(small, tmp_path / "run", *FORK, f"{baseline}@2", *flags)
+    assert get_state(tmp_path / "run", 18)["phase"] == "full"
+    assert get_steps_of_checkpoints(tmp_path / "run") == [18, 36, 42]  # it is four epochs old in the end
+    assert [get_base_step(tmp_path / "run", step) for step in (18, 36, 42)] == [None, 18, 18]
+    assert_holds(tmp_path / "run", 42, get_parameters(tmp_path / "run", 42, rest=False)[1])
+
+
+def test_static_lora_saves_its_base_once(small, tmp_path):
+    """With its first checkpoint, in mid-epoch here; and what it goes on to is the uninterrupted run."""
+    flags = ["--mode", "lora", "--epochs", 4]
+    run(small, tmp_path / "run", *flags, "--max_steps", 4)
+    run(small, tmp_path / "run", "--resume", True, "--epochs", 4, "--mode", "lora", "--max_steps", None)
+    assert get_steps_of_checkpoints(tmp_path / "run") == [4, 18, 24]
+    assert [get_base_step(tmp_path / "run", step) for step in (4, 18, 24)] == [None, 4, 4]
+    names, trained = get_parameters(tmp_path / "run", 24, rest=True)
+    assert_holds(tmp_path / "run", 24, trained)
+    assert checkpoint.get_stored(tmp_path / "run/checkpoints/step_00000004", "model.").keys() == names
+    run(small, tmp_path / "whole", *flags)
+    assert get_steps_of_checkpoints(tmp_path / "whole") == [6, 18, 24]
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_base_that_is_saved_anew_is_not_named_before(small, tmp_path, monkeypatch):
+    """Stopped by a signal at an epoch's last step, which is saved again once the epoch is evaluated."""
+    stop = train.distributed.StopRequest.on_any_process
+    asked = []
+    monkeypatch.setattr(
+        train.distributed.StopRequest,
+        "on_any_process",
+        lambda self, device: asked.append(1) or len(asked) == STEPS or stop(self, device),
+    )
+    flags = argv(small, tmp_path, "--mode", "lora")
+    assert train.main(flags) == 75
+    before = get_state(tmp_path, STEPS)
+    assert (before["epoch"], before["epoch_step"], before["base"]) == (0, STEPS, None)
+    run(small, tmp_path, "--mode", "lora", "--resume", True, "--max_steps", STEPS + 1)
+    assert get_state(tmp_path, STEPS)["epoch"] == 1
+    assert [get_base_step(tmp_path, step) for step in (STEPS, STEPS + 1)] == [None, STEPS]
+
+
+def test_a_base_that_nobody_pinned_is_kept(small, reference, tmp_path):
+    """The freeze comes where new settings say so, at a checkpoint that was an ordinary one."""
+    run_dir = tmp_path / "run"
+    flags = ["--fork", f"{reference}@{SWITCH}", "--lora_warmup_epochs", 3, "--max_steps", 30]
+    run(small, run_dir, *flags, "--epochs", 9)
+    assert not checkpoint.read_meta(run_dir / "checkpoints/step_00000030")["pinned"]
+    assert resume(run_dir, "--lora_warmup_epochs", 2, "--max_steps", None) == 0
+    assert [epoch["phase"] for epoch in events(run_dir, "epoch")][4:] == ["warmup"] + ["lora"] * 4
+    assert get_steps_of_checkpoints(run_dir) == [30, 48, 54]
+    assert get_base_step(run_dir, 54) == 30
+
+
+def test_a_fork_of_a_lora_phase_has_a_base_of_its_own(small, reference, tmp_path):
+    run_dir = tmp_path / "fork"
+    run(small, run_dir, "--fork", f"{reference}@6", "--max_steps", 38)
+    assert get_base_step(run_dir, 38) is None
+    run(small, run_dir, "--fork", f"{reference}@6", "--resume", True, "--max_steps", None)
+    assert get_base_step(run_dir, 42) == 38
+    assert_holds(run_dir, 42, get_parameters(run_dir, 42, rest=False)[1])
+    assert_same(weights(run_dir), weights(reference))
+    rest = tmp_path / "rest"  # one of the freeze's, with a head that goes on
+    flags = "--lora_trainable adapters+rest".split()
+    run(small, rest, "--fork", f"{reference}@{FREEZE}", *flags)
+    assert [get_base_step(rest, step) for step in (36, 42)] == [None, 36]
+    assert_holds(rest, 42, get_parameters(rest, 42, rest=True)[1])
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "another"])
+def test_a_base_that_is_not_right_is_one_line(small, reference, tmp_path, capsys, damage):
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    base = run_dir / "checkpoints/step_00000030"
+    if damage == "missing":
+        shutil.rmtree(base)
+    if damage == "cut":
+        shard = max(base.glob("*.distcp"), key=lambda file: file.stat().st_size)
+        shard.write_bytes(shard.read_bytes()[:-9])
+    if damage == "another":  # of the same settings
+        run(small, tmp_path / "other", "--max_steps", 30)
+        shutil.rmtree(base)
+        shutil.copytree(tmp_path / "other/checkpoints/step_00000030", base)
+        capsys.readouterr()
+    files = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    fork = argv(small, tmp_path / "fork", "--fork", f"{run_dir}@6")
+    for command in (["--run_dir", str(run_dir), "--resume", "True", "--epochs", "8"], fork):
+        assert train.main(command) == 2
+        said = get_error(capsys)
+        assert "holds only what the LoRA phase trains: it needs step_00000030 (id " in said
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == files
+    assert not (tmp_path / "fork").exists()
+
+
+def test_a_meta_of_another_version_is_named(small, reference, tmp_path, capsys):
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    for path in (run_dir / "checkpoints").glob("step_*/meta.json"):
+        meta = json.loads(path.read_text())
+        del meta["state"]["base"], meta["id"]
+        path.write_text(json.dumps(meta))
+    for command in (
+        ["--run_dir", str(run_dir), "--resume", "True", "--epochs", "8"],
+        argv(small, tmp_path / "fork", "--fork", run_dir),
+    ):
+        assert train.main(command) == 2
+        assert "meta.json is damaged, or of another version: its state has no base" in get_error(capsys)
+
+
 # ---- the ablations' options, on forks
 
 
@@ -462,6 +620,10 @@ def is_there(group):
         lambda state: state.update(step="x"),
         lambda state: state.update(phase="warmup", ranks=None),
         lambda state: state.update(more=1),
+        lambda state: state.pop("base"),
+        lambda state: state.update(base="step_00000030"),
+        lambda state: state.update(base={"checkpoint": "../step_00000030", "id": "0"}),
+        lambda state: state.update(phase="warmup"),  # with a base
     ],
 )
 def test_a_state_that_is_not_whole_is_no_start(reference, damage):

@@ -113,7 +113,7 @@ def test_meta_holds_where_the_run_stands_and_nothing_about_the_switch_to_come(re
     metas = {}
     for path in (reference / "checkpoints").glob("step_*"):
         metas[path.name] = json.loads((path / "meta.json").read_text())
-        assert metas[path.name].keys() == {"state", "config", "train_images", "pinned"}
+        assert metas[path.name].keys() == {"state", "config", "train_images", "pinned", "id"}
     assert metas["step_00000018"]["state"]["phase"] == "full"
     assert metas["step_00000018"]["state"]["ranks"] is None
     ranks = json.loads((reference / "ranks.json").read_text())
@@ -221,8 +221,7 @@ def test_bfloat16(small, tmp_path):
     last, freeze = weights(tmp_path), saved_at(tmp_path, 3 * STEPS)
     for name in ("blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.bias", "patch_embed.proj.weight"):
         assert freeze[f"model.{name}"].dtype == torch.float32  # the base of the freeze stays whole
-        # later it is a copy, cast once
-        assert torch.equal(last[f"model.{name}"], freeze[f"model.{name}"].bfloat16())
+        assert torch.equal(last[f"model.{name}"], freeze[f"model.{name}"])  # and is the lora phase's
     assert last["model.blocks.0.attn.qkv.lora_A"].dtype == last["model.pos_embed"].dtype == torch.float32
     assert epochs[-1]["weight_norms"] == epochs[2]["weight_norms"]  # of the float32 weights, not of the copy
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
