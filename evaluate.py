@@ -166,8 +166,8 @@ def compare_merged(
 ) -> dict[str, float]:
     """The largest difference of the two models' logits, and the largest logit, of all processes' batches.
 
-    In float32 without TF32, `model`'s adapters by their plain definition: its own operator multiplies by a sum
-    W + B A, which would agree with a merged weight whatever B A is."""
+    In float32 without TF32, `model`'s adapters by their plain definition: its own operator multiplies by a
+    sum W + B A, which would agree with a merged weight whatever B A is."""
     model = use_reference(copy.deepcopy(model))
     data, worst = DATASETS[cfg.dataset], torch.zeros(2, device=device)
     for images, labels in prefetch(batches, device):

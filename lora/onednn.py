@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 # torch.compile's cache knows an operator by its name alone: after an edit of one it would go on with the old
-# backward. So the files that define operators are part of the cache's key.
-for _file in ("onednn.py",):
-    torch.compiler.config.cache_key_tag += f"/{zlib.crc32(Path(__file__).with_name(_file).read_bytes()):x}"
+# backward. So this file, which defines them, is part of the cache's key.
+torch.compiler.config.cache_key_tag += f"/{zlib.crc32(Path(__file__).read_bytes()):x}"
 
 
 def is_amd_with_avx512() -> bool:

@@ -266,9 +266,6 @@ def test_a_checkpoint_with_a_base_holds_what_is_trained(tmp_path, keep, trained)
     for path, held in ((first, everything), (second, trained | BUFFERS)):
         assert checkpoint.get_stored(path, "model.").keys() == held
         assert checkpoint.get_stored(path, "optimizer.").keys() == moments
-        assert checkpoint.get_stored_dtypes(path) == dict.fromkeys(everything, torch.float32) | {
-            "statistics.num_batches_tracked": torch.int64
-        }
     assert base == {"checkpoint": "step_00000001", "id": checkpoint.read_meta(first)["id"]}
     assert checkpoint.get_base(second) == first.resolve() and checkpoint.get_base(first) is None
     assert checkpoint.find_whole(tmp_path, 2) is None and checkpoint.find_whole(tmp_path, 3) is None
@@ -377,7 +374,6 @@ def test_a_base_that_is_not_right_is_one_error(tmp_path, damage):
         lambda: checkpoint.resolve(tmp_path / "run"),
         lambda: checkpoint.resolve(path),
         lambda: checkpoint.load(path, other, other_optimizer),
-        lambda: checkpoint.get_stored_dtypes(path),
     ):
         with pytest.raises(UserError, match=words) as error:
             read()
