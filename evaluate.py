@@ -71,6 +71,8 @@ def load_checkpoint(path: Path, meta: dict, **changes) -> tuple[train.Config, St
     cfg = typed_config(train.Config, meta["config"], f"{path}/meta.json")
     without = dict(compile=False, activation_checkpointing="none", rand_augment=0)
     cfg = dataclasses.replace(cfg, stage_dir=None, baseline=None, **without, **changes)
+    if cfg.dtype == "float32":
+        cfg.residual_dtype = "float32"
     check_config(cfg)
     return cfg, read_state(meta, path)
 
@@ -234,7 +236,7 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 of a checkpoint's model, its adapters merged if `merge`; with adapters, also what
     merging changes."""
-    exact = dataclasses.replace(cfg, dtype="float32")
+    exact = dataclasses.replace(cfg, dtype="float32", residual_dtype="float32")
     model = build_checkpoint(exact if merge else cfg, s, path, device)
     if s.phase == "full":
         return train.evaluate(cfg, model, loader.epoch(0), device)

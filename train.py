@@ -94,6 +94,7 @@ class Config:
     rand_augment: NonNegativeInt = 0  # M of RandAugment(2, M), where 10 is the nominal maximum; 0 = off
     mixup: NonNegativeFloat = 0.0  # alpha of Beta(alpha, alpha); 0 = off
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the compute; masters and optimiser stay float32
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of what blocks add to; bfloat16: less traffic
     compile: bool = True  # torch.compile, one region per block
     activation_checkpointing: Literal["none", "block", "selective"] = "none"  # recompute a block, or half
     # several GPUs
@@ -134,6 +135,7 @@ def build_net(cfg: Config) -> nn.Module:
     data = DATASETS[cfg.dataset]
     num_classes = cfg.num_classes or data.num_classes
     options = dict(dropout=cfg.dropout, drop_path=cfg.drop_path, layer_norm_eps=cfg.layer_norm_eps)
+    options["residual_dtype"] = getattr(torch, cfg.residual_dtype)
     with torch.device("meta"):
         return VisionTransformer(cfg.model, data.image_size, num_classes, **options)
 

@@ -73,6 +73,10 @@ def check_training(cfg) -> None:
         f"batch_size {cfg.batch_size} is not divisible by grad_accum_steps {cfg.grad_accum_steps}",
     )
     require(
+        cfg.residual_dtype == "float32" or cfg.dtype == "bfloat16",
+        "residual_dtype bfloat16 goes with products in bfloat16: it needs --dtype bfloat16",
+    )
+    require(
         cfg.activation_checkpointing != "selective" or cfg.compile,
         "activation_checkpointing selective is the compiler's choice: it needs --compile True",
     )
