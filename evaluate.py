@@ -84,7 +84,7 @@ def build_checkpoint(
     With cfg.dtype float32 all of it is float32, and a base stored in bfloat16 has just those values. Raises
     UserError for damaged files.
     """
-    model = train.build_model(cfg, s.phase, s.ranks, device)
+    model = train.build_model(cfg, s.phase, s.ranks, device, None, s.frozen_blocks)
     checkpoint.load_weights(path, model)
     return model.eval()
 
