@@ -89,6 +89,8 @@ class Runs(dict):
         "bf16": BF16,
         "alpha": [*STATIC, "--lora_alpha", "6", "--layer_norm_eps", "1e-12"],
         "static": STATIC,
+        "lowest": ["--freeze_blocks", "2"],
+        "control": ["--mode", "full", "--freeze_blocks", "2", "--switch_epoch", "3"],
     }
 
     def __init__(self, data, folder):
@@ -204,7 +206,15 @@ def make(target, out, *flags, format="timm"):
 
 @pytest.mark.parametrize(
     "run, phase",
-    [("plain", "full"), ("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("static", None)],
+    [
+        ("plain", "full"),
+        ("plain", "warmup"),
+        ("plain", "lora"),
+        ("bf16", "lora"),
+        ("static", None),
+        ("lowest", "warmup"),
+        ("lowest", "lora"),
+    ],
 )
 def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
     path = runs.at(run, phase)
@@ -420,7 +430,14 @@ def test_transformers_computes_what_was_trained(runs, images, tmp_path, run, pha
 
 @pytest.mark.parametrize(
     "run, phase",
-    [("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("alpha", None), ("static", None)],
+    [
+        ("plain", "warmup"),
+        ("plain", "lora"),
+        ("bf16", "lora"),
+        ("alpha", None),
+        ("static", None),
+        ("lowest", "lora"),
+    ],
 )
 def test_peft_computes_what_was_trained(runs, images, tmp_path, run, phase):
     from peft import PeftModel
@@ -447,8 +464,12 @@ def test_peft_computes_what_was_trained(runs, images, tmp_path, run, phase):
         "fc2": "mlp.fc2",
     }
     expected_ranks = {
-        f"vit.layers.{i}.{named[family]}": r for family, layers in ranks.items() for i, r in enumerate(layers)
+        f"vit.layers.{i}.{named[family]}": r
+        for family, layers in ranks.items()
+        for i, r in enumerate(layers)
+        if r
     }
+    assert (len(expected_ranks) < sum(map(len, ranks.values()))) == (run == "lowest")
     assert config["rank_pattern"] == expected_ranks and config["use_rslora"] == (run == "bf16")
     assert config["alpha_pattern"] == {name: cfg["lora_alpha"] or r for name, r in expected_ranks.items()}
     assert sorted(config["target_modules"]) == sorted(expected_ranks)

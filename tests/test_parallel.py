@@ -118,6 +118,40 @@ def assert_same_numbers(seen, reference, rel=1e-5):
 
 
 slow = pytest.mark.slow
+LOWEST = "--freeze_blocks 1"
+CONTROL = f"{LOWEST} --mode full --switch_epoch 4"
+
+
+@pytest.fixture(scope="module")
+def frozen_on_one(go):
+    """What one rank sees with the lower of two blocks frozen: of PreLoRA, and of its control."""
+    return {flags: go(1, flags)[0] for flags in (LOWEST, CONTROL)}
+
+
+@pytest.mark.parametrize("flags", [LOWEST, CONTROL])
+@pytest.mark.parametrize("how", [
+    "",
+    "--frozen_base shard",
+    "--grad_accum_steps 2 --activation_checkpointing block --reshard_after_forward False",
+    pytest.param("--dp_shard 1", marks=slow),
+    pytest.param("--frozen_base shard --reshard_after_forward False", marks=slow),
+])  # fmt: skip
+def test_the_lower_block_frozen_on_two_ranks(go, frozen_on_one, flags, how):
+    reference = frozen_on_one[flags]
+    seen = go(2, f"{flags} {how}")
+    assert [e["frozen_blocks"] for e in reference["epochs"]].count(1) == (5 if flags is CONTROL else 3)
+    for rank in seen:
+        assert rank["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+        for phase, weights in reference["weights"].items():
+            mine = rank["weights"][phase]
+            assert mine.keys() == weights.keys()
+            assert [n for n in weights if not torch.equal(mine[n], seen[0]["weights"][phase][n])] == []
+            assert [n for n in weights if not torch.allclose(mine[n], weights[n], atol=1e-4)] == []
+    for mine, theirs in zip(seen[0]["epochs"], reference["epochs"], strict=True):
+        assert mine["trainable_params"] == theirs["trainable_params"]
+        assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-5)
+        for family, layers in theirs["adapter_norms"].items():
+            assert mine["adapter_norms"][family] == pytest.approx(layers, rel=1e-3)
 
 
 @pytest.mark.parametrize(
