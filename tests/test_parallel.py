@@ -217,6 +217,14 @@ def test_bfloat16(go):
     assert lora["blocks.0.norm1.weight"].dtype == torch.float32
 
 
+@slow
+@pytest.mark.parametrize("flags", [LOWEST, CONTROL])
+def test_bfloat16_with_the_lower_block_frozen(go, flags):
+    flags += " --train_samples 32 --lr_warmup_steps 2 --dtype bfloat16"
+    one, two = go(1, flags)[0], go(2, flags)
+    assert two[0]["losses"] == two[1]["losses"] == pytest.approx(one["losses"], rel=3e-3)
+
+
 # ---- graphs
 
 
@@ -283,6 +291,19 @@ def test_four_training_graphs_in_all(on_ranks, small, tmp_path, depth, backend, 
     )
     assert training == [1, 1, 2] and evaluation == [1, 1, 1]
     assert totals == [7, 7]  # none later, in the epochs, and none outside the blocks
+
+
+@slow
+@pytest.mark.parametrize("flags", [
+    "--freeze_blocks 2",
+    "--freeze_blocks 2 --frozen_base shard --lora_trainable adapters+rest",
+    "--freeze_blocks 2 --mode full --switch_epoch 4",
+    "--freeze_blocks 2 --mode full --switch_epoch 4 --frozen_base shard",
+])  # fmt: skip
+def test_one_training_graph_more_with_frozen_blocks(on_ranks, small, tmp_path, flags):
+    training, evaluation, totals = count_graphs(on_ranks, small, tmp_path / "run", 4, "eager", flags=flags)
+    assert training[0] == 1 and max(training[1:]) <= 3
+    assert totals == [sum(training) + sum(evaluation)] * 2  # none later
 
 
 @slow
