@@ -84,7 +84,7 @@ def build_checkpoint(
 
     Raises UserError for damaged files.
     """
-    model = train.build_model(cfg, s.phase, s.ranks, device)
+    model = train.build_model(cfg, s.phase, s.ranks, device, None, s.frozen_blocks)
     checkpoint.load_weights(path, model)
     return model.eval()
 

@@ -75,8 +75,18 @@ def write_card(
 def describe_training(cfg: train.Config, s: State) -> str:
     """A sentence or two: what this run trained, up to this checkpoint."""
     paper = "PreLoRA (arXiv 2509.21619)"
+    if cfg.mode == "full" and s.frozen_blocks:
+        return (
+            f"Trained with all parameters, and then with the lowest {s.frozen_blocks} blocks and the "
+            f"embeddings frozen: a baseline of {paper}."
+        )
     if cfg.mode == "full":
         return f"Trained with all parameters from beginning to end: the baseline of {paper}."
+    if cfg.mode == "lora" and s.frozen_blocks:
+        return (
+            "Trained as static LoRA, adapters, head and norms on a base that was frozen from the first step, "
+            f"the lowest {s.frozen_blocks} blocks altogether: a baseline of {paper}."
+        )
     if cfg.mode == "lora":
         return (
             "Trained as static LoRA, adapters, head, norms and embeddings on a base that was frozen from the "
@@ -90,6 +100,8 @@ def describe_training(cfg: train.Config, s: State) -> str:
         text += " This is a checkpoint of the first phase: there are no adapters yet."
     if s.phase == "warmup":
         text += " This is a checkpoint of the second phase: the base was not frozen yet."
+    if s.phase != "full" and cfg.freeze_blocks:
+        text += f" The lowest {cfg.freeze_blocks} blocks have no adapters."
     return text
 
 
@@ -138,7 +150,7 @@ def describe_metrics(cfg: train.Config, s: State, run_dir: Path) -> tuple[str, s
 
 
 def describe_adapters(s: State, library: str) -> list[str]:
-    """Where the adapters are, and a table of their ranks; nothing where there are none."""
+    """Where the adapters are, and a table of their ranks, 0 for none; nothing where there are none."""
     if s.phase == "full":
         return []
     where = "Adapters are merged into the base: W + s·B·A, summed in float32."
@@ -147,7 +159,8 @@ def describe_adapters(s: State, library: str) -> list[str]:
             "Adapters are separate: the base in `base/` is without them. Their parameters have the names of "
             "transformers 5's modules: transformers 4 names them otherwise and does not find them."
         )
-    table = ["| family | rank of each layer |", "|---|---|"]
+    zero = ", 0 for no adapter" if any(0 in layers for layers in s.ranks.values()) else ""
+    table = [f"| family | rank of each layer{zero} |", "|---|---|"]
     for family, layers in s.ranks.items():
         table.append(f"| {family} | {' '.join(map(str, layers))} |")
     return [where, "\n".join(table)]

@@ -28,10 +28,10 @@ import train
 from config.checks import check_config
 from config.cli import parse_flags, typed_config
 from errors import UserError
-from lora.ranks import Ranks, choose_ranks, count_parameters
-from monitor.convergence import find_switch, get_changes
-from monitor.log import load_run
-from start import count_base
+from lora.ranks import Ranks, count_parameters
+from monitor.convergence import find_switch
+from monitor.log import get_stage, load_run
+from start import count_base, decide_ranks
 
 
 @dataclass
@@ -71,15 +71,15 @@ def replay_run(cfg: train.Config, epochs: list[dict]) -> tuple[int | None, Ranks
         raise UserError(str(error)) from None
     if epoch is None:
         return None, None
-    changes = get_changes(epochs[:epoch], cfg)
-    return epoch, choose_ranks(cfg, changes, *count_base(cfg, train.build_net(cfg)))
+    return epoch, decide_ranks(cfg, train.build_net(cfg), epochs[:epoch])
 
 
 def get_phase_seconds(run: str) -> dict[str, float]:
-    """Median training seconds of an epoch of each phase in the run."""
+    """Median training seconds of an epoch of each phase in the run; of the full one, before blocks are
+    frozen."""
     seconds: dict[str, list[float]] = {}
     for record in load_run(run).epochs:
-        seconds.setdefault(record["phase"], []).append(record["epoch_seconds"])
+        seconds.setdefault(get_stage(record), []).append(record["epoch_seconds"])
     return {phase: float(np.median(values)) for phase, values in seconds.items()}
 
 
@@ -126,9 +126,10 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], str]:
     config, epochs, _ = load_run(run)
     cfg = typed_config(train.Config, config, f"{run}/config.json")
     cfg = dataclasses.replace(cfg, mode="prelora", fork=None, baseline=None)
-    if any(getattr(asked, name) for name in SWITCH_SETTINGS):
+    freezes = config["mode"] == "full"  # then switch_epoch is when blocks are frozen, and no switch
+    if freezes or any(getattr(asked, name) for name in SWITCH_SETTINGS):
         cfg = dataclasses.replace(cfg, switch_epoch=None)  # now the test decides, not a fixed epoch
-    full = [record for record in epochs if record["phase"] == "full"]
+    full = [record for record in epochs if get_stage(record) == "full"]
     if not full:
         raise UserError(f"{run} has no full phase")
     seconds = get_timing(cfg, run, asked)
@@ -153,8 +154,9 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], str]:
     late = sum(row["switch_epoch"] is None for row in rows)
     if not late or len(full) == len(epochs):  # the log has no switch of its own
         return rows, ""
+    did = "frozen blocks" if freezes else "switched"
     return rows, (
-        f"{run} has switched after epoch {len(full)}: its log can't tell when {late} of these settings "
+        f"{run} has {did} after epoch {len(full)}: its log can't tell when {late} of these settings "
         "would have, use a baseline's (--mode full)"
     )
 

@@ -27,15 +27,15 @@ from launch.distributed import (
     once_per_node,
     together,
 )
-from lora.inject import match_families, rank_costs
-from lora.ranks import choose_ranks
+from lora.inject import drop_ranks, match_families, rank_costs
+from lora.ranks import Ranks, choose_ranks
 from model import checkpoint
 from model.checkpoint import on_process_0
 from model.pretrained import load_pretrained
-from model.variants import LORA_FAMILIES
+from model.variants import LORA_FAMILIES, get_lowest
 from monitor.clock import EpochClock
-from monitor.convergence import find_switch
-from monitor.log import check_logs, load_run, phase_table
+from monitor.convergence import find_switch, get_changes
+from monitor.log import check_logs, get_stage, load_run, phase_table
 from monitor.logger import RunLogger
 
 # A run goes on with these as they were: its past depends on them.
@@ -45,6 +45,7 @@ FIXED += ["target_modules", "window_epochs"]
 SHARED = "model dataset num_classes batch_size train_samples".split()
 # Once there are adapters: their ranks and their scaling.
 ADAPTERS = "target_modules rank_min rank_max rank_rule rank_budget lora_alpha lora_scaling".split()
+ADAPTERS += ["freeze_blocks"]
 # What a fork may have different without a word: they shape nothing.
 UNSAID = "run_dir resume fork max_steps keep_every eval_every profile".split()
 
@@ -55,8 +56,9 @@ class State:
     that."""
 
     phase: str = "full"  # full, warmup or lora
-    ranks: dict[str, list[int]] | None = None  # family -> rank of each layer, once there are adapters
+    ranks: dict[str, list[int]] | None = None  # family -> rank of each layer, with adapters; 0: none
     base: dict[str, str] | None = None  # lora: "checkpoint" and "id" of this run's that has the frozen base
+    frozen_blocks: int = 0  # of the lowest, which need no gradient, nor does what lies below them
     epoch: int = 0  # completed
     step: int = 0  # optimiser steps taken
     epoch_step: int = 0  # of them in the epoch under way
@@ -66,6 +68,10 @@ class State:
     epoch_waited: float = 0.0  # of it, waiting for data
     metrics_bytes: int = 0  # length of metrics.jsonl
     steps_bytes: int = 0  # length of steps.jsonl
+
+    def is_in(self, phase: str, frozen_blocks: int) -> bool:
+        """Whether the model is the one of this phase with so many frozen blocks, and not to be rebuilt."""
+        return (self.phase, self.frozen_blocks) == (phase, frozen_blocks)
 
     def begin_epoch(self) -> None:
         self.epoch_step, self.epoch_loss, self.epoch_hits = 0, 0.0, 0.0
@@ -127,9 +133,8 @@ def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
             start.state = read_state(start.meta, start.checkpoint)
             check_checkpoint(cfg, start, images)
         elif cfg.mode == "lora":
-            _, costs = count_base(cfg, net)
-            start.state.phase = "lora"
-            start.state.ranks = {family: [cfg.rank_max] * len(layers) for family, layers in costs.items()}
+            start.state.phase, start.state.frozen_blocks = "lora", cfg.freeze_blocks
+            start.state.ranks = get_static_ranks(cfg, net)
         check_data(cfg, images, start.train_loader.classes, start.val_loader.classes)
         if cfg.mode == "prelora":
             check_budget(cfg, net)
@@ -227,6 +232,25 @@ def count_base(cfg, net: nn.Module) -> tuple[int, dict[str, list[int]]]:
     return sum(p.numel() for p in net.parameters()), costs
 
 
+def decide_ranks(cfg, net: nn.Module, epochs: list[dict]) -> Ranks:
+    """Each layer's rank by `cfg.rank_rule`, from the epoch records of a full phase; 0 in the lowest
+    `cfg.freeze_blocks` blocks, whose layers take part in the rule as all others do."""
+    base, costs = count_base(cfg, net)
+    return drop_lowest(cfg, net, choose_ranks(cfg, get_changes(epochs, cfg), base, costs))
+
+
+def get_static_ranks(cfg, net: nn.Module) -> Ranks:
+    """The ranks of static LoRA: rank_max, and 0 in the lowest `cfg.freeze_blocks` blocks."""
+    _, costs = count_base(cfg, net)
+    return drop_lowest(cfg, net, {family: [cfg.rank_max] * len(layers) for family, layers in costs.items()})
+
+
+def drop_lowest(cfg, net: nn.Module, ranks: Ranks) -> Ranks:
+    """`ranks` with 0, for no adapter, in the lowest `cfg.freeze_blocks` blocks."""
+    families = match_families(net, LORA_FAMILIES, cfg.target_modules)
+    return drop_ranks(ranks, families, get_lowest(cfg.freeze_blocks))
+
+
 def check_budget(cfg, net: nn.Module) -> None:
     """Raise UserError, long before the switch, for a rank_budget that does not pay for rank_min in every
     layer."""
@@ -267,7 +291,7 @@ def read_state(meta: dict, path: Path) -> State:
         lacking, unknown = sorted(names - state.keys()), sorted(state.keys() - names)
         what = f"has no {', '.join(lacking)}" if lacking else f"has {', '.join(unknown)} besides"
         raise UserError(f"{path}/meta.json is damaged, or of another version: its state {what}")
-    for name in ("epoch", "step", "epoch_step", "metrics_bytes", "steps_bytes"):
+    for name in ("frozen_blocks", "epoch", "step", "epoch_step", "metrics_bytes", "steps_bytes"):
         if type(state[name]) is not int or state[name] < 0:
             raise UserError(f"{path}/meta.json is damaged: {name} is {state[name]!r}")
     if state["phase"] not in ("full", "warmup", "lora") or (state["phase"] == "full") != (not state["ranks"]):
@@ -306,6 +330,8 @@ def check_checkpoint(cfg, start: Start, images: int) -> None:
     fixed = FIXED
     if s.ranks:  # and what the lora phase trains, with a base in which precision, which the freeze decides
         fixed = FIXED + ADAPTERS + ["lora_trainable", "dtype"]
+    elif s.frozen_blocks:  # within the full phase
+        fixed = FIXED + ["freeze_blocks"]
     if not start.forked:  # what a fork shares was looked at when it was found
         check_same(cfg, get_config(cfg, path, meta), fixed, path)
     if meta["train_images"] != images:
@@ -359,10 +385,12 @@ def find_fork(cfg) -> tuple[Path, dict, list[dict], list[str]]:
 
 
 def get_own_switch(cfg, run: str, epochs: list[dict]) -> int | None:
-    """After which epoch of `run` a run of `cfg` would have switched; None: not by the end of its full
-    phase."""
-    full = [epoch for epoch in epochs if epoch["phase"] == "full"]
-    if cfg.mode != "prelora":
+    """After which epoch of `run` a run of `cfg` would have switched, or with mode full frozen blocks; None:
+    not by the end of its full phase."""
+    full = [epoch for epoch in epochs if get_stage(epoch) == "full"]
+    if cfg.mode == "full":
+        return cfg.switch_epoch
+    if cfg.mode == "lora":
         return None
     try:
         return find_switch(full, cfg)
@@ -381,7 +409,7 @@ def choose_epoch(
         last = min(last, (cfg.max_steps - 1) // steps_per_epoch)
 
     def is_usable(epoch: int) -> bool:
-        full = kept[epoch][1]["state"]["phase"] == "full"
+        full = is_full(kept[epoch][1]["state"])
         if epoch > last or (full and due is not None and epoch > due):
             return False
         return full or asked is not None or cfg.mode == "lora"
@@ -393,11 +421,17 @@ def choose_epoch(
     why = ""
     if asked is None or asked in kept:
         switches_first = due and (asked is None or asked <= last)
-        end = f"switch after epoch {due}" if switches_first else f"end after epoch {last + 1}"
+        does = "freeze blocks" if cfg.mode == "full" else "switch"
+        end = f"{does} after epoch {due}" if switches_first else f"end after epoch {last + 1}"
         why = f" that these settings share: they {end}"
     what = "no checkpoint" if at is None else f"no checkpoint of epoch {at}"
     there = ", ".join(map(str, sorted(kept)))
     raise UserError(f"{run} keeps {what}{why}; it keeps those of {there} (see --keep_every)")
+
+
+def is_full(state: dict) -> bool:
+    """Whether a checkpoint's `state` is one in which all parameters are trained and there are no others."""
+    return state["phase"] == "full" and not state.get("frozen_blocks")
 
 
 def check_fork(
@@ -405,16 +439,18 @@ def check_fork(
 ) -> None:
     """Raise UserError where a run of `cfg` would not have come by the checkpoint at `path`."""
     state = meta["state"]
-    if state["phase"] == "full":
-        if cfg.mode == "lora":
-            raise UserError(f"{path} is in its full phase, mode lora has none")
+    if state["phase"] == "full" and cfg.mode == "lora":
+        raise UserError(f"{path} is in its full phase, mode lora has none")
+    if is_full(state):
         return
-    shared = ["mode", *ADAPTERS]
+    shared = ["mode", "freeze_blocks"]
+    if state["ranks"]:
+        shared += ADAPTERS
     if state["phase"] == "lora":
         shared += ["lora_trainable", "dtype"]
     check_same(cfg, get_config(cfg, path, meta), shared, path)
     switched = next((switch["epoch"] for switch in switches if switch["from"] == "full"), None)
-    if cfg.mode == "prelora" and due != switched:
+    if cfg.mode != "lora" and due != switched:
         told = f"after epoch {due}" if due else "later"
         raise UserError(f"{path} comes after a switch at epoch {switched}, these settings switch {told}")
     warmup = sum(epoch["phase"] == "warmup" and epoch["epoch"] <= state["epoch"] for epoch in epochs)

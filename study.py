@@ -34,10 +34,9 @@ from config.cli import load_preset, parse_flags, typed_config
 from errors import UserError
 from files import read_json, write_json
 from lora.ranks import Ranks
-from model.variants import VARIANTS
-from monitor.log import Run, load_run
+from monitor.log import Run, find_first_switch, get_stage, load_run
 from monitor.plot import plot_runs
-from start import count_base
+from start import count_base, get_static_ranks
 
 ROOT, RUNS, DOC = Path(__file__).parent, Path("runs/study"), Path("docs/study.md")
 MARKS = ("<!-- written by study.py -->", "<!-- end -->")
@@ -214,11 +213,11 @@ def build_steps(arm: Arm) -> dict[str, Callable]:
     baseline's for all."""
     run = load_run(get_run_dir(arm, 0))
     cfg = get_config(arm, run)
-    ranks = run.switches[0]["ranks"] if run.switches else None
+    switch = find_first_switch(run.switches)
+    ranks = switch["ranks"] if switch else None
     if cfg.mode == "lora":
-        depth = VARIANTS[cfg.model]["depth"]
-        ranks = {family: [cfg.rank_max] * depth for family in cfg.target_modules}
-    phases = dict.fromkeys(record["phase"] for record in run.epochs)
+        ranks = get_static_ranks(cfg, train.build_net(cfg))
+    phases = dict.fromkeys(map(get_stage, run.epochs))
     return {phase: build_step(cfg, phase, ranks) for phase in phases if phase != "full" or arm is BASELINE}
 
 
@@ -246,7 +245,7 @@ def get_seconds(runs: list[Run], per_epoch: dict[str, float]) -> list[float]:
     seconds = []
     for run in runs:
         switching = sum(switch["seconds"] for switch in run.switches)
-        seconds.append(sum(per_epoch[record["phase"]] for record in run.epochs) + switching)
+        seconds.append(sum(per_epoch[get_stage(record)] for record in run.epochs) + switching)
     return seconds
 
 
@@ -296,8 +295,8 @@ def get_row(arm: Arm, epoch_seconds: dict[str, dict[str, float]]) -> list[str]:
         against_baseline = get_interval(top1 - get_top1(baseline)[: len(top1)])
     if is_near and arm is not EQUAL_TIME:
         against_equal = get_interval(top1 - get_top1(equal)[: len(top1)])
-    switches = [switch for run in runs for switch in run.switches if switch["from"] == "full"]
-    switched = sorted({switch["epoch"] for switch in switches})
+    switches = [find_first_switch(run.switches) for run in runs]
+    switched = sorted({switch["epoch"] for switch in switches if switch})
     return [
         arm.text,
         str(len(runs)),
@@ -328,10 +327,12 @@ def check_replay() -> str:
     agree, total = 0, 0
     for arm in FORKS:
         for seed, run in enumerate(load_arm(arm)):
+            if get_config(arm, run).mode != "prelora":  # it never switches
+                continue
             baseline = load_run(get_run_dir(BASELINE, seed))
             told = replay.replay_run(get_config(arm, run), baseline.epochs)
-            switches = [(s["epoch"], s["ranks"]) for s in run.switches if s["from"] == "full"]
-            did = switches[0] if switches else (None, None)
+            switch = find_first_switch(run.switches)
+            did = (switch["epoch"], switch["ranks"]) if switch else (None, None)
             agree, total = agree + (told == did), total + 1
     return (
         f"Replayed from the baselines' logs, {agree} of {total} forked runs switch at the epoch and with the "
@@ -396,8 +397,8 @@ def copy_with_seconds(arm: Arm, seed: int) -> Path:
         for record in map(json.loads, log):
             if record["event"] == "epoch":
                 images = record["epoch_seconds"] * record["images_per_second"]
-                record["epoch_seconds"] = seconds[record["phase"]]
-                record["images_per_second"] = images / seconds[record["phase"]]
+                record["epoch_seconds"] = seconds[get_stage(record)]
+                record["images_per_second"] = images / seconds[get_stage(record)]
             out.write(json.dumps(record) + "\n")
     return copy
 

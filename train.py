@@ -38,22 +38,22 @@ from data.device import mixup, normalise
 from data.loader import prefetch
 from errors import UserError
 from launch import distributed, failures
-from lora.inject import add_lora, freeze_base, init_adapters, mark_ranks_dynamic, match_families
+from lora.inject import add_lora, freeze, freeze_base, init_adapters, mark_ranks_dynamic, match_families
 from lora.onednn import use_onednn
-from lora.ranks import Ranks, choose_ranks
+from lora.ranks import Ranks
 from model import checkpoint, parallel
 from model.optim import apply_update, build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
 from model.pretrained import copy_weights
-from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
+from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS, get_lowest
 from model.vit import VisionTransformer
 from monitor.clock import EpochClock
-from monitor.convergence import get_changes, get_signs, rank_signs, switch_due
+from monitor.convergence import get_signs, rank_signs, switch_due
 from monitor.log import get_freeze_step
 from monitor.logger import RunLogger
 from monitor.norms import get_norms
 from monitor.perf import count_flops, peak_memory, reset_peak_memory
 from monitor.records import get_epoch_record, get_start_record, get_switch_record
-from start import Start, State, begin, choose_base, count_base, get_meta, open_log, say_done
+from start import Start, State, begin, choose_base, decide_ranks, get_meta, open_log, say_done
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Config:
     rand_augment: NonNegativeInt = 0  # M of RandAugment(2, M), where 10 is the nominal maximum; 0 = off
     mixup: NonNegativeFloat = 0.0  # alpha of Beta(alpha, alpha); 0 = off
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the compute; masters and optimiser stay float32
-    residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of what blocks add to; bfloat16: less traffic
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of the stream between blocks
     compile: bool = True  # torch.compile, one region per block
     activation_checkpointing: Literal["none", "block", "selective"] = "none"  # recompute a block, or half
     # several GPUs
@@ -117,6 +117,7 @@ class Config:
     lora_scaling: Literal["alpha", "rslora"] = "alpha"  # rslora: by alpha / sqrt(rank) (arXiv 2312.03732)
     target_modules: tuple[str, ...] = tuple(LORA_FAMILIES)  # the paper's alpha; of model/variants.py
     lora_trainable: Literal["adapters", "adapters+rest"] = "adapters"  # rest: head, norms, embeddings
+    freeze_blocks: NonNegativeInt = 0  # lowest blocks without adapters or gradient; full: after switch_epoch
     optimizer_at_switch: Literal["keep", "reset"] = "keep"  # reset: fresh at both switches, as the authors'
     lora_rewarm_steps: NonNegativeInt = 0  # after the freeze lr rises from 0 again (the authors': 100 steps)
 
@@ -133,11 +134,10 @@ def build_net(cfg: Config) -> nn.Module:
     """The model without adapters, on the meta device: names and shapes, no numbers yet. It has `blocks`,
     `init_weights(seed)`, and the Linears that model/variants.py's LORA_FAMILIES name."""
     data = DATASETS[cfg.dataset]
-    num_classes = cfg.num_classes or data.num_classes
     options = dict(dropout=cfg.dropout, drop_path=cfg.drop_path, layer_norm_eps=cfg.layer_norm_eps)
     options["residual_dtype"] = getattr(torch, cfg.residual_dtype)
     with torch.device("meta"):
-        return VisionTransformer(cfg.model, data.image_size, num_classes, **options)
+        return VisionTransformer(cfg.model, data.image_size, cfg.num_classes or data.num_classes, **options)
 
 
 def get_loss(cfg: Config, logits: Tensor, targets: list[tuple[Tensor, float]], reduction="mean") -> Tensor:
@@ -173,10 +173,10 @@ def evaluate(cfg: Config, model: nn.Module, batches: Iterator, device: torch.dev
 
 
 def build_model(
-    cfg: Config, phase: str, ranks: Ranks | None, device, mesh: DeviceMesh | None = None
+    cfg: Config, phase: str, ranks: Ranks | None, device, mesh: DeviceMesh | None = None, frozen_blocks=0
 ) -> nn.Module:
     """The model of a phase, compiled, sharded over `mesh`, on `device`; its weights are still to be set.
-    There is no other way to build one."""
+    There is no other way to build one. `frozen_blocks`: of the full phase, the lora phase has its own."""
     model = build_net(cfg)
     if phase != "full":
         families = match_families(model, LORA_FAMILIES, tuple(ranks))
@@ -184,6 +184,7 @@ def build_model(
     if phase == "lora":
         rest = cfg.mode == "lora" or cfg.lora_trainable == "adapters+rest"
         freeze_base(model, keep=LORA_REST if rest else ())
+    freeze(model, get_lowest(cfg.freeze_blocks if phase == "lora" else frozen_blocks))
     for block in model.blocks:
         use_onednn(block)
     # W + B A is summed from a W in float32: only where there are no adapters are weights gathered in less.
@@ -197,14 +198,14 @@ def build_model(
     return model
 
 
-def build_on_meta(cfg: Config, phase: str = "full", ranks: Ranks | None = None) -> nn.Module:
+def build_on_meta(cfg: Config, phase="full", ranks: Ranks | None = None, frozen_blocks=0) -> nn.Module:
     """A phase's model without its numbers, uncompiled: for its shapes, and to count what it computes."""
     plain = dataclasses.replace(cfg, compile=False, activation_checkpointing="none", dtype="float32")
-    return build_model(plain, phase, ranks, "meta")
+    return build_model(plain, phase, ranks, "meta", None, frozen_blocks)
 
 
 def switch_phase(
-    cfg: Config, model, optimizer, phase: str, ranks: Ranks, mesh: DeviceMesh | None = None
+    cfg: Config, model, optimizer, phase: str, ranks: Ranks, mesh: DeviceMesh | None = None, frozen_blocks=0
 ) -> tuple:
     """Rebuild the model in its next phase, and move weights and optimiser state over by name. Returns both.
 
@@ -216,7 +217,7 @@ def switch_phase(
     """
     parallel.reshard(model)
     weights, moments = model.state_dict(), get_optimizer_state(model, optimizer)
-    new = build_model(cfg, phase, ranks, next(model.parameters()).device, mesh)
+    new = build_model(cfg, phase, ranks, next(model.parameters()).device, mesh, frozen_blocks)
     tensors = new.state_dict()
     with torch.no_grad():
         for name in [name for name in tensors if name in weights]:
@@ -243,7 +244,8 @@ def enter_phase(cfg: Config, s: State, model: nn.Module, optimizer, device: torc
     evaluate_once = lambda: evaluate(cfg, model, ((images, labels) for _ in range(1)), device)
     with distributed.stop_signals_held():  # a scheduler sends them to the compilers, too
         compiled = parallel.compile_graphs(cfg.compile, model, optimizer, train_once, evaluate_once)
-    flops = count_flops(build_on_meta(cfg, s.phase, s.ranks), torch.empty(1, 3, size, size, device="meta"))
+    plain = build_on_meta(cfg, s.phase, s.ranks, s.frozen_blocks)
+    flops = count_flops(plain, torch.empty(1, 3, size, size, device="meta"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {**compiled, "trainable_params": trained, "flops_per_image": flops}
 
@@ -288,20 +290,21 @@ def train_step(
 # the loop
 
 
-def get_next_phase(cfg: Config, s: State, epochs: list[dict]) -> tuple[str, Ranks | None]:
-    """The phase and the ranks of the epoch to come, from the log: Algorithm 1 (monitor/convergence.py) ends
+def get_next_phase(cfg: Config, s: State, epochs: list[dict]) -> tuple[str, Ranks | None, int]:
+    """Phase, ranks, frozen blocks of the next epoch, from the log: Algorithm 1 (monitor/convergence.py) ends
     the full phase, Algorithm 2 gives the ranks, `lora_warmup_epochs` epochs end the warmup."""
+    phase, ranks, frozen_blocks = s.phase, s.ranks, s.frozen_blocks
     if s.epoch_step:  # resumed within an epoch, which ends in its phase whatever settings are new
-        return s.phase, s.ranks
-    due = s.phase == "full" and switch_due(epochs, cfg)  # mode full asks, too: norms must be finite
+        return phase, ranks, frozen_blocks
+    due = phase == "full" and switch_due(epochs, cfg)  # mode full asks, too: norms must be finite
     if due and cfg.mode == "prelora":
-        base, costs = count_base(cfg, build_net(cfg))
-        ranks = choose_ranks(cfg, get_changes(epochs, cfg), base, costs)
-        return ("warmup" if cfg.lora_warmup_epochs else "lora"), ranks
+        phase, ranks = "warmup", decide_ranks(cfg, build_net(cfg), epochs)
+    elif due:  # mode full stays in its phase
+        frozen_blocks = cfg.freeze_blocks
     warmed_up = sum(epoch["phase"] == "warmup" for epoch in epochs)
-    if s.phase == "warmup" and warmed_up >= cfg.lora_warmup_epochs:
-        return "lora", s.ranks
-    return s.phase, s.ranks
+    if phase == "warmup" and warmed_up >= cfg.lora_warmup_epochs:
+        phase, frozen_blocks = "lora", cfg.freeze_blocks
+    return phase, ranks, frozen_blocks
 
 
 def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | None, stop) -> bool:
@@ -320,7 +323,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         return say_done(cfg, s, total_steps)
 
     log = open_log(cfg, start, last_step)
-    model = build_model(cfg, s.phase, s.ranks, device, mesh)
+    model = build_model(cfg, s.phase, s.ranks, device, mesh, s.frozen_blocks)
     optimizer = build_optimizer(model, cfg.weight_decay)
     if start.checkpoint:
         checkpoint.load(start.checkpoint, model, optimizer)
@@ -329,24 +332,24 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         copy_weights(model, start.take_weights())
         init_adapters(model, cfg.seed)
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
-    phase, ranks = get_next_phase(cfg, s, log.epochs)
-    costs = enter_phase(cfg, s, model, optimizer, device) if phase == s.phase else {}
+    phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
+    costs = enter_phase(cfg, s, model, optimizer, device) if s.is_in(phase, frozen_blocks) else {}
     log.write(get_start_record(s, start, device, mesh, costs))
 
     look_every = 1 if device.type == "cpu" else 20  # steps: a look at a GPU's results waits for them
     stopped = False
     while s.epoch < cfg.epochs:
-        # -- the switch: full -> warmup puts the adapters in, warmup -> lora freezes the base
-        if phase != s.phase:
+        # -- the switch: full -> warmup puts adapters in, warmup -> lora freezes the base, full -> full blocks
+        if not s.is_in(phase, frozen_blocks):
             began, previous = time.perf_counter(), s.phase
-            s.phase, s.ranks = phase, ranks
+            s.phase, s.ranks, s.frozen_blocks = phase, ranks, frozen_blocks
             reset_peak_memory(device)
-            model, optimizer = switch_phase(cfg, model, optimizer, phase, ranks, mesh)
+            model, optimizer = switch_phase(cfg, model, optimizer, phase, ranks, mesh, frozen_blocks)
             gc.collect()  # compiled blocks stand in reference cycles, and hold the old model
             peak_bytes = distributed.max_over_processes(peak_memory(device), device)
             costs = enter_phase(cfg, s, model, optimizer, device)
             record = get_switch_record(s, previous, peak_bytes, costs, time.perf_counter() - began)
-            log.switch(record, rank_signs(cfg, ranks) if previous == "full" else [])
+            log.switch(record, rank_signs(cfg, ranks) if previous == "full" and ranks else [])
 
         # -- an epoch of training, or what is left of it
         steps = min(steps_per_epoch - s.epoch_step, last_step - s.step)
@@ -385,16 +388,13 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             record |= evaluate(cfg, model, start.val_loader.epoch(0), device)
         log.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
         s.begin_epoch()
-        phase, ranks = get_next_phase(cfg, s, log.epochs)
+        phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
         log.decided(s, get_signs(cfg, s, log.epochs, start.baseline, phase), ranks)
-        pinned = phase != s.phase or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0)
+        pinned = not s.is_in(phase, frozen_blocks) or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0)
         save(cfg, s, log, model, optimizer, train_loader.num_samples, pinned)
         if s.step >= last_step:
             break
-    if stopped:
-        who = stop.signal or "another rank was told to stop"
-        log.message(f"{who}: saved at step {s.step}, go on with --resume True")
-    log.end(s.step)
+    log.end(s.step, stopped, stop.signal)
     return not stopped
 
 

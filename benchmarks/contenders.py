@@ -15,6 +15,7 @@ from data.loader import Batch
 from lora.inject import init_adapters
 from lora.ranks import Ranks
 from model.optim import build_optimizer
+from monitor.log import FROZEN
 
 PHASES = ("full", "warmup", "lora")
 # title -> phase whose arithmetic it does
@@ -59,10 +60,11 @@ def build_contender(
 ) -> Contender:
     """A contender with weights, its blocks (ours) or the whole of it (theirs) given to torch.compile.
 
-    The peers' optimiser is fused AdamW over what trains, too. `title`: a key of CONTENDERS."""
+    The peers' optimiser is fused AdamW over what trains, too. `title`: a key of CONTENDERS, or FROZEN."""
     torch.manual_seed(0)
-    if title in PHASES:
-        model = train.build_model(cfg, title, ranks, device)
+    if title in PHASES or title == FROZEN:
+        phase, frozen_blocks = (title, 0) if title in PHASES else ("full", cfg.freeze_blocks)
+        model = train.build_model(cfg, phase, ranks, device, None, frozen_blocks)
         model.init_weights(0)
         init_adapters(model, 0)
         optimizer = build_optimizer(model, cfg.weight_decay)

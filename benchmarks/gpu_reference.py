@@ -99,7 +99,7 @@ def get_losses(
     meta = checkpoint.verify(path)
     s = State(**meta["state"])
     cfg = train.Config(**meta["config"] | {"dtype": dtype, "compile": compiled})
-    model = train.build_model(cfg, s.phase, s.ranks, device, mesh)
+    model = train.build_model(cfg, s.phase, s.ranks, device, mesh, s.frozen_blocks)
     optimizer = build_optimizer(model, cfg.weight_decay)
     checkpoint.load(path, model, optimizer)
     model.train()

@@ -17,6 +17,7 @@ def check_config(cfg) -> None:
     if cfg.mode != "full":  # without adapters nothing is asked of them
         check_adapters(cfg)
     check_switch(cfg)
+    check_freeze(cfg)
     if cfg.baseline is not None:
         load_run(cfg.baseline)
 
@@ -109,15 +110,31 @@ def check_switch(cfg) -> None:
     )
     if cfg.switch_epoch is None:
         return
-    require(cfg.mode == "prelora", f"switch_epoch has no meaning with mode {cfg.mode}")
+    freezes = cfg.mode == "full" and cfg.freeze_blocks > 0
     require(
-        cfg.switch_epoch >= 2 * cfg.window_epochs,
+        cfg.mode == "prelora" or freezes,
+        f"switch_epoch has no meaning with mode {cfg.mode}, unless that is full with freeze_blocks",
+    )
+    require(
+        freezes or cfg.switch_epoch >= 2 * cfg.window_epochs,
         f"switch_epoch {cfg.switch_epoch} is before two windows of {cfg.window_epochs} epochs are full, "
         "which the ranks need",
     )
     require(
         cfg.switch_epoch < cfg.epochs,
         f"switch_epoch {cfg.switch_epoch} is not before the last epoch {cfg.epochs}",
+    )
+
+
+def check_freeze(cfg) -> None:
+    depth = VARIANTS[cfg.model]["depth"]
+    require(
+        cfg.freeze_blocks < depth,
+        f"freeze_blocks {cfg.freeze_blocks} is not below the {depth} blocks of {cfg.model}",
+    )
+    require(
+        cfg.mode != "full" or not cfg.freeze_blocks or cfg.switch_epoch is not None,
+        "freeze_blocks needs, with mode full, --switch_epoch: the epoch after which the blocks are frozen",
     )
 
 

@@ -1,4 +1,4 @@
-"""LoRA as verbs on a model: match_families, add_lora, init_adapters, freeze_base, merge_lora.
+"""LoRA as verbs on a model: match_families, add_lora, init_adapters, freeze_base, freeze, merge_lora.
 
 Any nn.Module with Linears will do.
 
@@ -46,20 +46,22 @@ def add_lora(
     alpha: float | None = None,
     rslora: bool = False,
 ) -> nn.Module:
-    """Give every layer of every family in `ranks` an adapter of its rank, in place.
+    """Give every layer of every family in `ranks` an adapter of its rank, in place; none for rank 0.
 
     `ranks[family]` has one rank a layer, in the order of `families[family]`; `init_adapters` then sets the
     adapters' values. The base's parameters stay the
-    same objects under the same names. Raises ValueError, before anything is changed, if a family is unknown,
-    empty or has another number of layers than ranks, a name is no plain nn.Linear (a subclass may compute
-    something else), a row part is named twice, or a rank doesn't fit its Linear.
+    same objects under the same names, and a Linear whose parts all have rank 0 stays as it is. Raises
+    ValueError, before anything is changed, if a family is unknown, empty or has another number of layers than
+    ranks, a name is no plain nn.Linear (a subclass may compute something else), a row part is named twice, or
+    a rank is negative or doesn't fit its Linear.
     """
     modules = dict(model.named_modules())
     plan = plan_ranks(modules, families, ranks)
     for name, row_ranks in plan.items():
         check_ranks(modules[name].in_features, modules[name].out_features, row_ranks, where=f"{name}: ")
     for name, row_ranks in plan.items():
-        model.set_submodule(name, LoRALinear.from_linear(modules[name], row_ranks, alpha, rslora))
+        if any(row_ranks):
+            model.set_submodule(name, LoRALinear.from_linear(modules[name], row_ranks, alpha, rslora))
     return model
 
 
@@ -68,6 +70,7 @@ def plan_ranks(
 ) -> dict[str, list[int]]:
     """Name of each Linear to adapt -> rank of each of its row parts, 0 for none. Raises as `add_lora`."""
     plan: dict[str, list[int]] = {}
+    taken: set[tuple[str, int]] = set()
     for family, layer_ranks in ranks.items():
         layers = families.get(family)
         if not layers:
@@ -80,14 +83,28 @@ def plan_ranks(
                 raise ValueError(f"family {family!r}: {name} is a {kind.__name__}, not a plain nn.Linear")
             if not 0 <= part < parts:
                 raise ValueError(f"family {family!r}: {name} has no row part {part} of {parts}")
-            if rank < 1:
-                raise ValueError(f"family {family!r}: rank {rank} for {name} is below 1")
+            if rank < 0:
+                raise ValueError(f"family {family!r}: rank {rank} for {name} is below 0")
             row_ranks = plan.setdefault(name, [0] * parts)
-            if len(row_ranks) != parts or row_ranks[part]:
+            if len(row_ranks) != parts or (name, part) in taken:
                 what = f"row part {part} of {parts} of {name}"
                 raise ValueError(f"family {family!r}: {what} is already taken or cut otherwise")
             row_ranks[part] = rank
+            taken.add((name, part))
     return plan
+
+
+def drop_ranks(
+    ranks: dict[str, list[int]], families: Families, names: tuple[str, ...]
+) -> dict[str, list[int]]:
+    """`ranks` with 0, for no adapter, in the layers whose Linear one of the patterns `names` matches."""
+    dropped: dict[str, list[int]] = {}
+    for family, layer_ranks in ranks.items():
+        dropped[family] = []
+        for (name, _, _), rank in zip(families[family], layer_ranks, strict=True):
+            matches = any(fnmatchcase(name, pattern) for pattern in names)
+            dropped[family].append(0 if matches else rank)
+    return dropped
 
 
 def rank_costs(model: nn.Module, families: Families) -> dict[str, list[int]]:
@@ -159,6 +176,24 @@ def freeze_base(model: nn.Module, keep: tuple[str, ...] = ()) -> nn.Module:
         p.requires_grad = kept or name in adapters
         if not p.requires_grad:
             p.grad = None
+    return model
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
+    """Make the parameters whose names match one of `patterns` need no gradient, in place, and drop theirs.
+
+    No others are touched, and no value is. Raises ValueError, before anything is changed, for a pattern that
+    matches nothing.
+    """
+    parameters = dict(model.named_parameters())
+    frozen: set[str] = set()
+    for pattern in patterns:
+        matching = {name for name in parameters if fnmatchcase(name, pattern)}
+        if not matching:
+            raise ValueError(f"{pattern!r} matches no parameter of the model")
+        frozen |= matching
+    for name in frozen:
+        parameters[name].requires_grad, parameters[name].grad = False, None
     return model
 
 

@@ -67,7 +67,8 @@ def parallelize(
     Compilation is in place (`block.compile()`), so that no parameter gets an `_orig_mod.` name, and regional:
     a block is traced once and all blocks share the graph. A whole run needs 4 training graphs (full 1, warmup
     1, lora 2: the first block's input needs no gradient there) and 1 for evaluation in each phase, whatever
-    the depth and the ranks (`lora.inject.mark_ranks_dynamic`). The recompile limit counts per code object, so
+    the depth and the ranks (`lora.inject.mark_ranks_dynamic`). Blocks that are frozen whole need one more of
+    each in their phase, without a backward. The recompile limit counts per code object, so
     over all blocks and phases; with fullgraph a run that hits it stops, without it would silently go on in
     eager mode.
 

@@ -12,6 +12,17 @@ VARIANTS = {
     "L/16":        {"embed_dim": 1024, "depth": 24, "num_heads": 16, "patch_size": 16},
 }  # fmt: skip
 
+# What lies below the blocks, and is frozen with the lowest of them.
+BELOW = ("patch_embed.*", "cls_token", "pos_embed")
+
+
+def get_lowest(blocks: int) -> tuple[str, ...]:
+    """Patterns of the names of all that lies in the lowest `blocks` blocks and below them; () for none."""
+    if not blocks:
+        return ()
+    return (*BELOW, *(f"blocks.{i}.*" for i in range(blocks)))
+
+
 # The paper's target modules α: family -> (pattern of the Linear's name, row part, number of row parts).
 # q, k, v are the three row slices of the fused qkv; the paper's "dense" is fc1, its "output" is proj and fc2.
 LORA_FAMILIES = {

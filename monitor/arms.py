@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from monitor.figures import COLORS, DASHES
-from monitor.log import pick_events
+from monitor.log import get_stage, pick_events
 
 # Config fields that make no other experiment: runs that differ in these alone are seeds of one arm.
 # fmt: off
@@ -27,7 +27,7 @@ class Arm(NamedTuple):
     runs: list[list[dict]]  # the epoch records of each
     style: dict  # of its lines
     devices: set[str]  # that its runs were on: cpu, cuda
-    flops: dict[str, int]  # phase → FLOPs per image
+    flops: dict[str, int]  # phase or FROZEN → FLOPs per image
 
 
 def group_runs(runs: list[tuple[Path, dict, list[dict]]]) -> tuple[Arm | None, list[Arm]]:
@@ -35,9 +35,9 @@ def group_runs(runs: list[tuple[Path, dict, list[dict]]]) -> tuple[Arm | None, l
     their first runs).
 
     Runs are seeds of one arm when their configs are equal but for IGNORED; a field that is None is as one
-    that is absent (runs older than a field lack it). The baseline is the arm with mode "full", of several the
-    one with most epochs. A label is what the names of an arm's directories begin with, or their parent's name
-    for names like seed0.
+    that is absent (runs older than a field lack it). The baseline is the arm with mode "full" that freezes
+    nothing, of several the one with most epochs. A label is what the names of an arm's directories begin
+    with, or their parent's name for names like seed0.
     """
     groups: dict[str, list] = {}
     for run, config, events in runs:
@@ -49,7 +49,7 @@ def group_runs(runs: list[tuple[Path, dict, list[dict]]]) -> tuple[Arm | None, l
         if labels.count(label) > 1:
             label = os.path.relpath(group[0][0], top)
         arms.append(build_arm(label, group))
-    full = [arm for arm in arms if arm.config.get("mode") == "full"]
+    full = [a for a in arms if a.config.get("mode") == "full" and not a.config.get("freeze_blocks")]
     baseline = max(full, key=lambda arm: max(map(len, arm.runs)), default=None)
     arms = [arm for arm in arms if arm is not baseline]
     for i, arm in enumerate(arms):  # six colours: black is the baseline's, yellow too faint
@@ -81,7 +81,7 @@ def build_arm(label: str, group: list[tuple[Path, dict, list[dict]]]) -> Arm:
     for event in events:
         if "flops_per_image" in event:
             phase = event.get("to") or event.get("phase")  # of a switch, of a start
-            flops[phase] = event["flops_per_image"]
+            flops[get_stage(event | {"phase": phase})] = event["flops_per_image"]
     devices = {event.get("device") for event in pick_events(events, "start")}
     runs = [pick_events(run_events, "epoch") for _, _, run_events in group]
     return Arm(label, group[0][1], runs, {}, devices, flops)

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from monitor.arms import Arm, find_window_arms
 from monitor.costs import costs_figure
 from monitor.figures import build_epoch_locator, build_figure, get_family, get_marker, get_phase_spans
+from monitor.log import FROZEN
 
 SWITCHES = {"switch": "--", "freeze": ":"}  # lines where several arms are compared
 Values = Callable[[list[dict]], list]  # epoch records of a run -> one value a record, None for none
@@ -186,8 +187,8 @@ def get_switch_lines(arms: list[Arm]) -> dict[tuple[float, str], str]:
     lines = {}
     for arm in arms:
         spans = [span for records in arm.runs for span in get_phase_spans(records)[1:]]
-        for name, phase in [("switch", "warmup"), ("freeze", "lora")]:
-            starts = [start for to, start, _ in spans if to == phase]
+        for name, phases in [("switch", ["warmup"]), ("freeze", ["lora", FROZEN])]:
+            starts = [start for to, start, _ in spans if to in phases]
             if starts:
                 line = float(np.mean(starts)), name
                 lines[line] = "0.4" if line in lines else arm.style["color"]

@@ -13,6 +13,7 @@ from errors import UserError
 class Settings(Protocol):
     """What the switch depends on: train.Config has these fields."""
 
+    mode: str  # full: there are no ranks, and switch_epoch is when blocks are frozen
     tau: float  # threshold on the weight norms' change between windows, in %
     zeta: float  # threshold on the training loss's change between windows, in %
     num_windows: int  # consecutive windows that must agree, k in the paper
@@ -167,13 +168,16 @@ def get_warmup_epochs(epochs: list[dict], cfg: Settings) -> float:
 
 
 def check_settings(cfg: Settings) -> None:
-    """Raise ValueError for fewer than two windows, or a switch_epoch before two are full."""
+    """Raise ValueError for fewer than two windows, or a switch_epoch, which ranks come with, before two are
+    full."""
     if cfg.num_windows < 2 or cfg.window_epochs < 1:
         raise ValueError(
             f"the test compares windows: num_windows {cfg.num_windows} must be ≥ 2, "
             f"window_epochs {cfg.window_epochs} ≥ 1"
         )
-    if cfg.switch_epoch is not None and cfg.switch_epoch < 2 * cfg.window_epochs:
+    if cfg.switch_epoch is None or cfg.mode == "full":
+        return
+    if cfg.switch_epoch < 2 * cfg.window_epochs:
         raise ValueError(
             f"switch_epoch {cfg.switch_epoch} is before two windows of {cfg.window_epochs} epochs are full: "
             "the ranks come from the change between two (lower window_epochs)"
@@ -272,12 +276,13 @@ def find_plateau(lora: list[dict], window_epochs: int, zeta: float, baseline: li
 def rank_signs(cfg, ranks: dict[str, list[int]]) -> list[str]:
     """Warnings about ranks that were just assigned, as sentences.
 
-    Nearly every layer at rank_max saves nothing; with Algorithm 2 (`rank_rule=minmax`), a family of equal
-    layers got rank_min.
+    Nearly every adapter at rank_max saves nothing; with Algorithm 2 (`rank_rule=minmax`), a family of equal
+    layers got rank_min. Of a family with layers of rank 0, which get no adapter whatever their change was,
+    the latter can't be told.
     """
     if cfg.rank_min == cfg.rank_max:  # asked for
         return []
-    everything = [rank for layers in ranks.values() for rank in layers]
+    everything = [rank for layers in ranks.values() for rank in layers if rank]
     at_max = sum(rank == cfg.rank_max for rank in everything) / len(everything)
     signs = []
     if at_max >= 0.9:

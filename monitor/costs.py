@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from monitor.arms import Arm
 from monitor.figures import PHASES, build_figure
+from monitor.log import get_stage
 
 WHOLE = "whole run"
 THROUGHPUT, MEMORY = 1, 2  # columns
@@ -75,7 +76,7 @@ def get_phase_costs(records: list[dict]) -> dict[str, tuple[float, float, float]
     """
     costs = {}
     for phase in [*PHASES, WHOLE]:
-        chosen = [record for record in records if phase in (record["phase"], WHOLE)]
+        chosen = [record for record in records if phase in (get_stage(record), WHOLE)]
         if not chosen:
             continue
         seconds = np.array([record["epoch_seconds"] for record in chosen])

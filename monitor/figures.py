@@ -18,12 +18,14 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from errors import UserError
+from monitor.log import FROZEN, get_stage
 
 # Okabe & Ito's colour-blind safe palette; yellow and black last: the one is faint on white, the other marks
 # switches.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442"]
 DASHES = ["-", "--", ":"]  # a ninth family starts the colours again, dashed
-PHASES = {"full": "#F0F0F0", "warmup": "#FDEBD0", "lora": "#E3F0FA"}  # background tints, in order
+# Background tints, in order.
+PHASES = {"full": "#F0F0F0", FROZEN: "#E8F3EC", "warmup": "#FDEBD0", "lora": "#E3F0FA"}
 
 
 def norms_figure(epochs: list[dict], switches: list[dict]) -> Figure:
@@ -46,7 +48,7 @@ def norms_figure(epochs: list[dict], switches: list[dict]) -> Figure:
     finish_axes(left, epochs, switches, "(a) Weight norm per family")
     finish_axes(right, epochs, switches, "(b) Training loss")
     # The legend stands below the axes and outside them: wherever the curves go, it covers none.
-    seen = {record["phase"] for record in epochs}
+    seen = {get_stage(record) for record in epochs}
     patches = [Patch(color=color, label=f"{phase} phase") for phase, color in PHASES.items() if phase in seen]
     handles = lines + patches
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 9), frameon=False)
@@ -141,7 +143,7 @@ def draw_changes(axes: Axes, epochs: list[dict], changes: np.ndarray, limit: flo
 
 def rank_heatmap(ranks: dict[str, list[int]]) -> Figure:
     """Family × layer heat map of the assigned ranks (Algorithm 2), each written in its cell; colour is log2
-    of the rank.
+    of the rank, and none for 0, which is no adapter.
 
     ranks: {family: [one rank a layer]}; a family with fewer layers than the longest leaves its last cells
     blank.
@@ -150,7 +152,7 @@ def rank_heatmap(ranks: dict[str, list[int]]) -> Figure:
     table = np.full((len(ranks), layers), np.nan)
     for row, values in enumerate(ranks.values()):
         table[row, : len(values)] = values
-    levels = np.log2(np.maximum(table, 1))
+    levels = np.log2(np.where(table > 0, table, np.nan))
     # The scale does not begin at the lowest rank: white would not be seen as a cell.
     low, high = np.nanmin(levels) - 1, np.nanmax(levels) + 0.5
     figure = build_figure(max(4.5, 1.5 + 0.4 * layers), 1.4 + 0.4 * len(ranks))
@@ -186,10 +188,11 @@ def get_norms(epochs: list[dict], family: str) -> np.ndarray:
 
 
 def get_phase_spans(epochs: list[dict]) -> list[tuple[str, int, int]]:
-    """(phase, completed epochs at its start, at its end) of every phase, from the epoch records alone."""
+    """(phase or FROZEN, completed epochs at its start, at its end) of every phase, from the epoch records
+    alone."""
     spans = []
     start = epochs[0]["epoch"] - 1
-    for phase, records in groupby(epochs, key=lambda record: record["phase"]):
+    for phase, records in groupby(epochs, key=get_stage):
         end = list(records)[-1]["epoch"]
         spans.append((phase, start, end))
         start = end
@@ -245,16 +248,16 @@ def finish_axes(axes: Axes, epochs: list[dict], switches: list[dict], title: str
 
 def mark_switch(axes: Axes, switch: dict) -> None:
     """A dashed line at a switch record's epoch, and above the axes what it is."""
-    epoch, into_lora = switch["epoch"], switch["to"] == "lora"
+    epoch, freezes = switch["epoch"], switch["to"] != "warmup"
     axes.axvline(epoch, color="black", linestyle="--", linewidth=1, label="_switch")
-    if not into_lora:
+    if not freezes:
         name = "switch"
-    elif switch["from"] == "warmup":
-        name = "freeze"
-    else:
+    elif (switch["from"], switch["to"]) == ("full", "lora"):
         name = "switch and freeze"
+    else:  # of the base, or of blocks within the full phase
+        name = "freeze"
     # One name stands to the left of its line and the other to the right: a short warmup must not make them
     # collide.
-    side = "left" if into_lora else "right"
+    side = "left" if freezes else "right"
     above = axes.get_xaxis_transform()
     axes.text(epoch, 1.01, f"{name}, epoch {epoch}", fontsize="small", va="bottom", ha=side, transform=above)

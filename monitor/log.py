@@ -9,6 +9,8 @@ from typing import NamedTuple
 from errors import UserError
 from files import read_json
 
+FROZEN = "full, frozen"  # the full phase once its lowest blocks are frozen (mode full with freeze_blocks)
+
 
 class Run(NamedTuple):
     """What a run directory holds, records in file order."""
@@ -113,6 +115,19 @@ def get_ranks(run_dir: str | Path, switches: list[dict]) -> dict[str, list[int]]
     return read_json(path) or None
 
 
+def get_stage(record: dict) -> str:
+    """The phase of an epoch record, or FROZEN: what is trained differs there from the rest of its phase."""
+    if record["phase"] == "full" and record.get("frozen_blocks"):
+        return FROZEN
+    return record["phase"]
+
+
+def find_first_switch(switches: list[dict]) -> dict | None:
+    """The first record of a switch from the full phase to adapters, None without one. A switch from full to
+    full, which freezes blocks, is none."""
+    return next((s for s in switches if s["from"] == "full" and s["to"] != "full"), None)
+
+
 def check_logs(run_dir: str | Path, metrics_bytes: int, steps_bytes: int, checkpoint: str | Path) -> None:
     """Raise UserError if a log has lost what it held when `checkpoint`, which noted both lengths, was saved.
 
@@ -132,14 +147,14 @@ def get_freeze_step(epochs: list[dict]) -> int | None:
 
 
 def phase_table(epochs: list[dict]) -> str:
-    """The run's phases side by side, as plain text.
+    """The run's phases side by side, as plain text; FROZEN is a row of its own.
 
     Seconds and images/s are medians over the phase's epochs, memory is the peak, top-1 the last one
     evaluated.
     """
     rows = [("phase", "epochs", "s/epoch", "images/s", "trainable", "peak memory", "top-1")]
-    for phase in dict.fromkeys(record["phase"] for record in epochs):
-        records = [record for record in epochs if record["phase"] == phase]
+    for phase in dict.fromkeys(map(get_stage, epochs)):
+        records = [record for record in epochs if get_stage(record) == phase]
         seconds = get_upper_median([record["epoch_seconds"] for record in records])
         rate = get_upper_median([record["images_per_second"] for record in records])
         trainable = records[-1]["trainable_params"]

@@ -198,14 +198,15 @@ class RunLogger:
         """A switch event, with `signs` about its ranks as warnings; the ranks as a figure in TensorBoard."""
         for sign in signs:
             self.warning(record["epoch"], record["step"], sign)
-        if self.enabled:
+        if self.enabled and record["ranks"]:
             write_json(self.run_dir / "ranks.json", record["ranks"])
         self.write(record)
         if self.enabled and record["ranks"]:
             with writing(self.tensorboard_path):
                 self.tensorboard.add_figure("lora/ranks", rank_heatmap(record["ranks"]), record["step"])
+        frozen = f", lowest {record['frozen_blocks']} blocks frozen" if record["frozen_blocks"] else ""
         self.message(
-            f"switch {record['from']} -> {record['to']} after epoch {record['epoch']}: "
+            f"switch {record['from']} -> {record['to']}{frozen} after epoch {record['epoch']}: "
             f"{record['trainable_params']:,} trainable parameters, {record['seconds']:.1f} s, "
             f"{record['graphs_compiled']} graphs compiled"
         )
@@ -217,8 +218,11 @@ class RunLogger:
         self.traced.add(phase)
         return self.run_dir / "profile" / f"{phase}.json"
 
-    def end(self, step: int) -> None:
-        """The run's last words: its phases side by side."""
+    def end(self, step: int, stopped: bool = False, signal: str | None = None) -> None:
+        """The run's last words: by what it was `stopped`, if it was, and its phases side by side."""
+        if stopped:
+            who = signal or "another rank was told to stop"
+            self.message(f"{who}: saved at step {step}, go on with --resume True")
         self.bar.close()
         if not self.enabled:
             return

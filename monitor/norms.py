@@ -41,18 +41,25 @@ def weight_norms(model: nn.Module, families: Families) -> dict[str, list[float]]
 
 @torch.no_grad()
 def adapter_norms(model: nn.Module, families: Families) -> dict[str, list[float]]:
-    """‖s·B·A‖_F of every layer of every family that has adapters, paper Figure 6b.
+    """‖s·B·A‖_F of every layer of every family that has adapters, paper Figure 6b; 0 for a layer without one.
 
-    Those are modules with an `adapter(part)` that gives s·B and A.
+    Adapters are in modules with an `adapter(part)` that gives s·B and A, both empty where the part has none.
 
     By ‖BA‖² = ⟨BᵀB, AAᵀ⟩: rank × rank products, the (out, in) one is never formed.
     """
     norms: dict[str, list[Tensor]] = {}
     for family, layers in families.items():
-        modules = [(model.get_submodule(name), part) for name, part, _ in layers]
-        pairs = [module.adapter(part) for module, part in modules if hasattr(module, "adapter")]
-        if len(pairs) == len(layers) and all(A.numel() for _, A in pairs):
-            norms[family] = [get_product_norm(B.float(), A.float()) for B, A in pairs]
+        products, adapted = [], False
+        for name, part, _ in layers:
+            module = model.get_submodule(name)
+            if hasattr(module, "adapter"):
+                B, A = module.adapter(part)
+                products.append(get_product_norm(B.float(), A.float()))
+                adapted = adapted or A.numel() > 0
+            else:
+                products.append(torch.zeros((), device=module.weight.device))
+        if adapted:
+            norms[family] = products
     return to_floats(norms)
 
 

@@ -19,6 +19,7 @@ def get_start_record(s, start, device: torch.device, mesh: DeviceMesh | None, co
         "epoch": s.epoch,
         "step": s.step,
         "phase": s.phase,
+        "frozen_blocks": s.frozen_blocks,
         "device": device.type,
         "world_size": len(start.hosts),
         "hosts": start.hosts,
@@ -30,8 +31,8 @@ def get_start_record(s, start, device: torch.device, mesh: DeviceMesh | None, co
 
 
 def get_switch_record(s, previous: str, peak_memory: float, costs: dict, seconds: float) -> dict:
-    """The switch from phase `previous` to that of `s`. `peak_memory`: bytes, the largest of the
-    processes'."""
+    """The switch from phase `previous` to that of `s`: from full to full where blocks are frozen in it.
+    `peak_memory`: bytes, the largest of the processes'."""
     return {
         "event": "switch",
         "epoch": s.epoch,
@@ -39,6 +40,7 @@ def get_switch_record(s, previous: str, peak_memory: float, costs: dict, seconds
         "from": previous,
         "to": s.phase,
         "ranks": s.ranks,
+        "frozen_blocks": s.frozen_blocks,
         "peak_memory_bytes": int(peak_memory),
         **costs,
         "seconds": seconds,
@@ -67,6 +69,7 @@ def get_epoch_record(
         "epoch": s.epoch,
         "step": s.step,
         "phase": s.phase,
+        "frozen_blocks": s.frozen_blocks,
         "train_loss": s.epoch_loss / s.epoch_step,
         "train_top1": 100 * (s.epoch_hits / s.epoch_step) / cfg.batch_size,
         "epoch_seconds": s.epoch_seconds,

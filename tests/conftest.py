@@ -76,6 +76,23 @@ def baseline(small, tmp_path_factory):
     return run_dir
 
 
+@pytest.fixture(scope="session")
+def lowest_frozen(small, tmp_path_factory):
+    """The reference run but for its two lowest blocks of four, which get no adapters and are frozen whole."""
+    run_dir = tmp_path_factory.mktemp("lowest_frozen") / "run"
+    run(small, run_dir, "--freeze_blocks", 2)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def control(small, tmp_path_factory):
+    """Its control: all parameters, and from epoch 4 on those above the two lowest blocks."""
+    run_dir = tmp_path_factory.mktemp("control") / "full"
+    flags = "--mode full --freeze_blocks 2 --switch_epoch 3 --window_epochs 3 --keep_every 1".split()
+    run(small, run_dir, *flags)
+    return run_dir
+
+
 class RankPool:
     """Processes that play ranks and stay, because importing torch takes longer than most tests."""
 

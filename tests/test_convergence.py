@@ -133,6 +133,7 @@ def settings(k=3, m=3, tau=0.5, zeta=2.5, switch_epoch=None, warmup_epochs=0, fa
         tau=tau,
         zeta=zeta,
         switch_epoch=switch_epoch,
+        mode="prelora",
         lr_warmup_steps=warmup_epochs * STEPS,
         target_modules=families,
     )
@@ -407,6 +408,10 @@ def test_rank_signs():
     assert "every layer of q" in alike
     assert get_rank_signs({"q": [8], "k": [8, 64]}, 8, 64) == []  # a single layer is always alike
     assert get_rank_signs({"q": [8, 8]}, 8, 8) == []  # one rank was asked for
+    # 0 is no adapter: neither counted, nor is it known whether a layer without one changed most
+    assert get_rank_signs({"q": [0, 8, 8], "k": [0, 8, 64]}, 8, 64) == []
+    (at_max,) = get_rank_signs({"q": [0] * 9 + [64] * 9}, 8, 64)
+    assert at_max.startswith("100%")
 
 
 # ---- norms
@@ -474,3 +479,28 @@ def test_adapter_norms(build, alpha):
             BA = s * module.lora_B[str(part)] @ module.lora_A[start : start + rank]
             assert math.isclose(got, torch.linalg.norm(BA).item(), rel_tol=1e-5)
     assert weight_norms(model, families) == before  # of the base alone, whatever the adapters
+
+
+def test_a_layer_without_an_adapter_has_an_adapters_norm_of_0():
+    """Whether its Linear is plain, or has adapters in other row parts; a family without any has no norms."""
+    model, families = build_encoder()
+    some, none = list(families)[:2]
+    layers = len(families[some])
+    add_lora(model, families, {some: [0] + [4] * (layers - 1), none: [0] * len(families[none])})
+    init_adapters(model, 0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_B" in name:
+                p.normal_()
+    norms = adapter_norms(model, families)
+    assert norms.keys() == {some} and layers > 1
+    assert norms[some][0] == 0.0 and min(norms[some][1:]) > 0
+
+
+def test_mode_full_needs_no_two_windows():
+    """Its switch_epoch freezes blocks, for which no ranks are asked."""
+    cfg = settings(2, 3, switch_epoch=1)
+    with pytest.raises(ValueError, match="switch_epoch 1"):
+        switch_due(log([10.0]), cfg)
+    cfg.mode = "full"
+    assert switch_due(log([10.0]), cfg) and not switch_due([], cfg)

@@ -89,6 +89,8 @@ class Runs(dict):
         "bf16": BF16,
         "alpha": [*STATIC, "--lora_alpha", "6", "--layer_norm_eps", "1e-12"],
         "static": STATIC,
+        "lowest": ["--freeze_blocks", "2"],
+        "control": ["--mode", "full", "--freeze_blocks", "2", "--switch_epoch", "3"],
     }
 
     def __init__(self, data, folder):
@@ -170,7 +172,7 @@ def merged_by_hand(path):
         ):
             start = 0
             for part, family in enumerate(families):
-                if family in ranks:
+                if family in ranks and ranks[family][i]:
                     r, name = ranks[family][i], f"blocks.{i}.{linear}"
                     s = 1 if alpha is None else alpha / (r**0.5 if rslora else r)
                     A, B = tensors[f"{name}.lora_A"][start : start + r], tensors[f"{name}.lora_B.{part}"]
@@ -204,7 +206,15 @@ def make(target, out, *flags, format="timm"):
 
 @pytest.mark.parametrize(
     "run, phase",
-    [("plain", "full"), ("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("static", None)],
+    [
+        ("plain", "full"),
+        ("plain", "warmup"),
+        ("plain", "lora"),
+        ("bf16", "lora"),
+        ("static", None),
+        ("lowest", "warmup"),
+        ("lowest", "lora"),
+    ],
 )
 def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
     path = runs.at(run, phase)
@@ -407,7 +417,14 @@ def test_transformers_computes_what_was_trained(runs, images, tmp_path, run, pha
 
 @pytest.mark.parametrize(
     "run, phase",
-    [("plain", "warmup"), ("plain", "lora"), ("bf16", "lora"), ("alpha", None), ("static", None)],
+    [
+        ("plain", "warmup"),
+        ("plain", "lora"),
+        ("bf16", "lora"),
+        ("alpha", None),
+        ("static", None),
+        ("lowest", "lora"),
+    ],
 )
 def test_peft_computes_what_was_trained(runs, images, tmp_path, run, phase):
     from peft import PeftModel
@@ -434,12 +451,17 @@ def test_peft_computes_what_was_trained(runs, images, tmp_path, run, phase):
         "fc2": "mlp.fc2",
     }
     expected_ranks = {
-        f"vit.layers.{i}.{named[family]}": r for family, layers in ranks.items() for i, r in enumerate(layers)
+        f"vit.layers.{i}.{named[family]}": r
+        for family, layers in ranks.items()
+        for i, r in enumerate(layers)
+        if r
     }
+    assert (len(expected_ranks) < sum(map(len, ranks.values()))) == (run == "lowest")
     assert config["rank_pattern"] == expected_ranks and config["use_rslora"] == (run == "bf16")
     assert config["alpha_pattern"] == {name: cfg["lora_alpha"] or r for name, r in expected_ranks.items()}
     assert sorted(config["target_modules"]) == sorted(expected_ranks)
-    assert "transformers 5's modules" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "transformers 5's modules" in card and ("0 for no adapter" in card) == (run == "lowest")
 
 
 def test_names_of_huggingface_and_back():
@@ -675,7 +697,9 @@ def evaluate_on_rank(argv):
     return status, out.getvalue(), err.getvalue()
 
 
-@pytest.mark.parametrize("run, phase", [("plain", "full"), ("plain", "warmup"), ("bf16", "lora")])
+@pytest.mark.parametrize(
+    "run, phase", [("plain", "full"), ("plain", "warmup"), ("bf16", "lora"), ("lowest", "lora")]
+)
 def test_evaluate_says_what_training_did(runs, capsys, on_ranks, run, phase):
     """130 images, so that no batch is full and the ranks have different numbers of them."""
     path = runs.at(run, phase)
@@ -705,6 +729,22 @@ def test_evaluate_says_what_training_did(runs, capsys, on_ranks, run, phase):
     assert two["ranks"] == 2 and two["images"] == 130
     for key in ("val_loss", "val_top1", "val_top5"):
         assert two[key] == pytest.approx(got[key], rel=1e-3 if run == "bf16" else 1e-6)
+
+
+def test_a_control_with_frozen_blocks_is_evaluated_and_exported(runs, images, tmp_path, capsys):
+    path = runs.at("control", None)
+    assert checkpoint.read_meta(path)["state"]["frozen_blocks"] == 2
+    status, out, err = run_main(evaluate.main, [path], capsys)
+    assert status == 0, err
+    got, logged = json.loads(out.splitlines()[-1]), events(runs["control"], "epoch")[-1]
+    assert got["phase"] == "full"
+    for key in ("val_loss", "val_top1", "val_top5"):
+        assert got[key] == pytest.approx(logged[key], rel=1e-5)
+    for format in ("timm", "hf"):  # each compares its logits with the trained model's
+        card = (make(path, tmp_path / format, format=format) / "README.md").read_text()
+        assert "with the lowest 2 blocks and the embeddings frozen" in card
+    card = (make(runs.at("control", "full"), tmp_path / "before") / "README.md").read_text()
+    assert "with all parameters from beginning to end" in card  # the control
 
 
 def trained_all(path, data):

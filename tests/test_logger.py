@@ -256,6 +256,12 @@ def test_a_log_that_cannot_be_read_is_the_users_error(tmp_path):
         load_run(tmp_path)
 
 
+def test_phase_table_tells_frozen_blocks_apart():
+    epochs = [build_epoch(1), build_epoch(2) | {"frozen_blocks": 2, "trainable_params": 3}]
+    table = phase_table(epochs).splitlines()
+    assert len(table) == 3 and "full, frozen" in table[2] and " 3 " in table[2]
+
+
 def test_phase_table_of_epochs_without_evaluation():
     table = phase_table([build_epoch(1), build_epoch(2)]).splitlines()
     assert len(table) == 2 and table[1].split() == ["full", "2", "1.5", "2", "1.5", "0.00", "GiB", "-"]

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora import kernels, onednn
 from lora.inject import (
     add_lora,
+    drop_ranks,
+    freeze,
     freeze_base,
     get_adapter_names,
     init_adapters,
@@ -21,7 +23,7 @@ from lora.inject import (
 )
 from lora.layers import LoRALinear, reference
 from lora.onednn import OneDNNLinear, use_onednn
-from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS
+from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS, get_lowest
 from model.vit import VisionTransformer
 
 ALL = tuple(LORA_FAMILIES)
@@ -624,9 +626,9 @@ def attempt(model, families, ranks):
             {"fc1": [2, 2], "k": [2, 25]},
             ["blocks.1.attn.qkv", "25", "min(in, out) = 24"],
         ),  # 24 rows of the fused 72
-        ({"q": [2, 2], "fc1": [2, 0]}, ["'fc1'", "rank 0", "blocks.1.mlp.fc1"]),
         ({"q": [2, 2], "fc1": [-1, 2]}, ["'fc1'", "rank -1", "blocks.0.mlp.fc1"]),
         ({"fc1": [2, 2], "q": [2, 2], "again": [2, 2]}, ["'again'", "part 0 of 3 of blocks.0.attn.qkv"]),
+        ({"fc1": [2, 2], "q": [0, 0], "again": [2, 2]}, ["'again'", "part 0 of 3 of blocks.0.attn.qkv"]),
         ({"fc1": [2, 2], "halves": [2, 2], "q": [2, 2]}, ["'q'", "blocks.0.attn.qkv"]),
         ({"fc1": [2, 2], "sevenths": [2, 2]}, ["blocks.0.attn.qkv", "7 row parts", "72"]),
         ({"fc1": [2, 2], "norms": [2, 2]}, ["'norms'", "blocks.0.norm1", "LayerNorm"]),
@@ -752,6 +754,80 @@ def test_freeze_keeps_values_and_rejects_patterns_that_match_nothing():
     freeze_base(model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not trainable(freeze_base(build_vit()))  # control: without adapters nothing is left
+
+
+# ---- the lowest blocks without adapters and without gradient
+
+
+def test_rank_0_is_no_adapter():
+    plain = build_vit()
+    model = build_vit()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ranks = {"q": [0, 2], "k": [0, 0], "v": [0, 4], "fc1": [0, 8], "fc2": [4, 0]}
+    add_lora(model, match_families(model, LORA_FAMILIES, tuple(ranks)), ranks)
+    adapted = {n: m.ranks for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    assert adapted == {"blocks.1.attn.qkv": [2, 0, 4], "blocks.1.mlp.fc1": [8], "blocks.0.mlp.fc2": [4]}
+    for name in linears.keys() - adapted.keys():
+        assert model.get_submodule(name) is linears[name]
+    init_adapters(model, 0)
+    x = images()
+    assert torch.equal(model(x), plain(x))
+    randomise_B(model)
+    assert not torch.equal(model(x), plain(x))  # control
+
+
+def test_ranks_of_the_lowest_blocks_are_dropped():
+    families = match_families(build_vit(), LORA_FAMILIES, ALL)
+    expected = {family: [0, layers[1]] for family, layers in MIXED.items()}
+    assert drop_ranks(MIXED, families, get_lowest(1)) == expected
+    assert drop_ranks(MIXED, families, get_lowest(0)) == MIXED  # control
+    many = {"a": [(f"blocks.{i}.fc", 0, 1) for i in range(12)]}
+    assert drop_ranks({"a": [4] * 12}, many, get_lowest(2)) == {"a": [0, 0] + [4] * 10}  # 1 is not 10
+
+
+def count_backward(model, x):
+    """FLOPs of a backward alone."""
+    loss = model(x).sum()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_backward_ends_above_the_frozen_blocks(adapters):
+    ranks = {family: [0, layers[1]] for family, layers in MIXED.items()}
+    x = images()
+
+    def build(patterns):
+        model = build_vit(ranks if adapters else None)
+        if adapters:
+            freeze_base(model, LORA_REST)
+        return freeze(model, patterns)
+
+    model, whole = build(get_lowest(1)), build(())
+    below = ("patch_embed.", "cls_token", "pos_embed", "blocks.0.")
+    expected = {name for name in trainable(whole) if not name.startswith(below)}
+    assert trainable(model) == expected < trainable(whole)
+    inputs = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].requires_grad))
+    whole_flops = count_backward(whole, x)
+    flops = count_backward(model, x)
+    assert inputs == [False, False]  # what comes out of the frozen block hangs on nothing
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == expected
+    # of two equal blocks one is left, or with adapters more than that; a graph through block 0 costs more
+    assert flops < 0.7 * whole_flops
+    leaky = build(get_lowest(1)[1:])  # control: the patch embedding still trains
+    assert count_backward(leaky, x) > flops
+
+
+def test_freeze_rejects_patterns_that_match_nothing():
+    model = build_vit()
+    everything = trainable(model)
+    with pytest.raises(ValueError, match=r"'blocks.2.\*' matches no parameter"):
+        freeze(model, get_lowest(3))  # it has two
+    assert trainable(model) == everything
+    assert trainable(freeze(model, get_lowest(0))) == everything
 
 
 class Magnitude(LoRALinear):

@@ -118,6 +118,40 @@ def assert_same_numbers(seen, reference, rel=1e-5):
 
 
 slow = pytest.mark.slow
+LOWEST = "--freeze_blocks 1"
+CONTROL = f"{LOWEST} --mode full --switch_epoch 4"
+
+
+@pytest.fixture(scope="module")
+def frozen_on_one(go):
+    """What one rank sees with the lower of two blocks frozen: of PreLoRA, and of its control."""
+    return {flags: go(1, flags)[0] for flags in (LOWEST, CONTROL)}
+
+
+@pytest.mark.parametrize("flags", [LOWEST, CONTROL])
+@pytest.mark.parametrize("how", [
+    "",
+    "--frozen_base shard",
+    "--grad_accum_steps 2 --activation_checkpointing block --reshard_after_forward False",
+    pytest.param("--dp_shard 1", marks=slow),
+    pytest.param("--frozen_base shard --reshard_after_forward False", marks=slow),
+])  # fmt: skip
+def test_the_lower_block_frozen_on_two_ranks(go, frozen_on_one, flags, how):
+    reference = frozen_on_one[flags]
+    seen = go(2, f"{flags} {how}")
+    assert [e["frozen_blocks"] for e in reference["epochs"]].count(1) == (5 if flags is CONTROL else 3)
+    for rank in seen:
+        assert rank["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+        for phase, weights in reference["weights"].items():
+            mine = rank["weights"][phase]
+            assert mine.keys() == weights.keys()
+            assert [n for n in weights if not torch.equal(mine[n], seen[0]["weights"][phase][n])] == []
+            assert [n for n in weights if not torch.allclose(mine[n], weights[n], atol=1e-4)] == []
+    for mine, theirs in zip(seen[0]["epochs"], reference["epochs"], strict=True):
+        assert mine["trainable_params"] == theirs["trainable_params"]
+        assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-5)
+        for family, layers in theirs["adapter_norms"].items():
+            assert mine["adapter_norms"][family] == pytest.approx(layers, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +215,14 @@ def test_bfloat16(go):
         torch.bfloat16
     }
     assert lora["blocks.0.norm1.weight"].dtype == torch.float32
+
+
+@slow
+@pytest.mark.parametrize("flags", [LOWEST, CONTROL])
+def test_bfloat16_with_the_lower_block_frozen(go, flags):
+    flags += " --train_samples 32 --lr_warmup_steps 2 --dtype bfloat16"
+    one, two = go(1, flags)[0], go(2, flags)
+    assert two[0]["losses"] == two[1]["losses"] == pytest.approx(one["losses"], rel=3e-3)
 
 
 # ---- graphs
@@ -249,6 +291,19 @@ def test_four_training_graphs_in_all(on_ranks, small, tmp_path, depth, backend, 
     )
     assert training == [1, 1, 2] and evaluation == [1, 1, 1]
     assert totals == [7, 7]  # none later, in the epochs, and none outside the blocks
+
+
+@slow
+@pytest.mark.parametrize("flags", [
+    "--freeze_blocks 2",
+    "--freeze_blocks 2 --frozen_base shard --lora_trainable adapters+rest",
+    "--freeze_blocks 2 --mode full --switch_epoch 4",
+    "--freeze_blocks 2 --mode full --switch_epoch 4 --frozen_base shard",
+])  # fmt: skip
+def test_one_training_graph_more_with_frozen_blocks(on_ranks, small, tmp_path, flags):
+    training, evaluation, totals = count_graphs(on_ranks, small, tmp_path / "run", 4, "eager", flags=flags)
+    assert training[0] == 1 and max(training[1:]) <= 3
+    assert totals == [sum(training) + sum(evaluation)] * 2  # none later
 
 
 @slow

@@ -12,10 +12,10 @@ import pytest
 from errors import UserError
 from monitor import plot
 from monitor.arms import find_window_arms, group_runs
-from monitor.compare import arms_figure, compare, window_norms_figure, windows_figure
+from monitor.compare import arms_figure, compare, get_switch_lines, window_norms_figure, windows_figure
 from monitor.costs import costs_figure
 from monitor.figures import build_figure, change_heatmap, family_figure, norms_figure, rank_heatmap
-from monitor.log import load_run, pick_events
+from monitor.log import load_run, pick_events, read_run
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ["q", "k", "v", "proj", "fc1", "fc2"]
@@ -205,6 +205,44 @@ def test_figure1_holds_the_layer_means_and_the_switches():
         "lora phase",
     ]
     assert len({line.get_color() for line in get_curves(left)}) == 6
+
+
+def make_control():
+    """Records of a run of mode full whose lowest blocks are frozen after epoch 7."""
+    epochs, _ = make_records(phase="full")
+    for record in epochs:
+        record["frozen_blocks"] = 2 if record["epoch"] > 7 else 0
+    freeze = {"event": "switch", "epoch": 7, "step": 70, "from": "full", "to": "full", "ranks": None}
+    return epochs, [freeze | {"frozen_blocks": 2}]
+
+
+def test_a_freeze_within_the_full_phase_is_marked_as_such():
+    epochs, switches = make_control()
+    for axes in norms_figure(epochs, switches).axes:
+        assert get_switch_epochs(axes) == [7]
+        assert [text.get_text() for text in axes.texts] == ["freeze, epoch 7"]
+    [legend] = norms_figure(epochs, switches).legends
+    assert [text.get_text() for text in legend.get_texts()][-2:] == ["full phase", "full, frozen phase"]
+
+
+def test_the_baseline_is_the_run_that_freezes_nothing(tmp_path):
+    epochs, switches = make_control()
+    long = write_run(
+        tmp_path / "control", epochs, switches, config=CONFIG | {"mode": "full", "freeze_blocks": 2}
+    )
+    short = write_run(
+        tmp_path / "base", *make_records(phase="full", count=12), config=CONFIG | {"mode": "full"}
+    )
+    baseline, (arm,) = group_runs([(path, *read_run(path)) for path in (long, short)])
+    assert (baseline.label, arm.label) == ("base", "control")
+    assert set(get_switch_lines([baseline, arm])) == {(7.0, "freeze")}
+
+
+def test_rank_0_is_no_colour():
+    axes = rank_heatmap({"q": [0, 8, 64], "fc1": [0, 16, 16]}).axes[0]
+    assert sorted(text.get_text() for text in axes.texts) == ["0", "0", "16", "16", "64", "8"]
+    levels = np.ma.filled(axes.collections[0].get_array(), np.nan).ravel()
+    assert np.isnan(levels).tolist() == [True, False, False] * 2
 
 
 def test_figure3_has_a_line_per_layer():

@@ -181,3 +181,28 @@ def test_bad_input_is_one_line(baseline, capsys, flags, reason):
     assert replay.main([flag.format(baseline) for flag in flags]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and reason in err
+
+
+def test_with_frozen_blocks(small, baseline, tmp_path, capsys):
+    """Replay gives the ranks that the run has, zeros included, and takes no freeze for a switch."""
+    flags = ["--freeze_blocks", 1, "--max_steps", 3 * STEPS + 1]
+    fork = [*SHORT, "--mode", "prelora", "--fork", f"{baseline}@2", "--epochs", 9, "--tau", 90, "--zeta", 90]
+    did = run(small, tmp_path / "fork", *fork, *flags)
+    switch = next(record for record in did if record["event"] == "switch")
+    config, epochs, _ = replay.load_run(tmp_path / "fork")
+    cfg = replay.typed_config(replay.train.Config, config, "stored")
+    full = [record for record in epochs if record["phase"] == "full"]
+    assert replay.replay_run(cfg, full) == (switch["epoch"], switch["ranks"])
+    assert all(layers[0] == 0 < layers[1] for layers in switch["ranks"].values())
+    # a control's log is a baseline's up to its freeze, and says nothing of what comes after
+    control = [*DATA, "--freeze_blocks", 1, "--switch_epoch", 4, "--fork", f"{baseline}@3"]
+    run(small, tmp_path / "control", *control)
+    capsys.readouterr()
+    asked = ["--tau", "90", "--zeta", "90", "--window_epochs", "1", "4"]
+    status = replay.main([str(tmp_path / "control"), *asked])
+    out, err = capsys.readouterr()
+    assert status == 1 and "has frozen blocks after epoch 4" in err and "not by 4" in out
+    with open(tmp_path / "control" / "replay.csv") as file:
+        rows = list(csv.DictReader(file))
+    whole = rows_of(baseline, *asked)
+    assert rows[0]["switch_epoch"] == whole[0]["switch_epoch"] and rows[1]["switch_epoch"] == ""

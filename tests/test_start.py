@@ -652,3 +652,126 @@ def test_a_run_resumed_within_an_epoch_ends_it_in_its_phase(reference, phase, ep
     epochs = [epoch for epoch in events(reference, "epoch") if epoch["phase"] == "full"]
     s = start.State(phase=phase, epoch=3, epoch_step=epoch_step)
     assert (train.get_next_phase(cfg, s, epochs)[0] == "warmup") == due
+
+
+# ---- the lowest blocks frozen
+
+
+@pytest.mark.parametrize("steps", [
+    SWITCH * STEPS,  # at the switch, before it is made
+    SWITCH * STEPS + 2,  # in the warmup
+    pytest.param(FREEZE * STEPS, marks=slow),
+    FREEZE * STEPS + 3,  # in mid-epoch, once blocks are frozen
+])  # fmt: skip
+def test_resumed_with_frozen_blocks_to_the_bit(small, lowest_frozen, tmp_path, steps):
+    run(small, tmp_path / "run", "--freeze_blocks", 2, "--max_steps", steps)
+    assert resume(tmp_path / "run", "--max_steps", None) == 0
+    assert_same_run(tmp_path / "run", lowest_frozen)
+
+
+CONTROL = "--mode full --freeze_blocks 2 --switch_epoch 3 --window_epochs 3 --keep_every 1".split()
+
+
+@pytest.mark.parametrize("steps", [3 * STEPS, 3 * STEPS + 2])
+def test_the_control_resumed_to_the_bit(small, control, tmp_path, steps):
+    """At the freeze, before it is made, and in mid-epoch after it."""
+    run(small, tmp_path / "run", *CONTROL, "--max_steps", steps)
+    assert resume(tmp_path / "run", "--max_steps", None) == 0
+    assert_same_run(tmp_path / "run", control)
+
+
+def test_static_lora_with_frozen_blocks_resumed_to_the_bit(small, tmp_path):
+    flags = "--mode lora --freeze_blocks 1 --epochs 2".split()
+    whole = run(small, tmp_path / "whole", *flags)
+    ranks = json.loads((tmp_path / "whole" / "ranks.json").read_text())
+    assert ranks == {family: [0, 32, 32, 32] for family in LORA_FAMILIES}
+    assert [e["frozen_blocks"] for e in whole if e["event"] in ("start", "epoch")] == [1] * 3
+    run(small, tmp_path / "cut", *flags, "--max_steps", STEPS + 2)
+    assert resume(tmp_path / "cut", "--max_steps", None) == 0
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "source, at", [("lowest_frozen", "warmup"), ("lowest_frozen", "lora"), ("control", "full")]
+)
+def test_freeze_blocks_stays_once_it_has_shaped_the_model(request, tmp_path, capsys, source, at):
+    run_dir = Path(shutil.copytree(request.getfixturevalue(source), tmp_path / "run"))
+    if at == "warmup":
+        (run_dir / "checkpoints/latest").write_text(f"step_{FREEZE * STEPS:08d}")
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    for blocks in (1, 3):
+        assert resume(run_dir, "--freeze_blocks", blocks, "--epochs", 8) == 2
+        error = get_error(capsys)
+        assert f"was trained with freeze_blocks = 2, it can't go on with {blocks}" in error
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("source", ["lowest_frozen", "control"])
+def test_before_that_freeze_blocks_is_an_override_that_is_logged(request, tmp_path, capsys, source):
+    run_dir = Path(shutil.copytree(request.getfixturevalue(source), tmp_path / "run"))
+    (run_dir / "checkpoints/latest").write_text(f"step_{SWITCH * STEPS:08d}")
+    flags = "--freeze_blocks", 1, "--max_steps", SWITCH * STEPS + 1
+    assert resume(run_dir, *flags) == 0
+    assert "resume: freeze_blocks = 1 overrides the stored 2" in capsys.readouterr().err
+    switch = events(run_dir, "switch")[-1]
+    if source == "control":
+        assert switch["frozen_blocks"] == 1
+    else:
+        assert all(layers[0] == 0 < layers[1] for layers in switch["ranks"].values())
+
+
+def test_forks_of_the_control(small, control, reference, baseline, tmp_path, capsys):
+    """Before its freeze it is a baseline like any other; after it only its like can go on."""
+    last = "--max_steps", SWITCH * STEPS + 1
+    prelora = "--mode prelora --freeze_blocks 0 --switch_epoch None".split()
+    run(small, tmp_path / "prelora", "--fork", f"{control}@3", *prelora, *last)
+    (switch,) = events(tmp_path / "prelora", "switch")
+    assert (switch["epoch"], switch["from"], switch["to"]) == (SWITCH, "full", "warmup")
+    assert switch["ranks"] == events(reference, "switch")[0]["ranks"]
+    # the newest that settings share which freeze nothing, or do so elsewhere
+    full = "--mode full --window_epochs 3 --freeze_blocks 0 --switch_epoch None".split()
+    run(small, tmp_path / "full", "--fork", control, *full, *last)
+    assert events(tmp_path / "full", "start")[0]["epoch"] == 3 and not events(tmp_path / "full", "switch")
+    run(small, tmp_path / "same", "--fork", f"{control}@5", *CONTROL)
+    assert_same(weights(tmp_path / "same"), weights(control))
+    assert events(tmp_path / "same", "switch") == events(control, "switch")
+    again = run(small, tmp_path / "again", "--fork", baseline, *CONTROL)  # where its own freeze is due
+    assert [r["epoch"] for r in again if r["event"] == "start"] == [3]
+    assert_same(weights(tmp_path / "again"), weights(control))
+    capsys.readouterr()
+    full = "--mode full --window_epochs 3 --freeze_blocks"
+    prelora, whole = f"{prelora[0]} {prelora[1]} --switch_epoch None", f"{full} 0 --switch_epoch None"
+    for fork, flags, reason in (
+        (f"{control}@5", prelora, "was trained with mode = full, it can't go on with prelora"),
+        (f"{control}@5", f"{full} 1 --switch_epoch 3", "was trained with freeze_blocks = 2"),
+        (
+            f"{control}@5",
+            f"{full} 2 --switch_epoch 2",
+            "after a switch at epoch 3, these settings switch after epoch 2",
+        ),
+        (f"{control}@5", whole, "was trained with freeze_blocks = 2"),
+        (f"{baseline}@5", f"{full} 2 --switch_epoch 3", "share: they freeze blocks after epoch 3"),
+    ):
+        assert train.main(argv(small, tmp_path / "bad", "--fork", fork, *flags.split())) == 2
+        assert reason in get_error(capsys)
+
+
+def test_forks_of_a_run_with_frozen_blocks(small, lowest_frozen, reference, tmp_path, capsys):
+    run(small, tmp_path / "same", "--fork", f"{lowest_frozen}@{FREEZE}", "--freeze_blocks", 2)
+    assert_same(weights(tmp_path / "same"), weights(lowest_frozen))
+    run(small, tmp_path / "other", "--fork", f"{reference}@{SWITCH}", "--freeze_blocks", 2)
+    assert_same(weights(tmp_path / "other"), weights(lowest_frozen))
+    capsys.readouterr()
+    fork = f"{lowest_frozen}@{FREEZE}"
+    assert train.main(argv(small, tmp_path / "bad", "--fork", fork, "--freeze_blocks", 1)) == 2
+    assert "was trained with freeze_blocks = 2, it can't go on with 1" in get_error(capsys)
+
+
+def test_a_checkpoint_from_before_there_were_frozen_blocks(reference):
+    path = checkpoint.latest(reference)
+    meta = checkpoint.read_meta(path)
+    del meta["state"]["frozen_blocks"]
+    assert start.read_state(meta, path).frozen_blocks == 0
+    with pytest.raises(UserError, match="frozen_blocks is -1"):
+        start.read_state(meta | {"state": meta["state"] | {"frozen_blocks": -1}}, path)

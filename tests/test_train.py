@@ -39,6 +39,7 @@ from lora.ranks import count_parameters
 from model import parallel
 from model.optim import build_optimizer, get_optimizer_state
 from model.variants import LORA_FAMILIES, VARIANTS
+from monitor.log import FROZEN, get_stage
 
 slow = pytest.mark.slow
 
@@ -548,6 +549,148 @@ def test_static_lora_keeps_the_rest_trainable_names():
     assert match_families(model, LORA_FAMILIES, ("q",))["q"][3] == ("blocks.3.attn.qkv", 0, 3)
 
 
+# ---- the lowest blocks frozen
+
+BELOW = ("patch_embed.", "cls_token", "pos_embed", "blocks.0.", "blocks.1.")
+
+
+def get_trained(model) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def freeze_config(**changes):
+    return phase_config(freeze_blocks=2, **changes)
+
+
+LOWEST_0 = {family: [0, 0, 8, 4] for family in LORA_FAMILIES}
+
+
+@pytest.mark.parametrize("mode, lora_trainable, phase, rest", [
+    ("prelora", "adapters", "warmup", None),
+    ("prelora", "adapters", "lora", False),
+    ("prelora", "adapters+rest", "lora", True),
+    ("lora", "adapters", "lora", True),
+])  # fmt: skip
+def test_what_is_trained_with_frozen_blocks(mode, lora_trainable, phase, rest):
+    cfg = freeze_config(mode=mode, lora_trainable=lora_trainable)
+    model = train.build_model(cfg, phase, LOWEST_0, "cpu")
+    names = {name for name, _ in model.named_parameters()}
+    adapters = {name for name in names if ".lora_" in name}
+    assert adapters == get_adapter_names(model) and not any(name.startswith(BELOW) for name in adapters)
+    expected = names if phase == "warmup" else adapters
+    if rest:
+        above = ("head.", "norm.", "blocks.2.norm", "blocks.3.norm")
+        expected = adapters | {name for name in names if name.startswith(above)}
+    assert get_trained(model) == expected
+    model.init_weights(0)
+    torch.nn.init.normal_(model.head.weight)
+    init_adapters(model, 0)
+    images = torch.randn(4, 3, 28, 28)
+    model.train()(images).square().mean().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == expected
+    plain = train.build_on_meta(cfg, phase, LOWEST_0)
+    assert get_trained(plain) == expected
+    if phase == "lora":  # what is counted as a step's work has no backward through them either
+        ends = dataclasses.replace(cfg, freeze_blocks=0)
+        image = torch.empty(1, 3, 28, 28, device="meta")
+        without = train.build_on_meta(ends, phase, LOWEST_0)
+        assert train.count_flops(plain, image) <= train.count_flops(without, image)
+        whole = train.build_on_meta(ends, phase, {family: [8] * 4 for family in LORA_FAMILIES})
+        assert train.count_flops(plain, image) < 0.75 * train.count_flops(whole, image)
+
+
+def test_what_is_trained_in_the_control():
+    model = train.build_model(freeze_config(mode="full"), "full", None, "cpu", None, 2)
+    names = {name for name, _ in model.named_parameters()}
+    assert get_trained(model) == {name for name in names if not name.startswith(BELOW)}
+    whole = train.build_model(freeze_config(mode="full"), "full", None, "cpu")
+    assert get_trained(whole) == names
+
+
+@pytest.mark.parametrize("mode", ["prelora", "full"])
+def test_freezing_blocks_leaves_the_function_and_frees_their_moments(mode):
+    phase = "warmup" if mode == "prelora" else "full"
+    cfg, ranks = freeze_config(mode=mode), LOWEST_0 if mode == "prelora" else None
+    model = train.build_model(cfg, phase, ranks, "cpu")
+    model.init_weights(0)
+    torch.nn.init.normal_(model.head.weight)
+    init_adapters(model, 0)
+    optimizer = build_optimizer(model, 0.1)
+    for _ in range(2):
+        model(torch.randn(4, 3, 28, 28)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    images = torch.randn(4, 3, 28, 28)
+    before, state = model.eval()(images), get_optimizer_state(model, optimizer)
+    moments = {name: s["exp_avg"].clone() for name, s in state.items()}
+    assert moments.keys() == {name for name, _ in model.named_parameters()}
+    then = "lora" if mode == "prelora" else "full"
+    new, new_optimizer = train.switch_phase(cfg, model, optimizer, then, ranks, None, 2)
+    assert torch.equal(new.eval()(images), before)
+    kept = get_optimizer_state(new, new_optimizer)
+    assert kept.keys() == get_trained(new) < moments.keys()
+    assert not any(name.startswith(BELOW) for name in kept)
+    assert all(torch.equal(kept[name]["exp_avg"], moments[name]) for name in kept)
+    with torch.no_grad():
+        new.blocks[0].mlp.fc1.weight.mul_(2)
+    assert not torch.equal(new(images), before)  # the control
+
+
+def test_a_run_whose_lowest_blocks_are_frozen(lowest_frozen, reference):
+    """Up to the switch it is the reference run, and above the frozen blocks it has that run's ranks."""
+    ours, theirs = without_times(events(lowest_frozen)), without_times(events(reference))
+    assert ours[:SWITCH] == theirs[:SWITCH]
+    ranks, full_ranks = (
+        json.loads((run_dir / "ranks.json").read_text()) for run_dir in (lowest_frozen, reference)
+    )
+    assert ranks == {family: [0, 0, *layers[2:]] for family, layers in full_ranks.items()}
+    switches = events(lowest_frozen, "switch")
+    made = [(s["epoch"], s["from"], s["to"], s["frozen_blocks"], s["ranks"]) for s in switches]
+    assert made == [(SWITCH, "full", "warmup", 0, ranks), (FREEZE, "warmup", "lora", 2, ranks)]
+    epochs = events(lowest_frozen, "epoch")
+    assert [e["frozen_blocks"] for e in epochs] == [0] * FREEZE + [2] * 2
+    assert all(
+        layers[:2] == [0, 0] and min(layers[2:]) > 0 for layers in epochs[-1]["adapter_norms"].values()
+    )
+    freeze, last = saved_at(lowest_frozen, FREEZE * STEPS), weights(lowest_frozen)
+    switched = saved_at(lowest_frozen, SWITCH * STEPS)
+    name = "model.blocks.0.attn.qkv.weight"
+    assert not torch.equal(freeze[name], switched[name])  # in the warmup it trains
+    adapters = {key.removeprefix("model.") for key in last if "lora_" in key and key.startswith("model.")}
+    assert get_stepped(last) == adapters and not any(key.startswith(BELOW) for key in adapters)
+    assert epochs[-1]["trainable_params"] == sum(last[f"model.{key}"].numel() for key in adapters)
+    assert epochs[-1]["trainable_params"] < events(reference, "epoch")[-1]["trainable_params"]
+
+
+def test_the_control_freezes_within_its_phase(control, baseline):
+    """Mode full: all parameters, and after epoch 3 those above the lowest two blocks."""
+    records, epochs = events(control), events(control, "epoch")
+    assert get_phases(records) == ["full"] * EPOCHS
+    assert [get_stage(epoch) for epoch in epochs] == ["full"] * 3 + [FROZEN] * 4
+    (switch,) = events(control, "switch")
+    made = [switch[key] for key in ("epoch", "from", "to", "ranks", "frozen_blocks")]
+    assert made == [3, "full", "full", None, 2] and not (control / "ranks.json").exists()
+    assert saved_at(control, 3 * STEPS).keys() == saved_at(baseline, 3 * STEPS).keys()
+    assert_same(saved_at(control, 3 * STEPS), saved_at(baseline, 3 * STEPS))  # up to there it is the baseline
+    frozen, last = saved_at(control, 3 * STEPS), weights(control)
+    for key in (key for key in last if key.startswith("model.")):
+        below = key.removeprefix("model.").startswith(BELOW)
+        assert torch.equal(last[key], frozen[key]) == below, key
+    names = {key.removeprefix("model.") for key in last if key.startswith("model.")}
+    assert get_stepped(last) == {name for name in names if not name.startswith(BELOW)}
+    trained = sum(last[f"model.{name}"].numel() for name in get_stepped(last))
+    assert [e["trainable_params"] for e in epochs[3:]] == [trained] * 4
+    assert epochs[0]["trainable_params"] == sum(last[f"model.{name}"].numel() for name in names) > trained
+    assert epochs[0]["weight_norms"] != epochs[3]["weight_norms"]
+    for family, layers in epochs[-1]["weight_norms"].items():
+        before = epochs[2]["weight_norms"][family]
+        assert layers[:2] == before[:2] and layers[2] != before[2] and layers[3] != before[3]
+
+
+def test_control_without_freeze_blocks_nothing_freezes(baseline):
+    assert not events(baseline, "switch") and not any(e["frozen_blocks"] for e in events(baseline, "epoch"))
+
+
 # ---- graphs
 
 
@@ -559,13 +702,15 @@ def compile_with(monkeypatch, backend):
     monkeypatch.setattr(torch.nn.Module, "compile", compiling)
 
 
-def count_graphs(small, run_dir, monkeypatch, depth, backend):
+def count_graphs(small, run_dir, monkeypatch, depth, backend, *flags):
     compile_with(monkeypatch, backend)
     monkeypatch.setitem(VARIANTS, "tiny-debug", dict(VARIANTS["tiny-debug"], depth=depth))
-    records = run(small, run_dir, "--compile", True, "--lora_warmup_epochs", 1, "--epochs", 5)
+    records = run(small, run_dir, "--compile", True, "--lora_warmup_epochs", 1, "--epochs", 5, *flags)
+    phases = [record for record in records if record["event"] in ("start", "switch")]
+    if "full" in flags:
+        return phases, torch._dynamo.utils.counters["stats"]["unique_graphs"]
     ranks = json.loads((run_dir / "ranks.json").read_text())
     assert len({rank for layers in ranks.values() for rank in layers}) > 2  # or there would be nothing to see
-    phases = [record for record in records if record["event"] in ("start", "switch")]
     return phases, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -583,6 +728,27 @@ def test_four_training_graphs_in_all(small, tmp_path, monkeypatch, depth, backen
     assert [p["graphs_compiled"] for p in phases] == [1, 1, 2]
     assert [p["eval_graphs_compiled"] for p in phases] == [1, 1, 1]
     assert total == 7  # and none later, in the epochs
+
+
+@slow
+@pytest.mark.parametrize("depth, backend", [(4, "eager"), (6, "eager"), (4, "inductor")])
+@pytest.mark.parametrize("rest", ["adapters", "adapters+rest"])
+def test_one_training_graph_more_with_frozen_blocks(small, tmp_path, monkeypatch, depth, backend, rest):
+    flags = "--freeze_blocks", 2, "--lora_trainable", rest
+    phases, total = count_graphs(small, tmp_path / "run", monkeypatch, depth, backend, *flags)
+    training, evaluation = ([p[key] for p in phases] for key in ("graphs_compiled", "eval_graphs_compiled"))
+    assert training[0] == 1 and training[1] <= 2 and training[2] <= 3
+    assert total == sum(training) + sum(evaluation)  # and none later, in the epochs
+
+
+@slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_graphs_of_the_control(small, tmp_path, monkeypatch, backend):
+    flags = "--mode", "full", "--freeze_blocks", 2, "--switch_epoch", 2
+    phases, total = count_graphs(small, tmp_path / "run", monkeypatch, 4, backend, *flags)
+    training, evaluation = ([p[key] for p in phases] for key in ("graphs_compiled", "eval_graphs_compiled"))
+    assert len(training) == 2 and training[0] == 1 and training[1] <= 3
+    assert total == sum(training) + sum(evaluation)
 
 
 @slow

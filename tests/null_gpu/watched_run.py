@@ -8,7 +8,7 @@ Its last line is `watched steps: N, waits: M`; at waits that torch knows it rais
 `--plant_item` as the first flag the step asks the GPU for a number: the control, which ends so.
 
 Of train.py's names `get_lr` is where it watches. Two are replaced because every result is 0 here:
-`choose_ranks`, since Algorithm 2 would have only zeros to go by, by ranks that are drawn; and `evaluate`,
+`decide_ranks`, since Algorithm 2 would have only zeros to go by, by ranks that are drawn; and `evaluate`,
 where it would divide by the number of images it has seen.
 """
 
@@ -56,7 +56,7 @@ def evaluate_nothing(*args) -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     train.get_lr, train.evaluate = watch, evaluate_nothing
-    train.choose_ranks = lambda cfg, *args: get_ranks("mixed", cfg.model)
+    train.decide_ranks = lambda cfg, *args: get_ranks("mixed", cfg.model)
     if argv[:1] == ["--plant_item"]:
         train.train_step = take_step_with_item
         argv = argv[1:]
