@@ -2,43 +2,21 @@
 was measured."""
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Literal
-
-import torch
 
 from benchmarks.choices import IMAGENET, Model, RankChoice, get_ranks
 from benchmarks.contenders import PHASES
+from benchmarks.devices import DEVICES, Device
 from benchmarks.fake import CASES, build_fake, fake_processes
+from benchmarks.flops import count_phases
+from benchmarks.roofline import BANDWIDTH_SHARE, MATMUL_SHARE, get_step_seconds
 from benchmarks.wire import count_wire
-from data.datasets import DATASETS
 from errors import UserError
 from launch import distributed
 from lora.ranks import Ranks
 from model.parallel import build_mesh
-from monitor.perf import PEAK_FLOPS, count_flops
 from train import Config, build_on_meta
 
-
-@dataclass(frozen=True)
-class Device:
-    peak_flops: float  # dense bfloat16
-    memory_bandwidth: float  # bytes/s
-    gpus_per_node: int
-    node_link: float  # bytes/s that a GPU sends to the others of its node
-    network: float  # bytes/s that a node sends to other nodes, all its GPUs together
-
-
-# NVIDIA's data sheets: A100 40GB SXM 1,555 GB/s, 80GB SXM 2,039 GB/s, both NVLink 600 GB/s in two directions;
-# H100 SXM 3.35 TB/s, H200 SXM 4.8 TB/s, both NVLink 900 GB/s. Nodes: a100-40gb as Polaris', 4 GPUs and 2
-# Slingshot 11 ports of 200 Gbit/s (ALCF's user guide); the others as DGX: 8 GPUs with a port each, of 200
-# (A100) and 400 Gbit/s (H100, H200).
-DEVICES = {
-    "a100-40gb": Device(PEAK_FLOPS["A100"]["bfloat16"], 1555e9, 4, 300e9, 2 * 25e9),
-    "a100-80gb": Device(PEAK_FLOPS["A100"]["bfloat16"], 2039e9, 8, 300e9, 8 * 25e9),
-    "h100": Device(PEAK_FLOPS["H100"]["bfloat16"], 3350e9, 8, 450e9, 8 * 50e9),
-    "h200": Device(PEAK_FLOPS["H200"]["bfloat16"], 4800e9, 8, 450e9, 8 * 50e9),
-}
 # Seconds an epoch, the authors' logs.
 AUTHORS = {
     "full": "baseline 175, their own full phase ≈ 305",
@@ -73,15 +51,9 @@ def optimizer_seconds(trained: int, shards: int, device: Device) -> float:
     return 28 * trained / shards / device.memory_bandwidth
 
 
-def count_phases(cfg: Config, ranks: Ranks) -> tuple[dict[str, int], dict[str, int]]:
-    """FLOPs of an image, and parameters that are trained, both by phase."""
-    size = DATASETS[cfg.dataset].image_size
-    flops, trained = {}, {}
-    for phase in PHASES:
-        model = build_on_meta(cfg, phase, ranks)
-        flops[phase] = count_flops(model, torch.empty(1, 3, size, size, device="meta"))
-        trained[phase] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return flops, trained
+def count_trained(cfg: Config, phase: str, ranks: Ranks) -> int:
+    """Parameters that the phase trains."""
+    return sum(p.numel() for p in build_on_meta(cfg, phase, ranks).parameters() if p.requires_grad)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -111,8 +83,9 @@ def describe_assumptions(
     return f"""assumed
   {steps} steps of {batch_size} images, {each} on a GPU ({images:,} images an epoch)
   not counted: evaluation, checkpoints, waiting for data
-  {peak} a GPU, of which {100 * mfu:.0f} % while computing, in every phase alike (--mfu)
+  compute: by FLOPs alone, at {100 * mfu:.0f} % of {peak} a GPU, in every phase alike (--mfu)
   GFLOP an image, counted by torch, forward and backward with attention: {counted}
+  the roofline below, which has the bytes of every kernel as well, is no part of the seconds of an epoch
   bytes on the wire as counted from FSDP2's collectives (bench.py wire), rings at the full speed of their
   links, no latency, no stragglers: {link} a GPU inside nodes of {node}, {network} a node between them
   AdamW: 28 bytes a trained parameter of the process's shard at {bandwidth}, never overlapped
@@ -133,7 +106,8 @@ def estimate(
     replication and HSDP inside a node, frozen base on and off the wire, with and without overlap of
     communication and computation.
 
-    mfu: of the device's peak while it computes, the same in all phases; assumed. images: of an epoch. Returns
+    mfu: of the device's peak while it computes, the same in all phases; assumed. images: of an epoch. Beside
+    it the limit of a phase by its FLOPs, and the roofline of one GPU's step (bench.py roofline). Returns
     {(sharding, title of CASES): {compute, optimizer, wire, overlap, serial}}, seconds an epoch, and prints it
     with all that it assumes.
     """
@@ -141,7 +115,9 @@ def estimate(
     check_arguments(gpus, kind, batch_size, mfu, images)
     wanted, steps, out = get_ranks(ranks, model), images // batch_size, {}
     cfg = Config(model=model, dataset="imagenet", dtype="bfloat16", compile=False, batch_size=batch_size)
-    flops, trained = count_phases(cfg, wanted)
+    flops = count_phases(cfg, wanted, batch_size // gpus)
+    trained = {phase: count_trained(cfg, phase, wanted) for phase in PHASES}
+    roof = get_step_seconds(cfg, wanted, batch_size // gpus, device)
     node = min(kind.gpus_per_node, gpus)
     print("ESTIMATE, nothing below was measured: seconds of an epoch, ", end="")
     print(f"ViT-{model} on {gpus} × {device}, bfloat16, adapters {ranks}")
@@ -166,13 +142,25 @@ def estimate(
                 out[sharding, title] = row
                 logged = AUTHORS.get(title, "") if model == "L/16" else ""
                 print(get_row(title, row, out[sharding, "full"], logged), flush=True)
-    lora, warmup = (flops["full"] / flops[phase] for phase in ("lora", "warmup"))
-    print(
-        f"\nby its FLOPs the LoRA phase can be at most {lora:.2f} × as fast as full training, warmup "
-        f"{warmup:.2f} ×. The authors' 305 / 92 is more than arithmetic\nallows: their full phase was slower "
-        "than their own baseline."
-    )
+    print_limits(device, batch_size // gpus, flops, roof)
     return out
+
+
+def print_limits(device: str, images: int, flops: dict[str, int], roof: dict[str, float]) -> None:
+    """How fast a phase can be at most. `flops`: of an image, by phase; `roof`: seconds of a step of `images`
+    on one GPU, by phase."""
+    shares = f"{100 * MATMUL_SHARE:.0f} and {100 * BANDWIDTH_SHARE:.0f} %"
+    print(
+        f"\nat most, by FLOPs and by the roofline: {images} images on one GPU, each kernel at {shares} of it,"
+    )
+    print(f"counted, not measured (bench.py roofline --device {device})")
+    print(f"{'':8}{'GFLOP an image':>16}{'full / it':>11}{'roofline ms':>13}{'full / it':>11}")
+    for phase in PHASES:
+        by_flops, by_roof = flops["full"] / flops[phase], roof["full"] / roof[phase]
+        print(f"{phase:8}{flops[phase] / 1e9:16.1f}{by_flops:11.2f}{1e3 * roof[phase]:13.1f}{by_roof:11.2f}")
+    print(
+        "The authors' 305 / 92 is more than either allows: their full phase was slower than their baseline."
+    )
 
 
 def get_row(title: str, row: dict[str, float], full: dict[str, float], logged: str) -> str:

@@ -7,29 +7,31 @@ come out the same, except that watching the LoRA phase keeps one gradient of a q
 of its 11 GiB).
 
 Blocks run eagerly; FSDP treats compiled ones the same, and they keep fewer activations where the compiler
-recomputes pointwise work in backward. Dropout and drop path are off. The products' operators are one op each:
-their inner temporaries (dy B of one Linear; in float32 A x, too, and oneDNN's copies of a weight gradient's
-factors) are not seen. The tensors are a CPU's: in float32 each W + B A counts as kept from forward to
-backward (lora.kernels.merges), which on a GPU, in TF32, is not made.
+recomputes pointwise work in backward. Dropout and drop path are off. The tensors are a CPU's, because a fake
+GPU without a real one has no backward; in `as_on_a_gpu` they take a GPU's way through the step.
 """
 
 import contextlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn.utils.clip_grad
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
+import data.device
 import train
 from data.datasets import DATASETS
 from data.loader import Batch
 from errors import UserError
 from launch import distributed
+from lora import kernels, onednn
 from model import parallel
 from train import build_model
 
@@ -53,6 +55,23 @@ def fake_processes(world_size: int) -> Iterator[FakeTensorMode]:
         yield FakeTensorMode(allow_non_fake_inputs=True)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Fake tensors of a CPU take the same way as a GPU's tensors; and nothing of them stays behind.
+
+    Without Triton, as on a GPU without it, a LoRALinear's products are plain torch's.
+    """
+    with contextlib.ExitStack() as stack:
+        patch = lambda *args: stack.enter_context(mock.patch.object(*args))
+        patch(kernels, "uses_triton", lambda tensor: find_spec("triton") is not None)
+        patch(onednn, "IS_FASTER", False)
+        patch(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *args, **kwargs: True)
+        # It is cached, and a fake tensor in the cache would be the next real step's.
+        patch(data.device, "_get_constants", data.device._get_constants.__wrapped__)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        yield
 
 
 def build_fake(mode: FakeTensorMode, *args) -> nn.Module:

@@ -4,13 +4,14 @@ issue it, what its kernels do in that time, and the peers beside it."""
 import gc
 import multiprocessing
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import torch
 
 from benchmarks.choices import get_ranks, repeat_noise
 from benchmarks.contenders import PHASES, Contender, build_contender
-from benchmarks.flops import count_phase
+from benchmarks.flops import count_phases
 from benchmarks.gpu_findings import Check, Span, time_calls, trace, wait_for
 from benchmarks.memory import simulate_peaks
 from benchmarks.roofline import Ceilings, count_kernels, get_ceilings, seconds_by_kind
@@ -25,6 +26,7 @@ RANKS = "mixed"  # 8 to 64
 # A kernel's class by what its name has in it; the first that fits. inductor names a kernel of its own after
 # the operators it has fused (triton_poi_fused_cat_permute), so it is asked for before those.
 CLASSES = {
+    "adapters": ("effective_weight_kernel", "adapter_gradients_kernel"),
     "optimizer": ("multi_tensor",),
     "elementwise": ("triton_",),
     "attention": ("flash", "fmha", "sdpa", "cudnn::fusion"),
@@ -33,7 +35,7 @@ CLASSES = {
     "eager passes": ("at::native",),  # outside the compiled blocks, and inside operators of our own
 }
 # Kinds of benchmarks/roofline.py that have no class of their own. Its elementwise has the eager passes in it.
-ROOFLINE_CLASSES = {"adapters": "products", "casts": "elementwise"}
+ROOFLINE_CLASSES = {"casts": "elementwise"}
 
 
 def get_config(check: Check) -> Config:
@@ -84,11 +86,10 @@ def time_phases(check: Check) -> None:
     GPU. A phase whose host ms are its GPU ms is bound by Python."""
     cfg = get_config(check)
     simulated = start_simulation(cfg)
-    flops = {}
+    flops = count_phases(cfg, get_ranks(RANKS, cfg.model), cfg.batch_size)
     for phase in PHASES:
         contender = None  # the phase before goes, before this one's memory is asked for
         contender = warm_up(check, cfg, phase)
-        flops[phase], _ = count_phase(cfg, phase, get_ranks(RANKS, cfg.model), cfg.batch_size, check.device)
         seconds = time_calls(check.device, contender.step, in_a_row=1 if check.tiny else 5, rounds=7)
         host = min(time_host(contender) for _ in range(5))
         check.record(f"{phase}_gpu_ms", 1e3 * seconds)
@@ -195,7 +196,10 @@ def profile_phases(check: Check) -> None:
 
 def get_roofline(cfg: Config, phase: str, ceilings: Ceilings) -> dict[str, float]:
     """ms of a step by class, as benchmarks/roofline.py counts them."""
-    kernels = count_kernels(cfg, phase, get_ranks(RANKS, cfg.model), cfg.batch_size)
+    kernels = []
+    for kernel in count_kernels(cfg, phase, get_ranks(RANKS, cfg.model), cfg.batch_size):
+        is_library_s = kernel.kind == "adapters" and "mm" in kernel.name  # by its name it is any product
+        kernels.append(replace(kernel, kind="products") if is_library_s else kernel)
     roof: dict[str, float] = {}
     for kind, seconds in seconds_by_kind(kernels, ceilings).items():
         name = ROOFLINE_CLASSES.get(kind, kind)

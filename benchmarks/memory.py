@@ -19,7 +19,15 @@ from torch.optim import Optimizer
 import train
 from benchmarks.choices import Model, get_ranks
 from benchmarks.contenders import PHASES
-from benchmarks.fake import CASES, build_fake, each_mesh, fake_processes, get_black_batch, take_step
+from benchmarks.fake import (
+    CASES,
+    as_on_a_gpu,
+    build_fake,
+    each_mesh,
+    fake_processes,
+    get_black_batch,
+    take_step,
+)
 from data.loader import Batch
 from errors import UserError
 from launch.distributed import TIMEOUT
@@ -42,14 +50,18 @@ NEXT = {"full": "warmup", "warmup": "lora"}  # phase -> the one that a switch le
 WHY_MEMORY = """
 Why less is saved than the paper's 20 -> 16 GB (ViT-L/16, each GPU with its own copy of everything, 64
 images): adapters on all six families need the same saved activations as full training. What is saved is
-gradients and Adam moments of the base, 16 -> 2 bytes a parameter where nothing is sharded: 4.9 -> 0.6 GB, the
+gradients and Adam moments of the base, 16 -> 4 bytes a parameter where nothing is sharded: 4.9 -> 1.2 GB, the
 paper's 4 GB. Here
 - gradients are freed after each update, and without checkpointing the peak is where backward begins, all
-  activations there and no gradients yet: 12 -> 2 bytes. Gradients kept over a step (accumulation, DDP's
-  buckets) make it 16 -> 2;
-- sharded over n processes the 12 are 12 / n: from n = 6 on a frozen base on every process (2 bytes) takes
-  more than all that full training shards. --frozen_base shard takes 4 / n, and gathers the base every step
-  (python bench.py wire);
+  activations there and no gradients yet: 12 -> 4 bytes. Gradients kept over a step (accumulation, DDP's
+  buckets) make it 16 -> 4;
+- warmup and LoRA keep W + B A from forward to backward, 2 bytes a parameter in bfloat16 (with checkpointing
+  one block's);
+- LoRA keeps A x, a slice of the product that y is a slice of, and so the y of proj and fc2 as well, which
+  nobody else needs: 4 bytes a token, feature and block, 1.2 GiB here;
+- sharded over n processes the 12 are 12 / n: from n = 4 on a frozen base on every process (4 bytes) takes
+  more than all that full training shards. --frozen_base shard takes 4 / n, and gathers the base every step,
+  in float32 (python bench.py wire);
 - activations are most of it: --activation_checkpointing block saves more than any phase does."""
 
 
@@ -71,8 +83,8 @@ def measure_step(cfg: Config, model: nn.Module, optimizer: Optimizer, images: in
 
     masters: what is trained, float32, this process's shards. gathered: parameters whole, for a block's work
     and the next one's. gradients: reduced ones and what is being reduced; a block's own, until then, are
-    among the activations, with autograd's temporaries. frozen: what is not trained, replicated or this
-    process's shards. Batches that wait for their turn on the device are not there.
+    among the activations, with autograd's temporaries and W + B A. frozen: what is not trained, float32,
+    replicated or this process's shards. Batches that wait for their turn on the device are not there.
     """
     tracker = FSDPMemTracker(model, optimizer)
 
@@ -92,10 +104,10 @@ def measure_step(cfg: Config, model: nn.Module, optimizer: Optimizer, images: in
 
 def simulate_peaks(cfg: Config, ranks: Ranks) -> dict[str, int]:
     """{phase: bytes at the peak of a step} of one of two processes that each have a copy of everything, with
-    `cfg.batch_size` images each, eagerly."""
+    `cfg.batch_size` images each, eagerly, on a GPU."""
     cfg = dataclasses.replace(cfg, compile=False, batch_size=2 * cfg.batch_size)
     peaks = {}
-    with fake_processes(2) as mode:
+    with fake_processes(2) as mode, as_on_a_gpu():
         mesh = parallel.build_mesh(1, "cpu", TIMEOUT)
         for phase in PHASES:
             model = build_fake(mode, cfg, phase, ranks, "cpu", mesh)
@@ -168,8 +180,8 @@ def memory(
     grad_accum_steps: int = 1,
     fit: float | None = None,
 ) -> dict[tuple, dict[str, int] | int]:
-    """A process's memory at the peak of a step, in each phase, every adapter of rank 64, and at the peak of
-    the switches.
+    """A process's memory on a GPU at the peak of a step, in each phase, every adapter of rank 64, and at the
+    peak of the switches.
 
     images: of 224 × 224, on each process, in a micro-batch. dp_shard: processes that share one copy of the
     masters; None = all of them, 4, and 1. activation_checkpointing: None = both. grad_accum_steps:
@@ -182,7 +194,7 @@ def memory(
     what = f"ViT-{model}, {world_size} processes, {images} images of 224 × 224 each, {dtype}, ranks 64"
     also = f", and the images that fit in {fit:g} GiB" if fit else ""
     print(f"{what}, {grad_accum_steps} micro-batches a step: GiB of a process at its peak{also}")
-    with fake_processes(world_size) as mode:
+    with fake_processes(world_size) as mode, as_on_a_gpu():
         for heading, shards, mesh in each_mesh(world_size, dp_shard):
             for checkpointing in ("none", "block"):
                 if activation_checkpointing not in (None, checkpointing):

@@ -26,32 +26,26 @@ GPU's does, but for one thing that is added here: where the gradient of its resu
 the GPU's first copies it.
 """
 
-import contextlib
 import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Literal
-from unittest import mock
 
 import torch
-import torch.nn.utils.clip_grad
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-import data.device
 import train
 from benchmarks.choices import Model, RankChoice, get_ranks
 from benchmarks.contenders import PHASES
-from benchmarks.estimate import DEVICES
-from benchmarks.fake import build_fake, get_black_batch, take_step
-from benchmarks.flops import addmm_shapes
+from benchmarks.devices import DEVICES
+from benchmarks.fake import as_on_a_gpu, build_fake, get_black_batch, take_step
 from benchmarks.memory import fill_moments
 from errors import UserError
-from lora import kernels, onednn
 from lora.ranks import Ranks
 from model.optim import build_optimizer
 
@@ -93,6 +87,7 @@ class Call:
     reads: tuple[Piece, ...]
     writes: tuple[Piece, ...]
     graph: int | None  # of what the compiler compiles together; None: runs as it is
+    copied: int = 0  # bytes that the GPU's operator reads and writes for a copy of an argument
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,7 +145,7 @@ class Trace(TorchDispatchMode):
         if kind in ("products", "adapters") and "mm" in name:
             a, b = args[-2:]
             name += f" {'×'.join(str(size) for size in (*a.shape, b.shape[-1]))}"
-        self.calls.append(Call(name, kind, flops, reads, writes, self.graph))
+        self.calls.append(Call(name, kind, flops, reads, writes, self.graph, get_copied(name, args)))
         return result
 
     def get_pieces(self, tensors) -> list[Piece]:
@@ -195,8 +190,9 @@ class Trace(TorchDispatchMode):
             return "attention", count(*[tensor.shape for tensor in args[: 4 if backward else 3]])
         if name.startswith(("_foreach_", "_fused_")):
             return "optimizer", 0
-        if name == "addmm_":
-            flops = addmm_shapes(*[tensor.shape for tensor in args])
+        if name == "addmm_":  # torch's counter knows addmm only
+            _, a, b = args
+            flops = 2 * a.numel() * b.shape[1]
         elif operator._overloadpacket in flop_registry:
             flops = flop_registry[operator._overloadpacket](*args, **kwargs, out_val=result)
         else:
@@ -204,6 +200,15 @@ class Trace(TorchDispatchMode):
         if self.graph is not None and min(*args[-2].shape, *args[-1].shape) <= self.ranks:
             return "adapters", flops
         return "products", flops
+
+
+def get_copied(name: str, args: tuple) -> int:
+    """Bytes that a GPU's operator moves to copy an argument first: attention's backward copies a gradient
+    (B, H, N, d) that has gaps between its rows (B, N, H d)."""
+    if "scaled_dot_product" not in name or "backward" not in name:
+        return 0
+    dy = args[0]
+    return 0 if dy.transpose(1, 2).is_contiguous() else 2 * dy.numel() * dy.element_size()
 
 
 def watch_blocks(trace: Trace, blocks: nn.ModuleList) -> None:
@@ -226,20 +231,6 @@ def watch_blocks(trace: Trace, blocks: nn.ModuleList) -> None:
         block.register_forward_hook(after)
 
 
-@contextlib.contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Fake tensors of a CPU take the same way as a GPU's tensors; and nothing of them stays behind."""
-    with contextlib.ExitStack() as stack:
-        patch = lambda *args: stack.enter_context(mock.patch.object(*args))
-        patch(kernels, "uses_triton", lambda tensor: True)
-        patch(onednn, "IS_FASTER", False)
-        patch(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *args, **kwargs: True)
-        # It is cached, and a fake tensor in the cache would be the next real step's.
-        patch(data.device, "_get_constants", data.device._get_constants.__wrapped__)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        yield
-
-
 # ------------------------------------------------------------------------------------------------------------
 # from operators to kernels
 
@@ -259,7 +250,7 @@ def get_kernels(trace: Trace) -> list[Kernel]:
         if is_fused:
             run.append(call)
         else:
-            moved = sum(piece.bytes for piece in call.reads + call.writes)
+            moved = sum(piece.bytes for piece in call.reads + call.writes) + call.copied
             found.append(Kernel(call.name, call.kind, call.flops, moved))
     return found + fuse(run, len(trace.calls), last_use)
 
@@ -309,8 +300,10 @@ def count_kernels(cfg: train.Config, phase: str, ranks: Ranks, batch_size: int) 
 
     batch_size: images of a micro-batch; `cfg.grad_accum_steps` of these are a step. `cfg.compile` and
     `cfg.batch_size` play no role. Raises UserError for selective checkpointing, which is the compiler's
-    choice.
+    choice, and without Triton, whose kernels are counted.
     """
+    if find_spec("triton") is None:
+        raise UserError("the roofline counts Triton kernels as well, and Triton is not installed")
     if cfg.activation_checkpointing == "selective":
         raise UserError("what selective checkpointing recomputes only the compiler knows")
     cfg = replace(cfg, compile=False)
@@ -332,7 +325,7 @@ def count_kernels(cfg: train.Config, phase: str, ranks: Ranks, batch_size: int) 
 
 
 def get_ceilings(device: str) -> Ceilings:
-    """What good kernels reach in bfloat16 on a row of benchmarks/estimate.py's DEVICES."""
+    """What good kernels reach in bfloat16 on a row of benchmarks/devices.py's DEVICES."""
     sheet = DEVICES[device]
     return Ceilings(MATMUL_SHARE * sheet.peak_flops, BANDWIDTH_SHARE * sheet.memory_bandwidth)
 
@@ -343,6 +336,13 @@ def seconds_by_kind(kernels: list[Kernel], ceilings: Ceilings) -> dict[str, floa
     for kernel in kernels:
         seconds[kernel.kind] += max(kernel.flops / ceilings.matmul, kernel.bytes / ceilings.bandwidth)
     return seconds
+
+
+def get_step_seconds(cfg: train.Config, ranks: Ranks, batch_size: int, device: str) -> dict[str, float]:
+    """{phase: seconds of a step} on one of DEVICES, in bfloat16."""
+    cfg, ceilings = replace(cfg, dtype="bfloat16"), get_ceilings(device)
+    counted = {phase: count_kernels(cfg, phase, ranks, batch_size) for phase in PHASES}
+    return {phase: sum(seconds_by_kind(found, ceilings).values()) for phase, found in counted.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""python bench.py step: a training step of each phase beside Hugging Face's ViT, PEFT on it, timm's ViT, and
-the arithmetic limit.
+"""python bench.py step: a training step of each phase beside Hugging Face's ViT, PEFT on it, timm's ViT, the
+arithmetic limit and a GPU's roofline.
 
 Every contender takes train.py's own train_step, so that an edited step is what is timed."""
 
@@ -17,7 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.choices import Model, RankChoice, describe_device, get_ranks, repeat_noise
 from benchmarks.contenders import CONTENDERS, PHASES, Contender, build_contender
-from benchmarks.flops import count_phase
+from benchmarks.devices import DEVICES, find_own_device
+from benchmarks.flops import count_by_formula, count_phases
+from benchmarks.roofline import get_step_seconds
 from errors import UserError
 from lora import onednn as onednn_products
 from model.parallel import set_up_device
@@ -39,7 +41,8 @@ class Measured(NamedTuple):
     median: dict[Run, float]  # seconds of a step
     best: dict[Run, float]
     memory: dict[Run, int]  # bytes at its peak
-    flops: dict[str, tuple[int, int]]  # phase -> FLOPs of an image: by LoRA's formulas, as they are done
+    flops: dict[str, int]  # title -> FLOPs of an image, as they are done
+    roof: dict[str, float]  # phase -> seconds of a step by the roofline; empty without one
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -61,7 +64,7 @@ def keep_freed_memory() -> None:
 def without_onednn() -> mock._patch:
     """Inside, this repo's float32 products are torch's own, MKL's, as the peers' are always.
     torch.backends.mkldnn.flags would take oneDNN from everybody's convolutions, too."""
-    return mock.patch.object(onednn_products, "takes", lambda tensor: False)
+    return mock.patch.object(onednn_products, "IS_FASTER", False)
 
 
 def peak_of_step(contender: Contender) -> int:
@@ -126,33 +129,36 @@ def take_turns(
 # what is said
 
 
-def get_title_line(mode: str) -> str:
+def get_title_line(mode: str, roofed: bool) -> str:
+    """`roofed`: with the roofline's columns."""
     columns = (
         f"{'ms':>9}{'best':>9}{'images/s':>10}{'GFLOP/s':>9}{'MFU':>7}{'memory GiB':>12}{'full / it':>11}"
     )
-    return f"{mode:12}{columns}{'limit':>8}{'of it':>7}{'limit, as done':>16}{'of it':>7}"
+    line = f"{mode:12}{columns}{'limit':>8}{'of it':>7}"
+    return f"{line}{'roofline ms':>13}{'full / it':>11}" if roofed else line
 
 
 def get_row(mode: str, title: str, measured: Measured, batch_size: int, peak: float | None) -> str:
-    """A contender's line: its step, and how many times as fast as the full one it is, beside the limits.
+    """A contender's line: its step, and how many times as fast as the full one it is, beside the limit.
 
-    Adapters are compared with the same library's full step; the limit as done is our own phases' alone."""
-    phase = CONTENDERS[title]
+    Adapters are compared with the same library's full step; the roofline is our own phases' alone."""
     seconds, best = measured.median[mode, title], measured.best[mode, title]
     images = batch_size / seconds
-    rate = images * measured.flops[phase][0]
+    rate = images * measured.flops[title]
     mfu = f"{100 * rate / peak:.1f} %" if peak else "-"
     row = f"{title:12}{seconds * 1e3:9.1f}{best * 1e3:9.1f}{images:10.1f}{rate / 1e9:9.0f}{mfu:>7}"
     row += f"{measured.memory[mode, title] / 2**30:12.2f}"
-    if phase == "full":
-        return row
-    full = "HF full" if title == "HF + PEFT" else "full"
-    speedup = measured.median.get((mode, full), float("nan")) / seconds
-    by_formula, as_done = (measured.flops["full"][0] / flops for flops in measured.flops[phase])
-    row += f"{speedup:11.3f}{by_formula:8.3f}{speedup / by_formula:7.3f}"
-    if title in PHASES:
-        row += f"{as_done:16.3f}{speedup / as_done:7.3f}"
-    return row
+    compared = f"{'':26}"
+    if CONTENDERS[title] != "full":
+        full = "HF full" if title == "HF + PEFT" else "full"
+        speedup = measured.median.get((mode, full), float("nan")) / seconds
+        limit = measured.flops["full"] / measured.flops[title]
+        compared = f"{speedup:11.3f}{limit:8.3f}{speedup / limit:7.3f}"
+    row += compared
+    if title in measured.roof:
+        roof = measured.roof[title]
+        row += f"{1e3 * roof:13.1f}{measured.roof['full'] / roof:11.3f}"
+    return row.rstrip()
 
 
 def get_ratios(mode: str, titles: list[str], measured: Measured) -> dict:
@@ -165,9 +171,8 @@ def get_ratios(mode: str, titles: list[str], measured: Measured) -> dict:
             return None
         return seconds[slow] / seconds[fast]
 
-    full_flops = measured.flops["full"][0]
-    lora_limit, lora_limit_as_done = (full_flops / flops for flops in measured.flops["lora"])
-    warmup_limit, warmup_limit_as_done = (full_flops / flops for flops in measured.flops["warmup"])
+    flops = measured.flops
+    lora_limit, warmup_limit = flops["full"] / flops["lora"], flops["full"] / flops["warmup"]
     lora, warmup = seconds["full"] / seconds["lora"], seconds["full"] / seconds["warmup"]
     return {
         "lora_vs_peft": compare("HF + PEFT", "lora"),
@@ -177,12 +182,9 @@ def get_ratios(mode: str, titles: list[str], measured: Measured) -> dict:
         "lora_vs_full": lora,
         "lora_limit": lora_limit,
         "limit_fraction": lora / lora_limit,
-        "lora_limit_as_done": lora_limit_as_done,
-        "limit_fraction_as_done": lora / lora_limit_as_done,
         "warmup_vs_full": warmup,
         "warmup_limit": warmup_limit,
         "warmup_fraction": warmup / warmup_limit,
-        "warmup_fraction_as_done": warmup / warmup_limit_as_done,
         "milliseconds": {title: 1e3 * seconds[title] for title in titles},
         "best_milliseconds": {title: 1e3 * measured.best[mode, title] for title in titles},
         "memory_bytes": {title: measured.memory[mode, title] for title in titles},
@@ -200,7 +202,7 @@ SHOWN = {
 def print_mode(
     mode: str, titles: list[str], measured: Measured, ratios: dict, batch_size: int, peak: float | None
 ) -> None:
-    print(f"\n{get_title_line(mode)}")
+    print(f"\n{get_title_line(mode, bool(measured.roof))}")
     for title in titles:
         print(get_row(mode, title, measured, batch_size, peak))
     print("; ".join(f"{name} {ratios[key]:.3f} ×" for name, key in SHOWN.items() if ratios[key]))
@@ -225,9 +227,9 @@ def get_batch_size(model: str, device: torch.device) -> int:
     """As many images as fill a GPU with 40 GB at most, or as a CPU does in seconds.
 
     All six contenders stay there. Of L/16, the largest, weights and moments take 3.4 GiB in each of the three
-    full ones, 3.7 in warmup, 0.9 in LoRA and 1.5 in PEFT: 16.3 in all. Whose turn it is takes 10.9 more for
-    64 images and 21.7 for 128 (`python bench.py memory --dp_shard 1 --images 64`), eagerly 0.7 and 1.4 on
-    top. So 64 images take 28 of the 37 GiB that 40 GB are, and 128 would take 39.
+    full ones, 3.7 in warmup, 1.5 in LoRA and 1.5 in PEFT: 16.9 in all. Whose turn it is takes up to 12.6 more
+    for 64 images and 24.6 for 128 (`python bench.py memory --dp_shard 1 --images 64`), eagerly 0.7 and 1.4 on
+    top. So 64 images take 30 of the 37 GiB that 40 GB are, and 128 would take 43.
     """
     if device.type == "cuda":
         return 64
@@ -244,6 +246,7 @@ def step(
     rounds: int = 9,
     keep_memory: bool = True,
     onednn: bool = True,
+    device: Literal[*DEVICES] | None = None,
 ) -> dict:
     """A step (train.py's own: normalise, forward, backward, clip, update) of each phase, beside the peers'.
     One batch in memory, everything in turn in one process, in another order every round; medians. A turn is a
@@ -253,43 +256,54 @@ def step(
     on a GPU. Compiled: ours by block, theirs whole (`model.compile()`); the same models, run eagerly, are the
     eager ones. keep_memory: on a CPU let glibc keep freed memory. onednn: without it this repo's float32
     products are torch's own, too, and what then is left of a lead is not the library's.
-    The limit of a phase is the full phase's time by the ratio of FLOPs, counted by torch with attention and
-    without elementwise work and optimiser; as done: without the products that lora.kernels.merges spares.
+    The limit of a phase is the full phase's time by the ratio of FLOPs, counted by torch as they are done,
+    with attention and without elementwise work and optimiser. device: print besides what the roofline of such
+    a GPU allows (bench.py roofline), which is counted and not measured; None = of this GPU, where its data
+    sheet is known and dtype is bfloat16.
     best: the fastest round, where neighbours are loud; the ratios are of medians. Prints all of it, and as
     its last line one JSON object, ratios > 1 where this repo is faster.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    batch_size = get_batch_size(model, device) if batch_size is None else batch_size
-    check_arguments(model, batch_size, rounds, onednn, device, dtype)
-    set_up_device(device, VARIANTS[model]["embed_dim"])
-    if device.type == "cpu" and keep_memory:
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if here.type == "cuda" else "float32")
+    batch_size = get_batch_size(model, here) if batch_size is None else batch_size
+    check_arguments(model, batch_size, rounds, onednn, here, dtype)
+    set_up_device(here, VARIANTS[model]["embed_dim"])
+    if here.type == "cpu" and keep_memory:
         keep_freed_memory()
     cfg = Config(model=model, dataset="imagenet", dtype=dtype, batch_size=batch_size)
     wanted, name = get_ranks(ranks, model), describe_device()
+    if device is None and dtype == "bfloat16":
+        device = find_own_device()
+    roof = get_step_seconds(cfg, wanted, batch_size, device) if device else {}
     titles = [*PHASES, *(title for peer, title in PEERS.items() if peer in peers)]
     products = "" if onednn else ", all by torch's own float32 products"
     print(f"ViT-{model}, {batch_size} images of 197 tokens, {dtype}, ranks {ranks}, {name}, ", end="")
-    steps = get_steps_a_turn(device)
+    steps = get_steps_a_turn(here)
     turns = "" if steps == 1 else f" of {steps} steps in a row"
     print(f"medians of {rounds} rounds{turns}{products}", flush=True)
 
     runs = [(mode, title) for mode in modes for title in titles]
-    batches = repeat_noise(cfg.dataset, batch_size, device)
-    contenders = {title: build_contender(title, cfg, wanted, device, batches) for title in titles}
+    batches = repeat_noise(cfg.dataset, batch_size, here)
+    contenders = {title: build_contender(title, cfg, wanted, here, batches) for title in titles}
     with nullcontext() if onednn else without_onednn():
         times, memory = take_turns(contenders, runs, rounds)
     median = {run: statistics.median(seconds) for run, seconds in times.items()}
     best = {run: min(seconds) for run, seconds in times.items()}
-    flops = {phase: count_phase(cfg, phase, wanted, batch_size, device) for phase in PHASES}
-    measured = Measured(median, best, memory, flops)
+    flops = count_phases(cfg, wanted, batch_size)
+    flops |= {title: flops["full"] for title in ("HF full", "timm full")}
+    flops["HF + PEFT"] = count_by_formula(cfg, wanted)
+    measured = Measured(median, best, memory, flops, roof)
 
     ratios = {mode: get_ratios(mode, titles, measured) for mode in modes}
     for mode in modes:
-        print_mode(mode, titles, measured, ratios[mode], batch_size, peak_flops(device, dtype))
+        print_mode(mode, titles, measured, ratios[mode], batch_size, peak_flops(here, dtype))
+    if device:
+        print(f"roofline: a step in bfloat16 on {device}, counted, not measured")
     result = {"model": model, "batch_size": batch_size, "dtype": dtype, "ranks": ranks, "device": name}
     result |= {"rounds": rounds, "onednn": onednn}
     result |= ratios["compiled" if "compiled" in modes else modes[-1]]  # the contract's keys: as one trains
+    if device:
+        result["roofline"] = {"device": device, "milliseconds": {phase: 1e3 * s for phase, s in roof.items()}}
     if {*modes} == {*MODES}:
         result["eager"] = ratios["eager"]
     print(json.dumps({key: value for key, value in result.items() if value is not None}))

@@ -27,14 +27,15 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def count_flops(model: nn.Module, images: torch.Tensor) -> int:
-    """FLOPs of a forward and backward of `model` on `images` (both on the meta device: nothing is computed),
-    counted by torch.
+    """FLOPs of an image in a forward and backward of `model` on `images`, a micro-batch (both on the meta
+    device: nothing is computed), counted by torch.
 
-    What needs no gradient is not counted, so each phase has its own number; attention is.
+    What needs no gradient is not counted, so each phase has its own number; attention is. What is done once
+    for all images, as W + B A is, is shared by them: so it depends on how many there are.
     """
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
-    return counter.get_total_flops()
+    return counter.get_total_flops() // len(images)
 
 
 def reset_peak_memory(device: torch.device) -> None:

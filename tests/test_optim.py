@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora.inject import add_lora, freeze_base, init_adapters, match_families
+from lora.layers import LoRALinear
 from model.optim import (
     apply_update,
     build_optimizer,
@@ -310,10 +311,8 @@ def test_control_a_step_into_nan_is_seen():
 def test_count_flops_of_linears():
     with torch.device("meta"):
         model, x = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 3)), torch.empty(5, 7)
-    first, second = (
-        2 * 5 * 7 * 11,
-        2 * 5 * 11 * 3,
-    )  # a multiplication and an addition for each of N · in · out
+    # Of one of the five: a multiplication and an addition for each of in · out.
+    first, second = 2 * 7 * 11, 2 * 11 * 3
     # the first layer: forward and weight gradient (the images need none); the second: also its input's
     # gradient
     assert count_flops(model, x) == 2 * first + 3 * second
@@ -328,6 +327,14 @@ def test_count_flops_frozen_base_and_attention():
         models = [build_meta(lora, freeze) for lora, freeze in [(False, False), (True, False), (True, True)]]
         counts = [count_flops(model, torch.empty(1, 3, 8, 8)) for model in models]
     assert counts[2] < counts[0] < counts[1]
+
+
+def test_what_is_done_once_for_all_images_is_shared_by_them():
+    """W + B A of one Linear, and in its backward B' dW and dW A'."""
+    with torch.device("meta"):
+        model = nn.Sequential(LoRALinear.from_linear(nn.Linear(7, 11), [3]))
+        one, four = (count_flops(model, torch.empty(images, 7)) for images in (1, 4))
+    assert four == 2 * 2 * 7 * 11 + 3 * (2 * 7 * 11 * 3) // 4 < one
 
 
 def build_meta(lora, freeze):
