@@ -244,8 +244,7 @@ def enter_phase(cfg: Config, s: State, model: nn.Module, optimizer, device: torc
     evaluate_once = lambda: evaluate(cfg, model, ((images, labels) for _ in range(1)), device)
     with distributed.stop_signals_held():  # a scheduler sends them to the compilers, too
         compiled = parallel.compile_graphs(cfg.compile, model, optimizer, train_once, evaluate_once)
-    plain = build_on_meta(cfg, s.phase, s.ranks, s.frozen_blocks)
-    flops = count_flops(plain, images.to("meta").float())
+    flops = count_flops(build_on_meta(cfg, s.phase, s.ranks, s.frozen_blocks), images.to("meta").float())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {**compiled, "trainable_params": trained, "flops_per_image": flops}
 
