@@ -766,12 +766,3 @@ def test_forks_of_a_run_with_frozen_blocks(small, lowest_frozen, reference, tmp_
     fork = f"{lowest_frozen}@{FREEZE}"
     assert train.main(argv(small, tmp_path / "bad", "--fork", fork, "--freeze_blocks", 1)) == 2
     assert "was trained with freeze_blocks = 2, it can't go on with 1" in get_error(capsys)
-
-
-def test_a_checkpoint_from_before_there_were_frozen_blocks(reference):
-    path = checkpoint.latest(reference)
-    meta = checkpoint.read_meta(path)
-    del meta["state"]["frozen_blocks"]
-    assert start.read_state(meta, path).frozen_blocks == 0
-    with pytest.raises(UserError, match="frozen_blocks is -1"):
-        start.read_state(meta | {"state": meta["state"] | {"frozen_blocks": -1}}, path)

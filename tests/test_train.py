@@ -239,7 +239,7 @@ def test_profile(small, reference, tmp_path):
         names = [event.get("name", "") for event in traces[f"{phase}.json"]["traceEvents"]]
         assert sum(name.startswith("ProfilerStep#") for name in names) == 2
         assert sum("Optimizer.step" in name for name in names) == 2
-        assert any("prelora::lora_linear" in name for name in names) == adapters
+        assert any("EffectiveWeight" in name or "FrozenBase" in name for name in names) == adapters
 
 
 def test_evaluated_every_so_many_epochs(baseline):
