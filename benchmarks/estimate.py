@@ -149,11 +149,9 @@ def estimate(
 def print_limits(device: str, images: int, flops: dict[str, int], roof: dict[str, float]) -> None:
     """How fast a phase can be at most. `flops`: of an image, by phase; `roof`: seconds of a step of `images`
     on one GPU, by phase."""
-    shares = f"{100 * MATMUL_SHARE:.0f} and {100 * BANDWIDTH_SHARE:.0f} %"
-    print(
-        f"\nat most, by FLOPs and by the roofline: {images} images on one GPU, each kernel at {shares} of it,"
-    )
-    print(f"counted, not measured (bench.py roofline --device {device})")
+    shares = f"{100 * MATMUL_SHARE:.0f} % of its FLOP/s or {100 * BANDWIDTH_SHARE:.0f} % of its bandwidth"
+    print(f"\nat most, by FLOPs and by the roofline: a step of {images} images on one GPU, each kernel at")
+    print(f"{shares}; counted, not measured (bench.py roofline --device {device})")
     print(f"{'':8}{'GFLOP an image':>16}{'full / it':>11}{'roofline ms':>13}{'full / it':>11}")
     for phase in PHASES:
         by_flops, by_roof = flops["full"] / flops[phase], roof["full"] / roof[phase]
