@@ -373,7 +373,9 @@ def test_activations_are_what_the_blocks_keep(on_ranks):
     full, checkpointed = activations("tiny/2", "full"), activations("tiny/2", "full", "block")
     kept = tokens * (36 * TINY["embed_dim"] + 4 * TINY["num_heads"] + 16)
     assert activations("tiny/3", "full") - full == pytest.approx(kept, rel=1e-3)
-    assert activations("tiny/2", "lora, base replicated") > full  # nothing is saved there
+    # nothing is saved in LoRA but the images in bfloat16, which a frozen patch embedding does not keep
+    pixels = 2 * 8 * 3 * 224**2
+    assert activations("tiny/2", "lora, base replicated") == pytest.approx(full - pixels, rel=5e-3)
     block_input = tokens * 4 * TINY["embed_dim"]  # control: all that another block keeps
     assert activations("tiny/3", "full", "block") - checkpointed == pytest.approx(block_input, rel=1e-2)
 
@@ -394,7 +396,7 @@ def test_memory_of_the_paper_s_model(on_ranks):
         assert least < measured["activations"] < least + 0.06 * kept
     full, saving, sharded, saving_sharded = [sum(measured.values()) for measured, _ in rows]
     # of 304 M parameters 12 -> 4 bytes and 2 for W + B A, and 12 for 28 M of adapters
-    assert 1.2e9 < full - saving < 1.6e9
+    assert 1.4e9 < full - saving < 1.9e9
     assert saving_sharded > sharded
     # where gradients are kept from micro-batch to micro-batch, 16 -> 4 bytes and again 2
     options = {"grad_accum_steps": 2, "batch_size": 2 * 64 * 64}
