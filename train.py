@@ -185,11 +185,11 @@ def build_model(
         rest = cfg.mode == "lora" or cfg.lora_trainable == "adapters+rest"
         freeze_base(model, keep=LORA_REST if rest else ())
     freeze(model, get_lowest(cfg.freeze_blocks if phase == "lora" else frozen_blocks))
-    for block in model.blocks:
-        use_onednn(block)
-    # W + B A is summed from a W in float32: only where there are no adapters are weights gathered in less.
-    dtype = getattr(torch, cfg.dtype) if phase == "full" else torch.float32
+    use_onednn(model.blocks)
     checkpointing, replicate = cfg.activation_checkpointing, cfg.frozen_base == "replicate"
+    # W + B A is summed from a W in float32: where it is gathered for that, it is gathered in float32.
+    is_summed = phase == "warmup" or (phase == "lora" and not replicate)
+    dtype = torch.float32 if is_summed else getattr(torch, cfg.dtype)
     parallel.parallelize(model, mesh, cfg.compile, dtype, checkpointing, cfg.reshard_after_forward, replicate)
     parallel.materialise(model, device)
     for block in model.blocks:

@@ -57,8 +57,6 @@ paper's 4 GB. Here
   buckets) make it 16 -> 4;
 - warmup and LoRA keep W + B A from forward to backward, 2 bytes a parameter in bfloat16 (with checkpointing
   one block's);
-- LoRA keeps A x, a slice of the product that y is a slice of, and so the y of proj and fc2 as well, which
-  nobody else needs: 4 bytes a token, feature and block, 1.2 GiB here;
 - sharded over n processes the 12 are 12 / n: from n = 4 on a frozen base on every process (4 bytes) takes
   more than all that full training shards. --frozen_base shard takes 4 / n, and gathers the base every step,
   in float32 (python bench.py wire);

@@ -13,7 +13,8 @@ train.py's own step calls on fake tensors, in the data types they really have.
   each tensor from outside once, and writes what somebody uses later (backward counts), and nothing else. The
   gradients of LayerNorm's own weights, sums over columns, are a pass of their own that reads these again.
 - Outside the blocks nothing is compiled: there each operator is a pass.
-- Views cost nothing.
+- Views cost nothing, nor do casts to a wider type inside a block: the compiler keeps what was cast, and casts
+  again where it is read.
 
 What this does not see: launches and the host; that a skinny product, or one whose tiles don't fill the GPU,
 reaches neither ceiling; caches, which spare reading again what was just written; kernels that run beside each
@@ -237,12 +238,13 @@ def watch_blocks(trace: Trace, blocks: nn.ModuleList) -> None:
 
 def get_kernels(trace: Trace) -> list[Kernel]:
     """What a GPU is given for the operators of a trace."""
-    last_use = dict.fromkeys(trace.lasting, len(trace.calls))  # storage -> number of the last call to read it
-    for number, call in enumerate(trace.calls):
+    calls = see_through_casts(trace)
+    last_use = dict.fromkeys(trace.lasting, len(calls))  # storage -> number of the last call to read it
+    for number, call in enumerate(calls):
         for piece in call.reads:
             last_use[piece.storage] = max(number, last_use.get(piece.storage, 0))
     found, run = [], []
-    for number, call in enumerate(trace.calls):
+    for number, call in enumerate(calls):
         is_fused = call.graph is not None and call.kind in ("elementwise", "casts")
         if run and not (is_fused and call.graph == run[0].graph):
             found += fuse(run, number, last_use)
@@ -252,7 +254,27 @@ def get_kernels(trace: Trace) -> list[Kernel]:
         else:
             moved = sum(piece.bytes for piece in call.reads + call.writes) + call.copied
             found.append(Kernel(call.name, call.kind, call.flops, moved))
-    return found + fuse(run, len(trace.calls), last_use)
+    return found + fuse(run, len(calls), last_use)
+
+
+def see_through_casts(trace: Trace) -> list[Call]:
+    """The calls of a trace without casts to a wider type inside a block: the compiler keeps what was cast, and
+    casts again wherever it is read. What is read outside the blocks, or outlasts the step, is written."""
+    written = set(trace.lasting)
+    for call in trace.calls:
+        if call.graph is None:
+            written |= get_storages(call.reads)
+    calls, sources = [], {}  # storage of a cast's result -> what was cast
+    for call in trace.calls:
+        reads = dict.fromkeys(sources.get(piece.storage, piece) for piece in call.reads)
+        call = replace(call, reads=tuple(reads))
+        if call.kind == "casts" and call.graph is not None and len(call.reads) == len(call.writes) == 1:
+            ((source,), (result,)) = call.reads, call.writes
+            if result.bytes > source.bytes and result.storage not in written:
+                sources[result.storage] = source
+                continue
+        calls.append(call)
+    return calls
 
 
 def fuse(run: list[Call], end: int, last_use: dict[int, int]) -> list[Kernel]:

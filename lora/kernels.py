@@ -98,7 +98,11 @@ class FrozenBase(Function):
             if bias is not None:
                 bias = F.pad(bias, (0, effective.shape[0] - outputs))
             y_and_ax = product(x, effective[:, :inputs].t(), bias)  # (N, out + r)
-            ctx.save_for_backward(x, effective, y_and_ax[:, outputs : outputs + A.shape[0]], A, *Bs)
+            ax = y_and_ax[:, outputs : outputs + A.shape[0]]
+            if outputs <= inputs:
+                # A Linear whose y is added to the residual stream, and kept by nobody: a slice would keep it.
+                ax = ax.contiguous()
+            ctx.save_for_backward(x, effective, ax, A, *Bs)
             return y_and_ax[:, :outputs]
 
     @staticmethod
@@ -183,6 +187,8 @@ def get_gradients(
     """dA (Σ rank, in) = (dy B)' x and dBs = dy' (A x), row part by row part."""
     columns = dy.chunk(parts, dim=1)  # (N, out / parts) each
     dys = [columns[part] for part in where]
+    if onednn.is_faster(dy):
+        dys = [part.contiguous() for part in dys]  # once, for both products
     dy_B = torch.cat([product(part, B.to(x.dtype)) for part, B in zip(dys, Bs)], dim=1)  # (N, Σ rank)
     ax = product(x, A.to(x.dtype).t())  # (N, Σ rank)
     dA = product(dy_B.t(), x).to(A.dtype)
