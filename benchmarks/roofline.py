@@ -49,6 +49,7 @@ from benchmarks.memory import fill_moments
 from errors import UserError
 from lora.ranks import Ranks
 from model.optim import build_optimizer
+from model.variants import VARIANTS
 
 MATMUL_SHARE, BANDWIDTH_SHARE = 0.7, 0.8  # of the data sheet's, what good kernels reach
 KINDS = ("products", "adapters", "attention", "elementwise", "casts", "optimizer")
@@ -258,8 +259,9 @@ def get_kernels(trace: Trace) -> list[Kernel]:
 
 
 def see_through_casts(trace: Trace) -> list[Call]:
-    """The calls of a trace without casts to a wider type inside a block: the compiler keeps what was cast, and
-    casts again wherever it is read. What is read outside the blocks, or outlasts the step, is written."""
+    """The calls of a trace without casts to a wider type inside a block: the compiler keeps what was cast,
+    and casts again wherever it is read. What is read outside the blocks, or outlasts the step, is
+    written."""
     written = set(trace.lasting)
     for call in trace.calls:
         if call.graph is None:
@@ -376,14 +378,18 @@ def roofline(
     batch_size: int = 64,
     ranks: RankChoice = "mixed",
     device: Literal[*DEVICES] = "a100-40gb",
+    freeze_blocks: int | None = None,
+    residual_dtype: Literal["float32", "bfloat16"] = "float32",
     matmul: float | None = None,
     bandwidth: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """The time of a step of each phase on one GPU, bfloat16, from the FLOPs and bytes of its kernels; nothing
     is measured.
 
-    batch_size: images of 224 × 224. matmul: TFLOP/s, bandwidth: GB/s that were measured on the device, in the
-    place of 70 % and 80 % of its data sheet's. Returns {phase: seconds by kind of kernel}, and prints it.
+    batch_size: images of 224 × 224. freeze_blocks: of the lowest, in a LoRA phase besides that of all blocks;
+    None = half of them. matmul: TFLOP/s, bandwidth: GB/s that were measured on the device, in the place of
+    70 % and 80 % of its data sheet's. Returns {phase: seconds by kind of kernel}, the LoRA phase with frozen
+    blocks as "lora, N frozen", and prints it.
     """
     for name, value in (("batch_size", batch_size), ("matmul", matmul), ("bandwidth", bandwidth)):
         if value is not None and value <= 0:
@@ -395,23 +401,30 @@ def roofline(
         ceilings = replace(ceilings, bandwidth=bandwidth * 1e9)
     start, out = time.perf_counter(), {}
     cfg = train.Config(model=model, dataset="imagenet", dtype="bfloat16", batch_size=batch_size)
-    wanted = get_ranks(ranks, model)
+    cfg = replace(cfg, residual_dtype=residual_dtype)
+    wanted, depth = get_ranks(ranks, model), VARIANTS[model]["depth"]
+    frozen = depth // 2 if freeze_blocks is None else freeze_blocks
+    if not 0 < frozen < depth:
+        raise UserError(f"freeze_blocks must be above 0 and below {model}'s {depth} blocks, not {frozen}")
     print("COUNTED, nothing below was measured: milliseconds of a step, kernels back to back, compiled,")
     print(f"ViT-{model}, {batch_size} images, bfloat16, adapters {ranks}, {device}: at most ", end="")
     print(f"{ceilings.matmul / 1e12:.0f} TFLOP/s and {ceilings.bandwidth / 1e9:.0f} GB/s")
     kinds = "".join(f"{kind:>12}" for kind in KINDS)
-    print(f"\n{'':8}{'ms':>8}{'full / it':>11}{'TFLOP':>8}{'GB':>7}{'kernels':>9}  |{kinds}")
-    for phase in PHASES:
-        counted = count_kernels(cfg, phase, wanted, batch_size)
-        out[phase] = seconds_by_kind(counted, ceilings)
-        print(get_row(phase, counted, out), flush=True)
+    print(f"\n{'':18}{'ms':>8}{'full / it':>11}{'TFLOP':>8}{'GB':>7}{'kernels':>9}  |{kinds}")
+    rows = {phase: (phase, cfg, wanted) for phase in PHASES}
+    kept = {family: [0] * frozen + layers[frozen:] for family, layers in wanted.items()}
+    rows[f"lora, {frozen} frozen"] = "lora", replace(cfg, freeze_blocks=frozen), kept
+    for title, (phase, its_cfg, its_ranks) in rows.items():
+        counted = count_kernels(its_cfg, phase, its_ranks, batch_size)
+        out[title] = seconds_by_kind(counted, ceilings)
+        print(get_row(title, counted, out), flush=True)
     print(f"\ncounted in {time.perf_counter() - start:.0f} s")
     return out
 
 
-def get_row(phase: str, counted: list[Kernel], seconds: dict[str, dict[str, float]]) -> str:
-    """A line of the table. `seconds`: by kind, of the phases so far."""
-    step, full = sum(seconds[phase].values()), sum(seconds["full"].values())
+def get_row(title: str, counted: list[Kernel], seconds: dict[str, dict[str, float]]) -> str:
+    """A line of the table. `seconds`: by kind, of the rows so far."""
+    step, full = sum(seconds[title].values()), sum(seconds["full"].values())
     flops, moved = sum(kernel.flops for kernel in counted), sum(kernel.bytes for kernel in counted)
     sums = f"{1e3 * step:8.1f}{full / step:11.2f}{flops / 1e12:8.2f}{moved / 1e9:7.1f}{len(counted):9}"
-    return f"{phase:8}{sums}  |" + "".join(f"{1e3 * value:12.1f}" for value in seconds[phase].values())
+    return f"{title:18}{sums}  |" + "".join(f"{1e3 * value:12.1f}" for value in seconds[title].values())

@@ -79,6 +79,7 @@ from launch import distributed
         ("--loader synthetic --rand_augment 9", "synthetic images are not augmented"),
         ("--stage_dir here", "it needs --loader ffcv"),
         ("--activation_checkpointing selective", "it needs --compile True"),
+        ("--residual_dtype bfloat16 --dtype float32", "it needs --dtype bfloat16"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(small, tmp_path, capsys, bad, reason):

@@ -52,8 +52,8 @@ RUN = (
     "--window_epochs 1 --lora_warmup_epochs 2 --rank_min 4 --rank_max 32 --keep_every 1 --eval_every 7"
 ).split()
 BF16 = (
-    "--dtype bfloat16 --lora_alpha 16 --lora_scaling rslora --target_modules q v fc2 "
-    "--lora_trainable adapters+rest"
+    "--dtype bfloat16 --residual_dtype bfloat16 --lora_alpha 16 --lora_scaling rslora "
+    "--target_modules q v fc2 --lora_trainable adapters+rest"
 ).split()
 ENDS = {"full": 6, "warmup": 10, "lora": 14}  # the last step of each phase
 STATIC = "--mode lora --epochs 2 --eval_every 1".split()

@@ -216,8 +216,10 @@ def test_gradient_accumulation_is_the_same_step(small, tmp_path):
     assert get_phases(two)[-1] == "warmup"  # it crossed a switch
 
 
-def test_bfloat16(small, tmp_path):
-    flags = "--dtype bfloat16 --switch_epoch 2 --lora_warmup_epochs 1 --epochs 4".split()
+@pytest.mark.parametrize("residual_dtype", ["float32", "bfloat16"])
+def test_bfloat16(small, tmp_path, residual_dtype):
+    flags = ["--dtype", "bfloat16", "--residual_dtype", residual_dtype]
+    flags += "--switch_epoch 2 --lora_warmup_epochs 1 --epochs 4".split()
     epochs = [record for record in run(small, tmp_path, *flags) if record["event"] == "epoch"]
     last, freeze = weights(tmp_path), saved_at(tmp_path, 3 * STEPS)
     for name in ("blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.bias", "patch_embed.proj.weight"):

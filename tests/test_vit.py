@@ -201,6 +201,29 @@ def test_dropout_after_positions_attention_and_both_mlp_layers():
 # ---- initialisation
 
 
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+def test_residual_dtype(residual_dtype):
+    """The stream between the blocks, and its gradient, have this type when products are in bfloat16."""
+    model = randomise(build(residual_dtype=residual_dtype))
+    images, seen = torch.randn(4, 3, 16, 16), []
+    exact = randomise_alike(model, build())(images)
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, y: seen.extend([args[0].dtype, y.dtype]))
+        block.register_full_backward_hook(lambda block, dx, dy: seen.extend(g[0].dtype for g in (dx, dy)))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    logits.float().sum().backward()
+    assert seen == [residual_dtype] * 4 * len(model.blocks)
+    error = (logits - exact).norm() / exact.norm()
+    assert error < 0.03
+
+
+def randomise_alike(model, other):
+    """`other`, with the weights of `model`."""
+    other.load_state_dict(model.state_dict())
+    return other
+
+
 def test_init_is_a_pure_function_of_the_seed():
     torch.manual_seed(1)
     first = build(seed=3)
