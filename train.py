@@ -279,7 +279,7 @@ def train_step(
         hits = (logits.argmax(dim=1) == labels).sum()  # under mixup: against the label of the image itself
         totals += torch.stack([loss.detach() / (cfg.grad_accum_steps * world_size), hits])
     distributed.sum_over_processes(totals)
-    norm = parallel.clip_gradients(model, cfg.grad_clip)  # of all processes
+    norm = parallel.clip_gradients(optimizer, cfg.grad_clip)  # of all processes
     failed |= ~(torch.isfinite(norm) & torch.isfinite(totals[0]))
     apply_update(optimizer, lr, skip=failed)
     return torch.stack([*totals, norm.double(), failed.double()])

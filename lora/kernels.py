@@ -121,9 +121,14 @@ class FrozenBase(Function):
             else:
                 dx = dy @ effective[:outputs, :inputs] if ctx.need_dx else None
                 dy_B = dy @ effective[:outputs, inputs : inputs + ranks]
-            gradients = triton_kernels.adapter_gradients(x, dy, ax, dy_B).sum(0)  # (Σ rank, in + out)
-            dA = gradients[:, :inputs].to(A.dtype)
-            dBs = unstack(gradients[:, inputs:].t().to(A.dtype), Bs, ctx.where, ctx.parts)
+            slabs = triton_kernels.adapter_gradients(x, dy, ax, dy_B)  # (slabs, Σ rank, in + out)
+            # Added up one by one, so that each is one pass which leaves a gradient as its parameter lies: of dBs,
+            # (slabs, out / parts, Σ rank) each.
+            dA = slabs[:, :, :inputs].sum(0).to(A.dtype)
+            parts = slabs[:, :, inputs:].transpose(1, 2).chunk(ctx.parts, dim=1)
+            dBs = []
+            for part, (start, end) in zip(ctx.where, get_spans(Bs)):
+                dBs.append(parts[part][:, :, start:end].sum(0).to(A.dtype).contiguous())
         return dx, None, dbias, dA, None, None, *dBs
 
 

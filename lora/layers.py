@@ -117,7 +117,8 @@ class LoRALinear(nn.Linear):
         if not self.lora_B:  # rank 0 in every part
             return super().forward(x)
         A = self.lora_A if self.scaling is None else self.lora_A * self.scaling  # (Σ rank, in)
-        Bs = list(self.lora_B.values())  # (out / parts, rank) each
+        # Of a ParameterDict torch.compile asks for every value anew in every call, by two calls in Python.
+        Bs = list(self.lora_B._parameters.values())  # (out / parts, rank) each
         where = [int(part) for part in self.lora_B]  # the row parts that have an adapter
         x2d = x.reshape(-1, x.shape[-1])  # (N, in)
         y = lora_linear(x2d, self.weight, self.bias, A, Bs, where, len(self.ranks))  # (N, out)

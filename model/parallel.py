@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch._dynamo.config
 import torch._functorch.config  # not there before something else imports it
+import torch._inductor.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -115,6 +116,8 @@ def compile_blocks(model: nn.Module, half_the_activations: bool) -> None:
     # Without this the products in our own operators would count for nothing.
     torch._functorch.config.is_non_builtin_to_include = True
     torch._dynamo.config.recompile_limit = 16
+    # Our Triton kernels launched as the compiler's own are, in C++ instead of Python.
+    torch._inductor.config.static_launch_user_defined_triton_kernels = True
     for block in model.blocks:
         block.compile(fullgraph=True)
 
@@ -154,13 +157,14 @@ def sync_gradients(model: nn.Module, yes: bool) -> None:
         model.set_requires_gradient_sync(yes)
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients of all processes to a global norm of at most `max_norm`, 0 for no limit; no host
-    waits.
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Scale the gradients of what `optimizer` trains, on all processes, to a global norm of at most
+    `max_norm`, 0 for no limit; no host waits.
 
     Returns the norm before that, 0-d and plain. All processes together.
     """
-    return to_plain(nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return to_plain(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
 
 
 # ---- sharded and whole
