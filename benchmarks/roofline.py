@@ -143,6 +143,8 @@ class Trace(TorchDispatchMode):
         if name.endswith("_like") or name.startswith("new_"):
             reads = []
         reads = tuple(piece for piece in reads if piece not in untouched)
+        if name.startswith(("_foreach_", "_fused_")):
+            self.end_graph()  # of a frozen model's first block no gradient says that its backward is over
         kind, flops = self.classify(operator, name, args, kwargs, result)
         if kind in ("products", "adapters") and "mm" in name:
             a, b = args[-2:]

@@ -122,8 +122,7 @@ class FrozenBase(Function):
                 dx = dy @ effective[:outputs, :inputs] if ctx.need_dx else None
                 dy_B = dy @ effective[:outputs, inputs : inputs + ranks]
             slabs = triton_kernels.adapter_gradients(x, dy, ax, dy_B)  # (slabs, Σ rank, in + out)
-            # Added up one by one, so that each is one pass which leaves a gradient as its parameter lies: of dBs,
-            # (slabs, out / parts, Σ rank) each.
+            # Added up one by one: each is one pass, which leaves a gradient as its parameter lies.
             dA = slabs[:, :, :inputs].sum(0).to(A.dtype)
             parts = slabs[:, :, inputs:].transpose(1, 2).chunk(ctx.parts, dim=1)
             dBs = []

@@ -131,7 +131,8 @@ def to_input(images):
 def trained_logits(path, images):
     """What the run's own model computes in float32, adapters unmerged, its weights read back."""
     meta = checkpoint.read_meta(path)
-    cfg = dataclasses.replace(typed_config(train.Config, meta["config"], ""), dtype="float32", compile=False)
+    in_float32 = dict(dtype="float32", residual_dtype="float32", compile=False)
+    cfg = dataclasses.replace(typed_config(train.Config, meta["config"], ""), **in_float32)
     model = train.build_model(cfg, meta["state"]["phase"], meta["state"]["ranks"], "cpu").eval()
     model.load_state_dict(stored(path), strict=True)
     return model(to_input(images))

@@ -70,15 +70,14 @@ def shard_size(p, shards):
 def wire_by_arithmetic(model, shards, copies):
     """Bytes one process sends in a step, from the shapes."""
     gathered = reduced = norms = 0
-    names = [name for name, _ in model.named_parameters()]
-    element = (
-        4 if any("lora_A" in name for name in names) else 2
-    )  # of a block's weights, as they are gathered
+    shared = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    # of a block's weights, as they are gathered: where W and its adapters both are, in float32
+    summed = "blocks.0.attn.qkv.weight" in shared and "blocks.0.attn.qkv.lora_A" in shared
+    element = 4 if summed else 2
     for name, p in model.named_parameters():
         if isinstance(p, DTensor):  # others are frozen copies
             size = shard_size(p, shards) * shards
-            # a block in bfloat16, with adapters in float32, in forward and again in backward; the root's few
-            # in float32 and once
+            # a block in forward and again in backward; the root's few in float32 and once
             gathered += size * (2 * element if name.startswith("blocks.") else 4)
             reduced += 4 * size * p.requires_grad
             norms += 4 * p.requires_grad  # a partial norm each
