@@ -328,8 +328,8 @@ def check_checkpoint(cfg, start: Start, images: int) -> None:
     lost its logs."""
     path, meta, s = start.checkpoint, start.meta, start.state
     fixed = FIXED
-    if s.ranks:  # and what the lora phase trains, with a base in which precision, which the freeze decides
-        fixed = FIXED + ADAPTERS + ["lora_trainable", "dtype"]
+    if s.ranks:  # and what the lora phase trains
+        fixed = FIXED + ADAPTERS + ["lora_trainable"]
     elif s.frozen_blocks:  # within the full phase
         fixed = FIXED + ["freeze_blocks"]
     if not start.forked:  # what a fork shares was looked at when it was found
@@ -447,7 +447,7 @@ def check_fork(
     if state["ranks"]:
         shared += ADAPTERS
     if state["phase"] == "lora":
-        shared += ["lora_trainable", "dtype"]
+        shared.append("lora_trainable")
     check_same(cfg, get_config(cfg, path, meta), shared, path)
     switched = next((switch["epoch"] for switch in switches if switch["from"] == "full"), None)
     if cfg.mode != "lora" and due != switched:

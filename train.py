@@ -176,7 +176,7 @@ def build_model(
     cfg: Config, phase: str, ranks: Ranks | None, device, mesh: DeviceMesh | None = None, frozen_blocks=0
 ) -> nn.Module:
     """The model of a phase, compiled, sharded over `mesh`, on `device`; its weights are still to be set.
-    There is no other way to build one. `frozen_blocks`: of the full phase, the lora phase has its own."""
+    There is no other way to build one. `frozen_blocks`: in the full phase; the lora phase has cfg's."""
     model = build_net(cfg)
     if phase != "full":
         families = match_families(model, LORA_FAMILIES, tuple(ranks))
@@ -338,7 +338,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     look_every = 1 if device.type == "cpu" else 20  # steps: a look at a GPU's results waits for them
     stopped = False
     while s.epoch < cfg.epochs:
-        # -- the switch: full -> warmup puts adapters in, warmup -> lora freezes the base, full -> full blocks
+        # -- the switch: adapters are put in (warmup), the base is frozen (lora), or blocks are (mode full)
         if not s.is_in(phase, frozen_blocks):
             began, previous = time.perf_counter(), s.phase
             s.phase, s.ranks, s.frozen_blocks = phase, ranks, frozen_blocks

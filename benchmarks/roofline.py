@@ -143,8 +143,6 @@ class Trace(TorchDispatchMode):
         if name.endswith("_like") or name.startswith("new_"):
             reads = []
         reads = tuple(piece for piece in reads if piece not in untouched)
-        if name.startswith(("_foreach_", "_fused_")):
-            self.end_graph()  # of a frozen model's first block no gradient says that its backward is over
         kind, flops = self.classify(operator, name, args, kwargs, result)
         if kind in ("products", "adapters") and "mm" in name:
             a, b = args[-2:]
@@ -201,7 +199,7 @@ class Trace(TorchDispatchMode):
             flops = flop_registry[operator._overloadpacket](*args, **kwargs, out_val=result)
         else:
             return ("casts" if name == "_to_copy" else "elementwise"), 0
-        if self.graph is not None and min(*args[-2].shape, *args[-1].shape) <= self.ranks:
+        if self.graph is not None and "mm" in name and min(*args[-2].shape, *args[-1].shape) <= self.ranks:
             return "adapters", flops
         return "products", flops
 
@@ -219,6 +217,11 @@ def watch_blocks(trace: Trace, blocks: nn.ModuleList) -> None:
     """Tell `trace` what is compiled together: each block's forward, and each block's backward."""
     outer = []
 
+    def begin_backward(gradient: Tensor) -> None:
+        trace.begin_graph()
+        # Of a frozen model's first block no gradient says that its backward is over: the whole's end does.
+        torch.autograd.Variable._execution_engine.queue_callback(trace.end_graph)
+
     def before(block: nn.Module, args: tuple) -> None:
         outer.append(trace.graph)
         trace.begin_graph()
@@ -228,7 +231,7 @@ def watch_blocks(trace: Trace, blocks: nn.ModuleList) -> None:
     def after(block: nn.Module, args: tuple, y: Tensor) -> None:
         trace.graph = outer.pop()  # in backward, where a block is run again: back in that graph
         if y.requires_grad:
-            y.register_hook(lambda gradient: trace.begin_graph())
+            y.register_hook(begin_backward)
 
     for block in blocks:
         block.register_forward_pre_hook(before)
@@ -264,10 +267,12 @@ def see_through_casts(trace: Trace) -> list[Call]:
     """The calls of a trace without casts to a wider type inside a block: the compiler keeps what was cast,
     and casts again wherever it is read. What is read outside the blocks, or outlasts the step, is
     written."""
-    written = set(trace.lasting)
+    written, made = set(trace.lasting), set()
     for call in trace.calls:
         if call.graph is None:
             written |= get_storages(call.reads)
+        written |= get_storages(call.writes) & made  # changed in place
+        made |= get_storages(call.writes)
     calls, sources = [], {}  # storage of a cast's result -> what was cast
     for call in trace.calls:
         reads = dict.fromkeys(sources.get(piece.storage, piece) for piece in call.reads)

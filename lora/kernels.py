@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from lora import onednn
 
@@ -60,6 +61,7 @@ class EffectiveWeight(Function):
             return add_product(weight, stack(Bs, where, parts), A, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dW: Tensor):
         A, *Bs = ctx.saved_tensors
         with without_autocast(dW):
@@ -75,9 +77,9 @@ class FrozenBase(Function):
     are products of few columns and so cost what it takes to read x and dy.
 
     On a GPU A x comes with y and dy B with dx, out of one product each: the matrix that they multiply by has
-    A for a lower border and B for a right one. So y and dx have gaps between their rows, which costs nobody
-    anything but attention's backward: it would copy its projection's dx. That one is as wide as its input,
-    and dx of such a Linear is a product of its own. One kernel then makes dA = (dy B)' x and dB = dy' (A x).
+    A for a lower border and B for a right one. So y and dx are views with gaps between their rows: nobody may
+    change y in place, and attention's backward would copy its projection's dx. That one is as wide as its
+    input, and dx of such a Linear is a product of its own. One kernel then makes dA = (dy B)' x and dB = dy' (A x).
     """
 
     @staticmethod
@@ -98,7 +100,7 @@ class FrozenBase(Function):
             if bias is not None:
                 bias = F.pad(bias, (0, effective.shape[0] - outputs))
             y_and_ax = product(x, effective[:, :inputs].t(), bias)  # (N, out + r)
-            ax = y_and_ax[:, outputs : outputs + A.shape[0]]
+            ax = y_and_ax[:, outputs:]  # (N, r)
             if outputs <= inputs:
                 # A Linear whose y is added to the residual stream, and kept by nobody: a slice would keep it.
                 ax = ax.contiguous()
@@ -106,9 +108,10 @@ class FrozenBase(Function):
             return y_and_ax[:, :outputs]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         x, effective, ax, A, *Bs = ctx.saved_tensors
-        outputs, inputs, ranks = dy.shape[1], x.shape[1], A.shape[0]
+        outputs, inputs = dy.shape[1], x.shape[1]
         with without_autocast(x):
             dbias = dy.sum(0) if ctx.need_dbias else None
             if not uses_triton(x):
@@ -117,13 +120,13 @@ class FrozenBase(Function):
                 return dx, None, dbias, dA, None, None, *dBs
             if ctx.need_dx and inputs != outputs:
                 dx_and_dy_B = dy @ effective[:outputs]  # (N, in + r)
-                dx, dy_B = dx_and_dy_B[:, :inputs], dx_and_dy_B[:, inputs : inputs + ranks]
+                dx, dy_B = dx_and_dy_B[:, :inputs], dx_and_dy_B[:, inputs:]
             else:
                 dx = dy @ effective[:outputs, :inputs] if ctx.need_dx else None
-                dy_B = dy @ effective[:outputs, inputs : inputs + ranks]
-            slabs = triton_kernels.adapter_gradients(x, dy, ax, dy_B)  # (slabs, Σ rank, in + out)
+                dy_B = dy @ effective[:outputs, inputs:]
+            slabs = triton_kernels.adapter_gradients(x, dy, ax, dy_B)  # (slabs, r, in + out)
             # Added up one by one: each is one pass, which leaves a gradient as its parameter lies.
-            dA = slabs[:, :, :inputs].sum(0).to(A.dtype)
+            dA = slabs[:, : A.shape[0], :inputs].sum(0).to(A.dtype)
             parts = slabs[:, :, inputs:].transpose(1, 2).chunk(ctx.parts, dim=1)
             dBs = []
             for part, (start, end) in zip(ctx.where, get_spans(Bs)):
@@ -134,9 +137,10 @@ class FrozenBase(Function):
 # ---- what they are made of
 
 
-def uses_triton(x: Tensor) -> bool:
-    """Whether x's products go with the Triton kernels."""
-    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and find_spec("triton") is not None
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether the Triton kernels take such a tensor."""
+    is_taken = tensor.dtype in (torch.float32, torch.bfloat16)
+    return tensor.is_cuda and is_taken and find_spec("triton") is not None
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-ALIGNED = 8  # numbers of bfloat16 in 16 bytes, at which a GPU's rows should begin
+# Where rows of a matrix with a border begin: at multiples of this many numbers, which Triton and
+# torch.compile ask for before they read several at once.
+ALIGNED = 16
 # Rows, columns and ranks of a tile of effective_weight; ranks, columns and rows of one of adapter_gradients,
 # whose float32 rows take more registers. Both without spilling: tests/test_triton_kernels.py compiles them.
 TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8}
@@ -57,8 +59,8 @@ def effective_weight_kernel(
 def effective_weight(weight: Tensor, B: Tensor, A: Tensor, dtype: torch.dtype, bordered: bool) -> Tensor:
     """W + B A, summed in float32 and then cast to `dtype`: (out, in), (out, ranks), (ranks, in) -> (out, in).
 
-    With a border it is [[W + B A, B], [A, 0]], (out + r, in + r) with r the ranks, rounded up to whole 16
-    bytes of bfloat16 by zeros: x times its first `in` columns gives y and A x at once, dy times its first
+    With a border it is [[W + B A, B], [A, 0]], (out + r, in + r) with r the ranks, rounded up to a multiple
+    of ALIGNED by zeros: x times its first `in` columns gives y and A x at once, dy times its first
     `out` rows gives dx and dy B.
     """
     OUT, IN, RANK = weight.shape[0], weight.shape[1], A.shape[0]
@@ -118,8 +120,9 @@ def adapter_gradients_kernel(
 def adapter_gradients(x: Tensor, dy: Tensor, ax: Tensor, dy_B: Tensor) -> Tensor:
     """[dA, (dy' A x)'] in slabs of rows, which are to be added up: (slabs, ranks, in + out), float32.
 
-    x (N, in) and dy (N, out), ax = A x and dy_B = dy B, (N, ranks) each; dA = (dy B)' x. One launch reads x
-    and dy once. Slabs instead of atomic additions: the same input gives the same bits.
+    x (N, in) and dy (N, out), columns of them less than 2^31 numbers apart; ax = A x and dy_B = dy B, (N,
+    ranks) each; dA = (dy B)' x. One launch reads x and dy once. Slabs instead of atomic additions: the same
+    input gives the same bits.
     """
     (N, IN), OUT, RANK = x.shape, dy.shape[1], ax.shape[1]
     tiles = triton.cdiv(IN, SLABS["BLOCK_C"]) + triton.cdiv(OUT, SLABS["BLOCK_C"])

@@ -375,8 +375,9 @@ def prune(newest: Path) -> None:
         keep = meta.get("pinned", True) or old.name in bases or old.name > newest.name
         if intact < 2 and old.name <= newest.name:
             keep = True
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError):  # nor does one count whose base is another by now
                 verify(old)
+                get_base(old)
                 intact += 1
         if keep and base:
             bases.add(base["checkpoint"])

@@ -75,7 +75,7 @@ def parallelize(
 
     FSDP2 (fully_shard), with a mesh: float32 shards are the masters, blocks are gathered in `dtype`,
     gradients reduced in float32. The root's few parameters (embeddings, last norm, head) are gathered in
-    float32: the residual stream starts there and stays float32, as under autocast on one GPU. With
+    float32: the residual stream starts there, as under autocast on one GPU. With
     `replicate_frozen` what needs no gradient stays a plain tensor on every process and goes off the wire;
     never use it on parameters that are trained, they would not be reduced.
     """

@@ -173,8 +173,7 @@ class VisionTransformer(nn.Module):
         head. Each tensor draws from a generator of (seed, its name): the same whatever the build order.
         """
         for name, parameter in self.named_parameters():
-            # In float32 and whole: a frozen base in bfloat16 gets the same numbers, rounded, and a shard its
-            # part of them.
+            # In float32 and whole: a shard gets its part of the same numbers.
             p = torch.empty(parameter.shape, device=parameter.device)
             rng = torch.Generator(p.device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             if name in ("cls_token", "head.weight") or name.endswith("bias"):

@@ -127,9 +127,9 @@ def test_layer_norm_reads_twice_for_its_own_gradients():
     assert [kernel[3] for kernel in trained] == [read, read + written + 4 * 2 * 8]
 
 
-@pytest.mark.parametrize("n_in, n_out, rank, border", [(16, 24, 3, 8), (24, 16, 8, 8), (24, 40, 9, 16)])
+@pytest.mark.parametrize("n_in, n_out, rank, border", [(16, 24, 3, 16), (24, 16, 8, 16), (24, 40, 11, 16)])
 def test_an_adapted_linear_by_hand(n_in, n_out, rank, border):
-    """x and dy in bfloat16, the rest in float32. B and A stand at the sum's borders, in a multiple of 8
+    """x and dy in bfloat16, the rest in float32. B and A stand at the sum's borders, in a multiple of 16
     columns and rows; y comes with A x, dx with dy B."""
     N, bfloat16 = 12, torch.bfloat16
     with as_on_a_gpu(), FakeTensorMode():
@@ -146,14 +146,14 @@ def test_an_adapted_linear_by_hand(n_in, n_out, rank, border):
     summed = ("effective_weight", "adapters", 2 * n_out * rank * n_in)
     y = (f"mm {N}×{n_in}×{n_out + border}", "products", 2 * N * n_in * (n_out + border))
     dx = (f"mm {N}×{n_out}×{n_in + border}", "products", 2 * N * n_out * (n_in + border))
-    gradients = ("adapter_gradients", "adapters", 2 * N * rank * wide)
-    copied = [("clone", "elementwise", 0, 2 * 2 * N * rank)] * (n_out < n_in)  # A x, so that y may go
+    gradients = ("adapter_gradients", "adapters", 2 * N * border * wide)
+    copied = [("clone", "elementwise", 0, 2 * 2 * N * border)] * (n_out < n_in)  # A x, so that y may go
     assert found[: 4 + len(copied)] == [
         (*summed, 4 * (n_out * n_in + rank * wide) + 2 * effective),
         (*y, 2 * (N * n_in + n_in * (n_out + border) + N * (n_out + border))),
         *copied,
         (*dx, 2 * (N * n_out + n_out * (n_in + border) + N * (n_in + border))),
-        (*gradients, 2 * N * (wide + 2 * rank) + 4 * rank * wide),  # written in one slab, float32
+        (*gradients, 2 * N * (wide + 2 * border) + 4 * border * wide),  # written in one slab, float32
     ]
     assert {kind for _, kind, _, _ in found[4 + len(copied) :]} == {"elementwise"}  # adds up the slabs
 
@@ -196,14 +196,13 @@ def get_flops_of_the_borders() -> int:
     the blocks that are zero or nobody's."""
     more = 0
     for rank in (4, 8):
-        for name, (n_in, n_out, parts) in LINEARS.items():
+        for n_in, n_out, parts in LINEARS.values():
             ranks = parts * rank
-            border = -(-ranks // 8) * 8
-            is_first = name == "qkv" and rank == 4  # no dx
-            dy_B = border if n_in != n_out and not is_first else ranks
+            border = -(-ranks // 16) * 16
             more += n_in * (border - ranks)  # A x
-            more += n_out * dy_B - n_out * rank
-            more += n_out * ranks - n_out * rank  # dB
+            more += n_out * border - n_out * rank  # dy B
+            more += n_in * (border - ranks)  # dA
+            more += n_out * border - n_out * rank  # dB
     return 2 * IMAGES * TOKENS * more
 
 
@@ -251,12 +250,13 @@ def test_the_adapters_kernels():
     assert Counter(names["warmup"]) == {"effective_weight": 4 * DEPTH, "mm": 2 * 4 * DEPTH}
     kernels_of_lora = {"effective_weight": 4 * DEPTH, "adapter_gradients": 4 * DEPTH, "mm": DEPTH + 1}
     assert Counter(names["lora"]) == kernels_of_lora
-    N, R, n_out = IMAGES * TOKENS, 3 * 8, 3 * DIM  # of the last block's qkv, whose border is its ranks
-    moved = 4 * (n_out * DIM + R * (n_out + DIM)) + 2 * (n_out + R) * (DIM + R)
+    N, R, n_out = IMAGES * TOKENS, 3 * 8, 3 * DIM  # of the last block's qkv
+    border = 32
+    moved = 4 * (n_out * DIM + R * (n_out + DIM)) + 2 * (n_out + border) * (DIM + border)
     assert count("lora").count(Kernel("effective_weight", "adapters", 2 * n_out * R * DIM, moved)) == 1
     slabs = math.ceil(N / 64)
-    moved = 2 * N * (DIM + n_out + 2 * R) + 4 * slabs * R * (DIM + n_out)
-    gradients = Kernel("adapter_gradients", "adapters", 2 * N * R * (DIM + n_out), moved)
+    moved = 2 * N * (DIM + n_out + 2 * border) + 4 * slabs * border * (DIM + n_out)
+    gradients = Kernel("adapter_gradients", "adapters", 2 * N * border * (DIM + n_out), moved)
     assert count("lora").count(gradients) == 1
 
 
@@ -283,8 +283,9 @@ def test_checkpointing_goes_through_the_blocks_twice():
         count(activation_checkpointing="selective")
 
 
-def test_micro_batches_are_all_counted():
-    assert total(count(grad_accum_steps=3), "flops") == 3 * total(count(), "flops")
+@pytest.mark.parametrize("phase", PHASES)
+def test_micro_batches_are_all_counted(phase):
+    assert total(count(phase, grad_accum_steps=3), "flops") == 3 * total(count(phase), "flops")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_effective_weight(interpreted, out, inputs, rank, dtype):
     assert_near(triton_kernels.effective_weight(W, B, A, dtype, False), exact, dtype)
     bordered = triton_kernels.effective_weight(W, B, A, dtype, True)
     border = bordered.shape[0] - out
-    assert border % 8 == 0 and rank <= border < rank + 8 and bordered.shape[1] == inputs + border
+    assert border % 16 == 0 and rank <= border < rank + 16 and bordered.shape[1] == inputs + border
     assert_near(bordered[:out, :inputs], exact, dtype)
     assert torch.equal(bordered[:out, inputs : inputs + rank], B.to(dtype))
     assert torch.equal(bordered[out : out + rank, :inputs], A.to(dtype))
@@ -147,16 +147,20 @@ def test_two_runs_have_the_same_bits(interpreted):
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of a multiprocessor that a program may have
 
 
+# What need not be a multiple of 16. Ranks are any numbers, their border is one.
+UNKNOWN = {"effective_weight_kernel": ("RANK", "B_row"), "adapter_gradients_kernel": ("N", "STEPS")}
+
+
 def compile_for(sm, kernel, pointers, constants, num_warps, aligned):
-    """What ptxas says of the kernel, and its bytes of shared memory. `aligned`: as torch gives its tensors,
-    contiguous and of sizes that 16 divides; else nothing is known of them."""
+    """What ptxas says of the kernel, its bytes of shared memory and its PTX. `aligned`: as compiled blocks
+    give it their tensors, with rows that begin at multiples of 16; else nothing is known of them."""
     names = kernel.arg_names
     if aligned:
         constants = constants | {name: 1 for name in names if name.endswith("_column")}
     free = [name for name in names if name not in constants]
     signature = {name: pointers.get(name, "i32") for name in free}
     signature |= dict.fromkeys(constants, "constexpr")
-    known = [name for name in free if name not in ("N", "STEPS")] if aligned else []
+    known = [name for name in free if name not in UNKNOWN[kernel.fn.__name__]] if aligned else []
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in known}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps})
@@ -164,7 +168,7 @@ def compile_for(sm, kernel, pointers, constants, num_warps, aligned):
     command = [PTXAS, "-v", f"--gpu-name={name}", "/dev/stdin", "-o", "/dev/null"]
     done = subprocess.run(command, input=compiled.asm["ptx"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stderr, compiled.metadata.shared
+    return done.stderr, compiled.metadata.shared, compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -179,15 +183,18 @@ def test_registers_and_shared_memory(name, sm, dtype, aligned):
         pointers = dict.fromkeys(("x", "dy", "ax", "dy_B"), f"*{dtype}") | {"result": "*fp32"}
         constants["BLOCK_N"] = triton_kernels.ROWS[{"bf16": 2, "fp32": 4}[dtype]]
     kernel = getattr(triton_kernels, f"{name}_kernel")
-    said, shared = compile_for(sm, kernel, pointers, constants, warps, aligned)
+    said, shared, ptx = compile_for(sm, kernel, pointers, constants, warps, aligned)
     (registers,) = map(int, re.findall(r"Used (\d+) registers", said))
     assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"], said
     assert shared <= SHARED[sm] / 2  # two programs beside each other
     assert registers * 32 * warps <= 65536  # one of them
+    if dtype == "bf16":  # 16 bytes at a time; control: one number at a time where nothing is known
+        one_by_one = "st.global.b16" if name == "effective_weight" else "ld.global.b16"
+        assert (one_by_one not in ptx) == aligned
 
 
 def test_control_a_tile_that_spills_is_seen():
     constants = {"BLOCK_R": 128, "BLOCK_C": 256, "BLOCK_N": 64}
     pointers = dict.fromkeys(("x", "dy", "ax", "dy_B"), "*fp32") | {"result": "*fp32"}
-    said, _ = compile_for(80, triton_kernels.adapter_gradients_kernel, pointers, constants, 4, False)
+    said, *_ = compile_for(80, triton_kernels.adapter_gradients_kernel, pointers, constants, 4, False)
     assert re.findall(r"(\d+) bytes spill", said) != ["0", "0"]
