@@ -79,7 +79,8 @@ class FrozenBase(Function):
     On a GPU A x comes with y and dy B with dx, out of one product each: the matrix that they multiply by has
     A for a lower border and B for a right one. So y and dx are views with gaps between their rows: nobody may
     change y in place, and attention's backward would copy its projection's dx. That one is as wide as its
-    input, and dx of such a Linear is a product of its own. One kernel then makes dA = (dy B)' x and dB = dy' (A x).
+    input, and dx of such a Linear is a product of its own. One kernel then makes dA = (dy B)' x and dB = dy'
+    (A x).
     """
 
     @staticmethod
