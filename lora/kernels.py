@@ -161,7 +161,9 @@ def add_product(weight: Tensor, B: Tensor, A: Tensor, dtype: torch.dtype) -> Ten
     if uses_triton(weight):
         return triton_kernels.effective_weight(weight, B, A, dtype, False)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.addmm(weight.to(wide), B.to(wide), A.to(wide)).to(dtype)
+    total = torch.addmm(weight.to(wide), B.to(wide), A.to(wide))
+    # With a cast that changes nothing at an autograd.Function's end, torch 2.11 compiles gradients of zero.
+    return total if dtype == wide else total.to(dtype)
 
 
 def get_spans(Bs: list[Tensor]) -> list[tuple[int, int]]:
