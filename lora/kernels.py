@@ -5,7 +5,7 @@ float32 from the float32 W, and only then cast to the type of the products. That
 with its master weights, so the sum is as exact as full training is. Summed onto a W that is bfloat16 already,
 most of a small B A would be rounded away.
 
-torch.compile traces the two autograd.Functions here, so that a block stays one graph. On a GPU two Triton
+torch.compile traces the autograd.Functions here, so that a block stays one graph. On a GPU two Triton
 kernels (lora/triton_kernels.py) do what costs the most memory traffic; everywhere else the same is done in
 plain torch. On the CPUs where oneDNN's products win they are oneDNN's (lora/onednn.py).
 
@@ -44,7 +44,8 @@ def lora_linear(
         bias = bias.to(dtype)
     adapters_train = A.requires_grad or any(B.requires_grad for B in Bs)
     if torch.is_grad_enabled() and adapters_train and not weight.requires_grad:
-        return FrozenBase.apply(x, weight, bias, A, where, parts, *Bs)
+        function = FrozenBaseOnGPU if uses_triton(x) else FrozenBase
+        return function.apply(x, weight, bias, A, where, parts, *Bs)
     effective = EffectiveWeight.apply(weight, A, dtype, where, parts, *Bs)
     return onednn.linear(x, effective, bias) if onednn.is_faster(x) else F.linear(x, effective, bias)
 
@@ -74,13 +75,39 @@ class EffectiveWeight(Function):
 
 class FrozenBase(Function):
     """y = x (W + B A)' + bias where W is not trained: backward makes dx and the adapters' gradients, which
-    are products of few columns and so cost what it takes to read x and dy.
+    are products of few columns."""
 
-    On a GPU A x comes with y and dy B with dx, out of one product each: the matrix that they multiply by has
-    A for a lower border and B for a right one. So y and dx are views with gaps between their rows: nobody may
-    change y in place, and attention's backward would copy its projection's dx. That one is as wide as its
-    input, and dx of such a Linear is a product of its own. One kernel then makes dA = (dy B)' x and dB = dy'
-    (A x).
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, where, parts, *Bs):
+        ctx.where, ctx.parts = where, parts
+        ctx.need_dx, ctx.need_dbias = x.requires_grad, bias is not None and bias.requires_grad
+        with without_autocast(x):
+            effective = add_product(weight, stack(Bs, where, parts), A, x.dtype)  # (out, in)
+            y = product(x, effective.t(), bias)
+        if not ctx.need_dx:  # then W + B A has done its work
+            effective = x.new_empty(0)
+        ctx.save_for_backward(x, effective, A, *Bs)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, effective, A, *Bs = ctx.saved_tensors
+        with without_autocast(x):
+            dbias = dy.sum(0) if ctx.need_dbias else None
+            dx = product(dy, effective) if ctx.need_dx else None
+            dA, dBs = get_gradients(x, dy, A, Bs, ctx.where, ctx.parts)
+        return dx, None, dbias, dA, None, None, *dBs
+
+
+class FrozenBaseOnGPU(Function):
+    """What FrozenBase computes. On a GPU a product of few columns costs what it takes to read x or dy.
+
+    So A x comes with y and dy B with dx, out of one product each: the matrix that they multiply by has A for
+    a lower border and B for a right one, of r numbers. y and dx are then views with gaps between their rows.
+    Nobody may change y in place; and attention's backward would copy its projection's dx. That one is as wide
+    as its input, and dx of such a Linear is a product of its own. One kernel makes dA = (dy B)' x and
+    dB = dy' (A x).
     """
 
     @staticmethod
@@ -89,24 +116,17 @@ class FrozenBase(Function):
         ctx.need_dx, ctx.need_dbias = x.requires_grad, bias is not None and bias.requires_grad
         outputs, inputs = weight.shape
         with without_autocast(x):
-            B = stack(Bs, where, parts)
-            if not uses_triton(x):
-                effective = add_product(weight, B, A, x.dtype)
-                y = product(x, effective.t(), bias)
-                if not ctx.need_dx:  # then W + B A has done its work
-                    effective = x.new_empty(0)
-                ctx.save_for_backward(x, effective, x.new_empty(0), A, *Bs)
-                return y
+            B = stack(Bs, where, parts)  # (out, Σ rank)
             effective = triton_kernels.effective_weight(weight, B, A, x.dtype, True)  # (out + r, in + r)
             if bias is not None:
                 bias = F.pad(bias, (0, effective.shape[0] - outputs))
             y_and_ax = product(x, effective[:, :inputs].t(), bias)  # (N, out + r)
-            ax = y_and_ax[:, outputs:]  # (N, r)
-            if outputs <= inputs:
-                # A Linear whose y is added to the residual stream, and kept by nobody: a slice would keep it.
-                ax = ax.contiguous()
-            ctx.save_for_backward(x, effective, ax, A, *Bs)
-            return y_and_ax[:, :outputs]
+        ax = y_and_ax[:, outputs:]  # (N, r)
+        if outputs <= inputs:
+            # A Linear whose y is added to the residual stream, and kept by nobody: a slice would keep it.
+            ax = ax.contiguous()
+        ctx.save_for_backward(x, effective, ax, A, *Bs)
+        return y_and_ax[:, :outputs]
 
     @staticmethod
     @once_differentiable
@@ -115,10 +135,6 @@ class FrozenBase(Function):
         outputs, inputs = dy.shape[1], x.shape[1]
         with without_autocast(x):
             dbias = dy.sum(0) if ctx.need_dbias else None
-            if not uses_triton(x):
-                dx = product(dy, effective) if ctx.need_dx else None
-                dA, dBs = get_gradients(x, dy, A, Bs, ctx.where, ctx.parts)
-                return dx, None, dbias, dA, None, None, *dBs
             if ctx.need_dx and inputs != outputs:
                 dx_and_dy_B = dy @ effective[:outputs]  # (N, in + r)
                 dx, dy_B = dx_and_dy_B[:, :inputs], dx_and_dy_B[:, inputs:]
@@ -126,12 +142,12 @@ class FrozenBase(Function):
                 dx = dy @ effective[:outputs, :inputs] if ctx.need_dx else None
                 dy_B = dy @ effective[:outputs, inputs:]
             slabs = triton_kernels.adapter_gradients(x, dy, ax, dy_B)  # (slabs, r, in + out)
-            # Added up one by one: each is one pass, which leaves a gradient as its parameter lies.
-            dA = slabs[:, : A.shape[0], :inputs].sum(0).to(A.dtype)
-            parts = slabs[:, :, inputs:].transpose(1, 2).chunk(ctx.parts, dim=1)
-            dBs = []
-            for part, (start, end) in zip(ctx.where, get_spans(Bs)):
-                dBs.append(parts[part][:, :, start:end].sum(0).to(A.dtype).contiguous())
+        # Added up one by one: each is one pass, which leaves a gradient as its parameter lies.
+        dA = slabs[:, : A.shape[0], :inputs].sum(0).to(A.dtype)
+        parts = slabs[:, :, inputs:].transpose(1, 2).chunk(ctx.parts, dim=1)  # (slabs, out / parts, r) each
+        dBs = []
+        for part, (start, end) in zip(ctx.where, get_spans(Bs)):
+            dBs.append(parts[part][:, :, start:end].sum(0).to(A.dtype).contiguous())
         return dx, None, dbias, dA, None, None, *dBs
 
 
