@@ -128,12 +128,13 @@ def make_weight(weight: Tensor, B: Tensor, A: Tensor, dtype: torch.dtype, border
 
 
 def define_weight(weight: Tensor, B: Tensor, A: Tensor, bordered: bool) -> Tensor:
-    """W + B A (out, in); with a border [[W + B A, B], [A, 0]], as wide as the ranks rounded up to eights."""
+    """W + B A (out, in); with a border [[W + B A, B], [A, 0]], as wide as the ranks rounded up to a
+    multiple of 16."""
     weight = weight + B @ A
     if not bordered:
         return weight
     (outputs, inputs), rank = weight.shape, A.shape[0]
-    border = -(-rank // 8) * 8
+    border = -(-rank // 16) * 16
     result = weight.new_zeros(outputs + border, inputs + border)
     result[:outputs, :inputs] = weight
     result[:outputs, inputs : inputs + rank] = B
@@ -144,7 +145,7 @@ def define_weight(weight: Tensor, B: Tensor, A: Tensor, bordered: bool) -> Tenso
 def make_gradients(x: Tensor, dy: Tensor, ax: Tensor, dy_B: Tensor) -> Tensor:
     """`adapter_gradients` on a GPU, in slabs; elsewhere its definition, as one slab."""
     if kernels.uses_triton(x):
-        return kernels.triton_kernels.adapter_gradients(x, dy, ax, dy_B)
+        return kernels.triton_kernels.adapter_gradients(x, dy, ax, dy_B, ax.shape[1])
     return define_gradients(x.float(), dy.float(), ax.float(), dy_B.float())[None]
 
 

@@ -184,7 +184,7 @@ class Trace(TorchDispatchMode):
             weight, B, A = args[:3]
             return "adapters", 2 * B.shape[0] * A.numel()
         if name == "adapter_gradients":
-            x, dy, ax, _ = args
+            x, dy, ax = args[:3]
             return "adapters", 2 * ax.numel() * (x.shape[1] + dy.shape[1])
         if "scaled_dot_product" in name:
             backward = "backward" in name  # (dy, q, k, v, …), forward (q, k, v, …)

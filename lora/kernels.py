@@ -141,10 +141,11 @@ class FrozenBaseOnGPU(Function):
             else:
                 dx = dy @ effective[:outputs, :inputs] if ctx.need_dx else None
                 dy_B = dy @ effective[:outputs, inputs:]
-            slabs = triton_kernels.adapter_gradients(x, dy, ax, dy_B)  # (slabs, r, in + out)
+            # (slabs, Σ rank, in + out)
+            slabs = triton_kernels.adapter_gradients(x, dy, ax, dy_B, A.shape[0])
         # Added up one by one: each is one pass, which leaves a gradient as its parameter lies.
-        dA = slabs[:, : A.shape[0], :inputs].sum(0).to(A.dtype)
-        parts = slabs[:, :, inputs:].transpose(1, 2).chunk(ctx.parts, dim=1)  # (slabs, out / parts, r) each
+        dA = slabs[:, :, :inputs].sum(0).to(A.dtype)
+        parts = slabs[:, :, inputs:].transpose(1, 2).chunk(ctx.parts, dim=1)  # (slabs, out / parts, Σ rank)
         dBs = []
         for part, (start, end) in zip(ctx.where, get_spans(Bs)):
             dBs.append(parts[part][:, :, start:end].sum(0).to(A.dtype).contiguous())

@@ -77,12 +77,12 @@ def effective_weight(weight: Tensor, B: Tensor, A: Tensor, dtype: torch.dtype, b
 
 @triton.jit
 def adapter_gradients_kernel(
-    x, dy, ax, dy_B, result, N, IN, OUT, RANK, STEPS,
+    x, dy, ax, dy_B, result, N, IN, OUT, RANK, BORDER, STEPS,
     x_row, x_column, dy_row, dy_column, ax_row, ax_column, dy_B_row, dy_B_column,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of one slab of `result`, see `adapter_gradients`: STEPS × BLOCK_N rows of x with those of dy B,
-    or of dy with those of A x. Strides: X_row, X_column.
+    or of dy with those of A x, of which BORDER columns are read and RANK count. Strides: X_row, X_column.
 
     The blocks of ranks are the grid's first axis: programs that read the same columns start together, and all
     but one find them in the cache.
@@ -103,7 +103,7 @@ def adapter_gradients_kernel(
         places = rows.to(tl.int64)  # a large batch has more than 2^31 elements
         a = tl.load(
             left + places[None, :] * left_row + ranks[:, None] * left_column,
-            (rows < N)[None, :] & (ranks < RANK)[:, None],
+            (rows < N)[None, :] & (ranks < BORDER)[:, None],
             0,
         )  # (BLOCK_R, BLOCK_N)
         b = tl.load(
@@ -117,21 +117,21 @@ def adapter_gradients_kernel(
 
 
 @triton_op("prelora::adapter_gradients", mutates_args=())
-def adapter_gradients(x: Tensor, dy: Tensor, ax: Tensor, dy_B: Tensor) -> Tensor:
+def adapter_gradients(x: Tensor, dy: Tensor, ax: Tensor, dy_B: Tensor, ranks: int) -> Tensor:
     """[dA, (dy' A x)'] in slabs of rows, which are to be added up: (slabs, ranks, in + out), float32.
 
-    x (N, in) and dy (N, out), columns of them less than 2^31 numbers apart; ax = A x and dy_B = dy B, (N,
-    ranks) each; dA = (dy B)' x. One launch reads x and dy once. Slabs instead of atomic additions: the same
-    input gives the same bits.
+    x (N, in) and dy (N, out), columns of them less than 2^31 numbers apart. ax = A x and dy_B = dy B, (N,
+    ranks or more) each: what they have more is not used. dA = (dy B)' x. One launch reads x and dy once.
+    Slabs instead of atomic additions: the same input gives the same bits.
     """
-    (N, IN), OUT, RANK = x.shape, dy.shape[1], ax.shape[1]
+    (N, IN), OUT, BORDER = x.shape, dy.shape[1], ax.shape[1]
     tiles = triton.cdiv(IN, SLABS["BLOCK_C"]) + triton.cdiv(OUT, SLABS["BLOCK_C"])
     blocks = max(triton.cdiv(N, ROWS[x.element_size()]), 1)  # of rows
     steps = triton.cdiv(blocks, min(triton.cdiv(PROGRAMS, tiles), blocks))
     slabs = triton.cdiv(blocks, steps)
-    result = torch.empty(slabs, RANK, IN + OUT, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(RANK, SLABS["BLOCK_R"]), tiles, slabs)
+    result = torch.empty(slabs, ranks, IN + OUT, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(ranks, SLABS["BLOCK_R"]), tiles, slabs)
     strides = *x.stride(), *dy.stride(), *ax.stride(), *dy_B.stride()
-    arguments = x, dy, ax, dy_B, result, N, IN, OUT, RANK, steps, *strides
+    arguments = x, dy, ax, dy_B, result, N, IN, OUT, ranks, BORDER, steps, *strides
     wrap_triton(adapter_gradients_kernel)[grid](*arguments, BLOCK_N=ROWS[x.element_size()], **SLABS)
     return result

@@ -350,7 +350,7 @@ def test_the_plain_definitions_are_the_kernels_own_docstrings():
     """Borders and all, by hand; and x's gradients by autograd."""
     weight, B, A = torch.randn(5, 4), torch.randn(5, 3), torch.randn(3, 4)
     bordered = gpu_operators.define_weight(weight, B, A, bordered=True)
-    assert bordered.shape == (5 + 8, 4 + 8)
+    assert bordered.shape == (5 + 16, 4 + 16)
     x, dy = torch.randn(6, 4), torch.randn(6, 5)
     both = x @ bordered[:, :4].t()
     assert torch.allclose(both[:, :5], x @ (weight + B @ A).t(), atol=1e-5)

@@ -209,12 +209,7 @@ def test_bfloat16(go):
     )
     exact = go(1, flags)[0]["losses"]
     assert one["losses"] != exact == pytest.approx(one["losses"], rel=3e-3)
-    lora = two[0]["weights"]["lora"]
-    assert {t.dtype for n, t in lora.items() if "lora_" in n} == {torch.float32}
-    assert {lora[f"blocks.0.{n}.weight"].dtype for n in ("attn.qkv", "mlp.fc1", "mlp.fc2")} == {
-        torch.bfloat16
-    }
-    assert lora["blocks.0.norm1.weight"].dtype == torch.float32
+    assert {t.dtype for t in two[0]["weights"]["lora"].values()} == {torch.float32}  # the frozen base's, too
 
 
 @slow

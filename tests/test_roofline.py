@@ -153,7 +153,7 @@ def test_an_adapted_linear_by_hand(n_in, n_out, rank, border):
         (*y, 2 * (N * n_in + n_in * (n_out + border) + N * (n_out + border))),
         *copied,
         (*dx, 2 * (N * n_out + n_out * (n_in + border) + N * (n_in + border))),
-        (*gradients, 2 * N * (wide + 2 * border) + 4 * border * wide),  # written in one slab, float32
+        (*gradients, 2 * N * (wide + 2 * border) + 4 * rank * wide),  # written in one slab, float32
     ]
     assert {kind for _, kind, _, _ in found[4 + len(copied) :]} == {"elementwise"}  # adds up the slabs
 
@@ -255,7 +255,7 @@ def test_the_adapters_kernels():
     moved = 4 * (n_out * DIM + R * (n_out + DIM)) + 2 * (n_out + border) * (DIM + border)
     assert count("lora").count(Kernel("effective_weight", "adapters", 2 * n_out * R * DIM, moved)) == 1
     slabs = math.ceil(N / 64)
-    moved = 2 * N * (DIM + n_out + 2 * border) + 4 * slabs * border * (DIM + n_out)
+    moved = 2 * N * (DIM + n_out + 2 * border) + 4 * slabs * R * (DIM + n_out)
     gradients = Kernel("adapter_gradients", "adapters", 2 * N * border * (DIM + n_out), moved)
     assert count("lora").count(gradients) == 1
 

@@ -87,12 +87,12 @@ def test_the_sum_is_float32_s_from_a_float32_base(interpreted):
 def test_adapter_gradients(interpreted, rows, inputs, out, rank, dtype):
     """From slices of wider matrices, as they are of products with a border, and transposed ones."""
     x, dy = torch.randn(inputs, rows).t().to(dtype), torch.randn(rows, out + 9).to(dtype)[:, :out]
-    ax, dy_B = torch.randn(2, rows, rank + 5).to(dtype)[:, :, 2 : rank + 2]
-    slabs = triton_kernels.adapter_gradients(x, dy, ax, dy_B)
+    ax, dy_B = torch.randn(2, rows, rank + 5).to(dtype)[:, :, 2:]  # of rank columns, and three more
+    slabs = triton_kernels.adapter_gradients(x, dy, ax, dy_B, rank)
     assert slabs.dtype == torch.float32 and len(slabs) <= rows // 16 + 1
     got = slabs.sum(0)
-    assert_near(got[:, :inputs], dy_B.double().t() @ x.double(), torch.float32)
-    assert_near(got[:, inputs:], ax.double().t() @ dy.double(), torch.float32)
+    assert_near(got[:, :inputs], dy_B[:, :rank].double().t() @ x.double(), torch.float32)
+    assert_near(got[:, inputs:], ax[:, :rank].double().t() @ dy.double(), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
@@ -141,7 +141,7 @@ def test_lora_linear_by_these_kernels(interpreted, inputs, out, ranks, alpha, bi
 
 def test_two_runs_have_the_same_bits(interpreted):
     x, dy, ax, dy_B = torch.randn(900, 40), torch.randn(900, 30), torch.randn(900, 9), torch.randn(900, 9)
-    first, second = [triton_kernels.adapter_gradients(x, dy, ax, dy_B) for _ in range(2)]
+    first, second = [triton_kernels.adapter_gradients(x, dy, ax, dy_B, 9) for _ in range(2)]
     assert len(first) > 1 and torch.equal(first, second)
 
 
@@ -151,7 +151,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of a multiprocessor that a pr
 
 
 # What need not be a multiple of 16. Ranks are any numbers, their border is one.
-UNKNOWN = {"effective_weight_kernel": ("RANK", "B_row"), "adapter_gradients_kernel": ("N", "STEPS")}
+UNKNOWN = {"effective_weight_kernel": ("RANK", "B_row"), "adapter_gradients_kernel": ("N", "STEPS", "RANK")}
 
 
 def compile_for(sm, kernel, pointers, constants, num_warps, aligned):
