@@ -67,6 +67,9 @@ def build_contender(
         model = train.build_model(cfg, phase, ranks, device, None, frozen_blocks)
         model.init_weights(0)
         init_adapters(model, 0)
+        # Behind the zero head of a fresh model a frozen base's adapters would get gradients of zeros only,
+        # and a GPU multiplies zeros at less power, so faster.
+        nn.init.trunc_normal_(model.head.weight, std=0.02)
         optimizer = build_optimizer(model, cfg.weight_decay)
     else:
         model = build_peer(title, cfg.model, DATASETS[cfg.dataset].num_classes, ranks, device)

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 # torch.compile's cache knows an operator by its name alone: after an edit of one it would go on with the old
-# backward. So this file, which defines them, is part of the cache's key.
-torch.compiler.config.cache_key_tag += f"/{zlib.crc32(Path(__file__).read_bytes()):x}"
+# backward. So this file, which defines them, is part of the cache's key. The CPU's vectors are as well: code
+# made for AVX-512 writes half of its results where it is then compiled for AVX2, and the reverse writes
+# past a tensor's end (ATEN_CPU_CAPABILITY, or one cache for unlike machines).
+CPU_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+torch.compiler.config.cache_key_tag += f"/{zlib.crc32(Path(__file__).read_bytes()):x}/{CPU_CAPABILITY}"
 
 
 def is_amd_with_avx512() -> bool:

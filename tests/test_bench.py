@@ -189,6 +189,8 @@ def test_contenders_do_the_same_work(tiny_step):
                 contender.step()
         counted[title] = counter.get_total_flops()
         trained[title] = sum(p.numel() for p in contender.model.parameters() if p.requires_grad)
+        moments = [state["exp_avg"] for state in contender.optimizer.state.values()]
+        assert any(moment.any() for moment in moments), f"{title} multiplies zeros"
     for count in (counted, trained):
         assert count["full"] == count["HF full"] == count["timm full"]
         assert max(count["lora"], count["HF + PEFT"]) < count["warmup"]

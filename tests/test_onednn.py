@@ -291,6 +291,34 @@ def test_an_edit_of_an_operator_s_backward_reaches_the_compiled_model(tmp_path):
     assert run_edited(tmp_path, [BLIND, DOUBLED], "blind") == pytest.approx([dweight, dbias])
 
 
+VECTORS = """
+import sys, torch
+if sys.argv[1] == "known":
+    from lora import onednn
+f = torch.compile(lambda x: x.sigmoid() * 2)
+x = torch.linspace(-1, 1, 4096)
+assert torch.equal(f(x), f(x))
+print((f(x) - x.sigmoid() * 2).abs().nan_to_num(1).max().item() < 1e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(onednn.CPU_CAPABILITY != "AVX512", reason="has one width of vectors")
+def test_the_cache_s_key_knows_the_width_of_vectors(tmp_path):
+    """As under ATEN_CPU_CAPABILITY, so with a cache on a file system of unlike machines."""
+
+    def is_right(known: str, capability: str) -> bool:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / known)}
+        environment |= {"ATEN_CPU_CAPABILITY": capability}
+        command = [sys.executable, "-c", VECTORS, known]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return done.stdout.split() == ["True"]
+
+    assert is_right("known", "avx512") and is_right("known", "avx2")
+    # control: so it is with torch's own key
+    assert is_right("unknown", "avx512") and not is_right("unknown", "avx2")
+
+
 def test_the_cache_s_key_knows_every_file_of_operators():
     """One checksum for each, once; and no operator is anywhere else."""
     files = sorted((ROOT / "lora").glob("*.py"))
