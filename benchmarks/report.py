@@ -13,11 +13,9 @@ from errors import UserError
 # command line -> what to read it for
 # fmt: off
 SECTIONS = {
-    "step":
+    "step --modes compiled --rounds 5":
         "A step of each phase, ViT-S/16, beside Hugging Face, PEFT and timm. The last line is for scripts.",
-    "step --model B/16": "The same at B/16.",
-    "step --no_onednn --modes eager":
-        "S/16 with torch's own float32 products for all: what is left where MKL is as fast as oneDNN.",
+    "step --model B/16 --modes compiled --rounds 5": "The same at B/16.",
     "switch": "What a run waits for at each switch, and what the monitor costs.",
     "memory --dp_shard 1 --fit 40":
         "Memory of a process, plain replication, and the images that fit in 40 GiB.",
