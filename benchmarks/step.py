@@ -227,9 +227,9 @@ def get_batch_size(model: str, device: torch.device) -> int:
     """As many images as fill a GPU with 40 GB at most, or as a CPU does in seconds.
 
     All six contenders stay there. Of L/16, the largest, weights and moments take 3.4 GiB in each of the three
-    full ones, 3.7 in warmup, 1.5 in LoRA and 1.5 in PEFT: 16.9 in all. Whose turn it is takes up to 12.6 more
-    for 64 images and 24.6 for 128 (`python bench.py memory --dp_shard 1 --images 64`), eagerly 0.7 and 1.4 on
-    top. So 64 images take 30 of the 37 GiB that 40 GB are, and 128 would take 43.
+    full ones, 3.7 in warmup, 1.5 in LoRA and 1.5 in PEFT: 16.9 in all. Whose turn it is takes up to 11.4 more
+    for 64 images and 22.2 for 128 (`python bench.py memory --dp_shard 1 --images 64`), eagerly 0.7 and 1.4 on
+    top. So 64 images take 29 of the 37 GiB that 40 GB are, and 128 would take 41.
     """
     if device.type == "cuda":
         return 64
