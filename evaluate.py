@@ -98,6 +98,8 @@ def read_target(
     OSError, for what can't be read.
     """
     if target.startswith(TIMM) or Path(target).suffix == ".safetensors" or Path(target).is_file():
+        if asked.merged:
+            raise UserError(f"merged is for a run's adapters: {target} holds weights, which have none")
         cfg, found, notes = read_weights(target, asked)
         weights.update(found)
         return cfg, State(), None, notes

@@ -41,7 +41,7 @@ class Replay:
     tau: tuple[float, ...] | None = None  # thresholds on the weight norms' change, in %
     zeta: tuple[float, ...] | None = None  # thresholds on the loss's change, in %
     num_windows: tuple[int, ...] | None = None  # consecutive windows that must agree
-    window_epochs: tuple[int, ...] | None = None  # epochs per window; with --ttest the first is the test's
+    window_epochs: tuple[int, ...] | None = None  # epochs per window; of --ttest a single number
     rank_rule: tuple[Literal["minmax", "uniform", "budget"], ...] | None = None
     times: str | None = (
         None  # run with epochs of all phases, to predict the time saved; None = the run itself
@@ -287,6 +287,8 @@ def main(argv: list[str]) -> int:
                 or asked != Replay(ttest=asked.ttest, window_epochs=asked.window_epochs)
             ):
                 raise UserError("--ttest takes two runs, RUN_FULL RUN_LORA, and --window_epochs")
+            if asked.window_epochs and len(asked.window_epochs) > 1:
+                raise UserError(f"--ttest takes one --window_epochs, not {len(asked.window_epochs)}")
             print_losses(
                 compare_losses(*asked.ttest, asked.window_epochs[0] if asked.window_epochs else None)
             )

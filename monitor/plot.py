@@ -3,9 +3,9 @@
     python -m monitor.plot RUN [RUN ...] [--family q] [--out DIR]
 
 writes RUN/figures/figure1.png (norms and loss), figure3.png (one family, every layer), heatmap.png (norm
-changes) and, where the run has adapters, ranks.png. Several runs are compared too, seeds of one experiment as
-mean and band: figure4.png (loss, time, accuracy), figure5.png and figure6.png (warmup windows), figure7.png
-(time, images/s, memory), in DIR.
+changes) and, where the run has adapters, ranks.png; of a single run into DIR, where one is given. Several
+runs are compared too, seeds of one experiment as mean and band: figure4.png (loss, time, accuracy),
+figure5.png and figure6.png (warmup windows), figure7.png (time, images/s, memory), in DIR.
 """
 
 import argparse
@@ -41,18 +41,20 @@ def plot_runs(runs: list[str], family: str | None, out: str | None) -> None:
     paths = list({os.path.realpath(run): Path(run) for run in runs}.values())
     loaded = [(path, *read_run(path)) for path in paths]
     drawings = [get_drawing(path, events, family) for path, _, events in loaded]
-    shared = Path(out) if out else get_common_parent(paths) / "figures"
-    if len(paths) > 1:
+    folders = [path / "figures" for path in paths]
+    if len(paths) == 1:
+        if out:
+            folders = [Path(out)]
+    else:
+        shared = Path(out) if out else get_common_parent(paths) / "figures"
         make_folder(shared)
-    for path in paths:
-        make_folder(path / "figures")
-    for path, drawing in zip(paths, drawings):
-        write_figures(draw_run(*drawing), path / "figures")
+    for folder in folders:
+        make_folder(folder)
+    for path, drawing, folder in zip(paths, drawings, folders):
+        write_figures(draw_run(*drawing), folder)
         print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(path / 'tb'))}")
     if len(paths) > 1:
         write_comparison(loaded, family, shared)
-    elif out:
-        print("figure4.png to figure7.png skipped: a single run has nothing beside it")
 
 
 def make_folder(path: Path) -> None:
@@ -66,11 +68,14 @@ def make_folder(path: Path) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m monitor.plot",
-        description="Write the paper's figures to RUN/figures/, of several runs compared to DIR.",
+        description="Write the paper's figures of each run, and of several runs compared.",
     )
     seeds = "run directory; seeds of one experiment are found by their config.json"
     family = "family of figure3.png and figure6.png (default: q, or else the run's first)"
-    out = "where figure4.png … figure7.png go (default: figures/ in the runs' common parent)"
+    out = (
+        "where a single run's figures go (default: RUN/figures); of several runs, where figure4.png … "
+        "figure7.png go (default: figures/ in the runs' common parent), each run's own go to its RUN/figures"
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help=seeds)
     parser.add_argument("--family", help=family)
     parser.add_argument("--out", metavar="DIR", help=out)

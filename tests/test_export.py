@@ -805,6 +805,10 @@ def test_merged_and_unmerged(runs, capsys, monkeypatch):
         (["STATE"], "/meta.json is damaged, or of another version: its state has mood besides"),
         (["timm:nope", "--dataset", "imagenet"], "timm has no model nope"),
         (["timm:vit_tiny_patch16_224"], "say what to evaluate it on, --dataset fashion_mnist or imagenet"),
+        (
+            ["timm:vit_tiny_patch16_224", "--dataset", "imagenet", "--merged", "True"],
+            "merged is for a run's adapters: timm:vit_tiny_patch16_224 holds weights, which have none",
+        ),
         (["/nowhere/x.safetensors", "--dataset", "imagenet"], "/nowhere/x.safetensors is not there"),
     ],
 )

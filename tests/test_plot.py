@@ -338,6 +338,26 @@ def test_main_draws_the_family_asked_for_and_ranks_where_there_are_some(tmp_path
     assert (run / "figures" / "ranks.png").exists() and (other / "figures" / "figure1.png").exists()
 
 
+def test_a_single_runs_figures_go_where_out_says(tmp_path, monkeypatch, capsys):
+    """And nowhere else: the run's own, drawn before, stay as they are."""
+    for name in ("norms_figure", "family_figure", "change_heatmap", "rank_heatmap"):
+        monkeypatch.setattr(plot, name, lambda *args: build_figure(1, 1))
+    run = write_run(tmp_path / "run", *make_records(layers=1))
+    out = tmp_path / "elsewhere" / "deep"
+    plot.main([str(run), "--out", str(out)])
+    drawn = ["figure1.png", "figure3.png", "heatmap.png", "ranks.png"]
+    assert sorted(path.name for path in out.iterdir()) == drawn and not (run / "figures").exists()
+    plot.main([str(run)])  # the control: without it they are the run's
+    assert sorted(path.name for path in (run / "figures").iterdir()) == drawn
+    (run / "figures" / "figure1.png").write_text("kept")
+    plot.main([str(run), str(run), "--out", str(out)])  # named twice, a single run still
+    assert (run / "figures" / "figure1.png").read_text() == "kept"
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="can't make the folder .*config.json: File exists"):
+        plot.main([str(run), "--out", str(run / "config.json")])
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("tail", ['{"event": "epoch", "epo', "17", '{"event": "epoch", "epoch": 17}\n{"ev'])
 def test_a_torn_last_line_is_skipped_with_a_note(tmp_path, capsys, tail):
     epochs, switches = make_records(layers=1)
@@ -660,9 +680,6 @@ def test_several_runs_are_compared_in_a_folder_beside_them(tmp_path, capsys, mon
     monkeypatch.setattr(plot, "compare", lambda *args: {"figure4": build_figure(1, 1)})
     plot.main([*dirs[:2], "--out", str(tmp_path / "elsewhere" / "deep")])
     assert (tmp_path / "elsewhere" / "deep" / "figure4.png").exists()
-    plot.main([dirs[0], "--out", str(tmp_path / "unused")])
-    assert not (tmp_path / "unused").exists()
-    assert "skipped: a single run has nothing beside it" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="absent"):
         plot.main([*dirs, str(tmp_path / "absent"), "--out", str(tmp_path / "unused")])
     with pytest.raises(SystemExit, match="File exists"):

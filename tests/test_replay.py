@@ -176,6 +176,7 @@ def test_a_table_that_cannot_be_written_is_one_line(baseline, tmp_path, capsys):
     (["{}", "--taus", "1"], "unknown flag --taus"),
     (["{}", "--times", "{}"], "has timed only: full"),
     (["--ttest", "{}"], "two runs"),
+    (["--ttest", "{}", "{}", "--window_epochs", "2", "3"], "--ttest takes one --window_epochs, not 2"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(baseline, capsys, flags, reason):
     assert replay.main([flag.format(baseline) for flag in flags]) == 2
