@@ -31,6 +31,15 @@ ACTIVE = {
     "RESIZING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
 }  # fmt: skip
 
+# sbatch's options that are not SITE's extra's to set, and what does.
+DECIDED = {
+    "nodes": "--nodes", "ntasks": "--tasks_per_node", "ntasks_per_node": "--tasks_per_node",
+    "cpus_per_task": "--cpus_per_task", "time": "--hours", "partition": "--partition",
+    "account": "--account", "qos": "--qos", "constraint": "--constraint", "exclude": "--exclude",
+    "signal": 'SITE["signal_seconds"]', "array": "the number of presets", "output": "--folder",
+    "error": "--folder", "open_mode": "--folder",
+}  # fmt: skip
+
 # ----------------------------------------------------------------------------------------------------
 # the batch script
 
@@ -45,11 +54,13 @@ def build_executor(launch, runs: list, folder: Path, site: Mapping) -> submitit.
         folder, cluster=launch.cluster, slurm_max_num_timeout=launch.max_requeues
     )
     minutes = math.ceil(launch.hours * 60)
+    options = {}
+    if launch.cluster == "slurm":
+        options = get_options(launch, site["extra"])
     executor.update_parameters(
         name=Path(runs[0].cfg.run_dir).name if len(runs) == 1 else "prelora",
         nodes=launch.nodes,
-        tasks_per_node=launch.gpus_per_node,
-        gpus_per_node=launch.gpus_per_node,
+        tasks_per_node=launch.processes_per_node,
         cpus_per_task=launch.cpus_per_task,
         timeout_min=minutes,
         stderr_to_stdout=True,
@@ -60,12 +71,68 @@ def build_executor(launch, runs: list, folder: Path, site: Mapping) -> submitit.
         slurm_exclude=launch.exclude,
         slurm_signal_delay_s=min(site["signal_seconds"], minutes * 15),
         slurm_comment=os.pathsep.join(run.cfg.run_dir for run in runs),
-        slurm_additional_parameters={"requeue": True, **site["extra"]},
+        slurm_additional_parameters=options,
         slurm_srun_args=get_srun_args(launch.cpus_per_task),
         slurm_setup=get_setup(launch, folder, site),
         slurm_teardown=get_teardown(folder),
     )
+    parameters = executor._executor.parameters
+    if launch.cluster == "slurm" and "wckey" not in options:
+        parameters["wckey"] = None  # or submitit has one of its own
+    if launch.cluster == "local":
+        parameters |= get_local_gpus(launch)
     return executor
+
+
+def get_options(launch, extra: Mapping) -> dict:
+    """sbatch's options that SITE's extra may change, without those that it drops (with None or False). Named
+    with _ for -, as submitit names them. Raises UserError for one that a flag decides, and for fewer GPUs
+    than --gpus_per_node.
+    """
+    options = {"requeue": True, "wckey": "submitit", "gpus_per_node": launch.gpus_per_node or None}
+    for name, value in extra.items():
+        name = name.lstrip("-").replace("-", "_")
+        if name in DECIDED:
+            raise UserError(f"SITE's extra can't have {name}: {DECIDED[name]} decides it")
+        if isinstance(value, str):
+            value = value.replace("{gpus_per_node}", str(launch.gpus_per_node))
+        if name in ("gres", "gpus_per_node") and isinstance(value, str | int):
+            value = get_gres(launch, name, str(value))
+        elif "gpu" in name and not launch.gpus_per_node:
+            value = None
+        options[name] = value
+    return {name: value for name, value in options.items() if value is not None and value is not False}
+
+
+def get_gres(launch, name: str, value: str) -> str | None:
+    """The value of --gres or --gpus-per-node for this launch: without GPUs if it has none, None if nothing is
+    left then. Raises UserError for fewer of them than --gpus_per_node.
+    """
+    kept = []
+    for item in value.split(","):  # gpu, gpu:4, gpu:a100:4, lscratch:100
+        words = item.split(":")
+        is_gpu = name == "gpus_per_node" or words[0] == "gpu"
+        if is_gpu and not launch.gpus_per_node:
+            continue
+        count = int(words[-1]) if words[-1].isdecimal() else 1
+        if is_gpu and count < launch.gpus_per_node:
+            raise UserError(
+                f"SITE's extra has {name} {value}, {count} GPUs a node, but --gpus_per_node is "
+                f"{launch.gpus_per_node}: let them agree"
+            )
+        kept.append(item)
+    return ",".join(kept) or None
+
+
+def get_local_gpus(launch) -> dict:
+    """submitit's local executor's parameters of the GPUs that the job sees: those of CUDA_VISIBLE_DEVICES,
+    where that is set. It would take the machine's first ones by itself.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = {"gpus_per_node": launch.gpus_per_node}
+    if visible is not None:
+        gpus["visible_gpus"] = visible.split(",")
+    return gpus
 
 
 def get_srun_args(cpus_per_task: int) -> list[str]:
@@ -78,7 +145,7 @@ def get_srun_args(cpus_per_task: int) -> list[str]:
 
 def get_setup(launch, folder: Path, site: Mapping) -> list[str]:
     """The script's lines before srun."""
-    environment = site["environment"] | {"PRELORA_MAX_REQUEUES": launch.max_requeues}
+    environment = site["environment"] | launch.variables | {"PRELORA_MAX_REQUEUES": launch.max_requeues}
     return [
         *(f"module load {module}" for module in site["modules"]),
         *(f"export {name}={shlex.quote(str(value))}" for name, value in environment.items()),

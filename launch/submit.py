@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -45,21 +46,30 @@ SITE = {
     "account": None,
     "qos": None,
     "constraint": None,  # "a100"
-    "gpus_per_node": 4,
+    "gpus_per_node": 4,  # 0: CPUs alone
     "cpus_per_task": 8,  # cores of a node / its GPUs: loader threads, and OpenMP's
     "hours": 24,
-    "gpu_memory_gib": 40,  # of one GPU: larger batches are accumulated from micro-batches that fit
+    "gpu_memory_gib": 40,  # of a process: larger batches are accumulated from micro-batches that fit
     "signal_seconds": 300,  # before the time limit, to end an evaluation, take a step and save
     "modules": [],  # ["cuda/12.6"]: `module load` in the batch script
     "environment": {},  # {"NCCL_SOCKET_IFNAME": "hsn0"}: of every process
-    "extra": {},  # other options of sbatch: {"exclusive": True, "mail-type": "FAIL"}
+    # Other options of sbatch, spelt with - or _. None drops one that the script has otherwise.
+    # {"exclusive": True, "mail-type": "FAIL", "mem": 0, "wckey": None}
+    # {"gpus_per_node": "a100:4"}                      GPUs of a type: --gpus-per-node=a100:4
+    # {"gpus_per_node": None, "gres": "gpu:a100:4"}    a Slurm that wants them as --gres=gpu:a100:4
+    # {"gpus_per_node": None}                          one that gives whole nodes, and knows no such option
+    # {gpus_per_node} in a value stands for the flag's number: {"gpus_per_node": "a100:{gpus_per_node}"}
+    "extra": {},
 }
+# Flags that change nothing without Slurm.
+FOR_SLURM = ("cpus_per_task", "partition", "account", "qos", "constraint", "exclude", "max_requeues")
 
 
 @dataclass
 class Launch:
     nodes: int = 1
-    gpus_per_node: int = SITE["gpus_per_node"]  # one process each
+    gpus_per_node: int = SITE["gpus_per_node"]  # one process each; 0: CPUs alone, by gloo
+    tasks_per_node: int | None = None  # without GPUs: processes on a node; None = 1
     cpus_per_task: int = SITE["cpus_per_task"]
     hours: float = SITE["hours"]  # time limit of each start
     partition: str | None = SITE["partition"]
@@ -74,8 +84,22 @@ class Launch:
     wait: bool = False  # until the jobs end; print what came out, or who failed; exit status 0 if all is well
 
     @property
+    def processes_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
     def world_size(self) -> int:
-        return 1 if self.cluster == "debug" else self.nodes * self.gpus_per_node
+        return 1 if self.cluster == "debug" else self.nodes * self.processes_per_node
+
+    @property
+    def unit(self) -> str:
+        """What a process has, in words."""
+        return "GPUs" if self.gpus_per_node else "CPU processes"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Of every process. Not every Slurm hides the GPUs that a job did not ask for."""
+        return {} if self.gpus_per_node else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass
@@ -158,17 +182,29 @@ def parse(argv: list[str]) -> tuple[Launch, list[Run]]:
 
 def check_launch(launch: Launch, presets: list[str]) -> None:
     """Raise UserError for numbers that are out of range, and for what a cluster can't do."""
-    for name in ("nodes", "gpus_per_node", "cpus_per_task", "hours"):
+    for name in ("nodes", "tasks_per_node", "cpus_per_task", "hours"):
         value = getattr(launch, name)
+        if value is None:
+            continue
         if not value > 0 or not math.isfinite(value):  # -t 0 would mean no limit
             raise UserError(f"{name} must be above 0, not {value}")
-    if launch.max_requeues < 0:
-        raise UserError(f"max_requeues must not be negative, not {launch.max_requeues}")
+    for name in ("gpus_per_node", "max_requeues"):
+        if getattr(launch, name) < 0:
+            raise UserError(f"{name} must not be negative, not {getattr(launch, name)}")
+    if launch.gpus_per_node and launch.tasks_per_node not in (None, launch.gpus_per_node):
+        raise UserError(
+            f"tasks_per_node {launch.tasks_per_node} is for nodes without GPUs (--gpus_per_node 0): "
+            f"each of the {launch.gpus_per_node} GPUs has one process"
+        )
     if launch.cluster != "slurm" and launch.nodes > 1:
         raise UserError(f"--cluster {launch.cluster} has one node, not {launch.nodes}")
+    ignored = {"slurm": (), "local": FOR_SLURM, "debug": (*FOR_SLURM, "hours")}
+    for name in ignored[launch.cluster]:
+        if getattr(launch, name) != getattr(Launch(), name):
+            raise UserError(f"--{name} says nothing to --cluster {launch.cluster}: leave it out")
     if launch.cluster == "debug":
-        asks_for_more = launch.gpus_per_node not in (1, SITE["gpus_per_node"])
-        if asks_for_more or len(presets) > 1:
+        asks_for_more = launch.gpus_per_node not in (0, 1, SITE["gpus_per_node"])
+        if asks_for_more or launch.tasks_per_node not in (None, 1) or len(presets) > 1:
             raise UserError("--cluster debug runs one preset in this one process")
     if launch.cluster == "slurm" and not launch.dry_run and not shutil.which("sbatch"):
         raise UserError(
@@ -197,7 +233,7 @@ def resolve(launch: Launch, preset: str | None, flags: list[str]) -> Run:
     if not is_explicit:  # a resumed run's own number was for the GPUs it had
         accumulate = load_preset(Config, preset).grad_accum_steps if preset else 1
         cfg = dataclasses.replace(cfg, grad_accum_steps=accumulate)
-    steps = divide_batch(cfg, launch.world_size, is_explicit)
+    steps = divide_batch(cfg, launch, is_explicit)
     cfg = dataclasses.replace(cfg, grad_accum_steps=steps)
     return Run(Path(os.path.abspath(preset)) if preset else None, flags, cfg)
 
@@ -224,12 +260,12 @@ def get_images_that_fit(cfg, memory_gib: float) -> int:
     return int((0.8 * memory_gib * 2**30 - state) / bytes_per_image)
 
 
-def divide_batch(cfg, world_size: int, is_explicit: bool) -> int:
+def divide_batch(cfg, launch: Launch, is_explicit: bool) -> int:
     """grad_accum_steps for so many processes: the configured number if it was said explicitly, else the
     smallest from it on whose micro-batches fit a GPU. The batch itself never changes. Raises UserError where
     it can't be divided.
     """
-    candidates, fit = [cfg.grad_accum_steps], math.inf
+    world_size, candidates, fit = launch.world_size, [cfg.grad_accum_steps], math.inf
     if not is_explicit:
         candidates = range(cfg.grad_accum_steps, cfg.batch_size // world_size + 1)
         fit = get_images_that_fit(cfg, SITE["gpu_memory_gib"])
@@ -242,8 +278,8 @@ def divide_batch(cfg, world_size: int, is_explicit: bool) -> int:
         if cfg.grad_accum_steps > 1:
             accumulated = f" × {cfg.grad_accum_steps} accumulation steps"
         raise UserError(
-            f"batch_size {cfg.batch_size} can't be divided over {world_size} GPUs{accumulated}: "
-            "choose other --nodes, --gpus_per_node or --batch_size"
+            f"batch_size {cfg.batch_size} can't be divided over {world_size} {launch.unit}{accumulated}: "
+            "choose other --nodes, --gpus_per_node (or --tasks_per_node), or --batch_size"
         )
     raise UserError(
         f"a micro-batch of {cfg.model} would not fit {SITE['gpu_memory_gib']} GiB: "
@@ -265,7 +301,7 @@ def main(argv: list[str]) -> int:
         if launch.cluster == "slurm":
             script = get_script(build_executor(launch, runs, folder, SITE), len(runs))
         for run in runs:
-            print(describe_batch(run.cfg, launch.world_size))
+            print(describe_batch(run.cfg, launch))
         if launch.dry_run:
             dry_run(launch, runs, script)
             return 0
@@ -282,7 +318,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if launch.cluster == "debug":
-        return run_here(runs[0], folder)
+        return run_here(launch, runs[0], folder)
     for job, run in zip(jobs, runs):
         print(describe_job(launch, job, run, folder), flush=True)
     try:
@@ -304,8 +340,9 @@ def dry_run(launch: Launch, runs: list[Run], script: str) -> None:
             print(f"warning: {error}", file=sys.stderr)
 
 
-def run_here(run: Run, folder: Path) -> int:
+def run_here(launch: Launch, run: Run, folder: Path) -> int:
     """--cluster debug: in this process, from the working tree."""
+    os.environ.update(launch.variables)
     import train  # this needs torch
 
     job = submitit.AutoExecutor(folder, cluster="debug").submit(
@@ -314,22 +351,23 @@ def run_here(run: Run, folder: Path) -> int:
     return job.result()
 
 
-def describe_batch(cfg, world_size: int) -> str:
-    steps = cfg.grad_accum_steps
+def describe_batch(cfg, launch: Launch) -> str:
+    steps, world_size = cfg.grad_accum_steps, launch.world_size
     plural = "s" if steps > 1 else ""
     return (
-        f"{cfg.run_dir}: {cfg.batch_size} images a step = {world_size} GPUs × {steps} accumulation "
+        f"{cfg.run_dir}: {cfg.batch_size} images a step = {world_size} {launch.unit} × {steps} accumulation "
         f"step{plural} × {cfg.batch_size // (world_size * steps)} images"
     )
 
 
 def describe_job(launch: Launch, job: submitit.Job, run: Run, folder: Path) -> str:
     cancel = "scancel" if launch.cluster == "slurm" else "kill"
-    size = f"{launch.nodes} × {launch.gpus_per_node} GPUs, {launch.hours:g} hours a start"
+    size = f"{launch.nodes} × {launch.processes_per_node} {launch.unit}, {launch.hours:g} hours a start"
+    log, tensorboard = folder / f"{job.job_id}_0_log.out", Path(run.cfg.run_dir, "tb")
     return (
         f"job {job.job_id}: {size}, {run.cfg.run_dir}\n"
-        f"  follow  tail -F {folder}/{job.job_id}_0_log.out\n"
-        f"          tensorboard --logdir {run.cfg.run_dir}/tb\n"
+        f"  follow  tail -F {shlex.quote(str(log))}\n"
+        f"          tensorboard --logdir {shlex.quote(str(tensorboard))}\n"
         f"  cancel  {cancel} {job.job_id}"
     )
 

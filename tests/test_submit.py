@@ -34,7 +34,9 @@ def left(folder):
 
 BAD = {
     "--nodes 0": "nodes must be above 0, not 0",
-    "--gpus_per_node 0": "gpus_per_node must be above 0, not 0",
+    "--gpus_per_node -1": "gpus_per_node must not be negative, not -1",
+    "--gpus_per_node 0 --tasks_per_node 0": "tasks_per_node must be above 0, not 0",
+    "--gpus_per_node 2 --tasks_per_node 4": "tasks_per_node 4 is for nodes without GPUs (--gpus_per_node 0)",
     "--cpus_per_task 0": "cpus_per_task must be above 0, not 0",
     "--hours 0": "hours must be above 0, not 0",
     "--hours nan": "hours must be above 0, not nan",
@@ -47,6 +49,11 @@ BAD = {
     "--wait stray": "stray is neither a flag nor a preset",
     "config/nope.py": "no such preset: config/nope.py",
     "--cluster local --nodes 2": "--cluster local has one node, not 2",
+    "--cluster local --partition gpu": "--partition says nothing to --cluster local: leave it out",
+    "--cluster local --max_requeues 3": "--max_requeues says nothing to --cluster local: leave it out",
+    "--cluster debug --hours 2": "--hours says nothing to --cluster debug: leave it out",
+    "--cluster debug --gpus_per_node 0 --tasks_per_node 2": "--cluster debug runs one preset in this one",
+    "--gpus_per_node 0 --tasks_per_node 5": "batch_size 96 can't be divided over 5 CPU processes",
     "--nodes 5 --gpus_per_node 3": "batch_size 96 can't be divided over 15 GPUs",
     "--epochs 1 --lr_warmup_steps 6": "lr_warmup_steps 6 leaves nothing of the 6 steps of 1 epochs",
     "--batch_size 960 --gpus_per_node 4": "batch_size is 240 on 4 rank(s): expected 1 to 600 in all",
@@ -160,6 +167,98 @@ def test_dry_run_prints_what_would_be_submitted_and_leaves_nothing(tmp_path, mon
     assert left(tmp_path) == []
 
 
+def get_options(monkeypatch, capsys, extra, *flags):
+    """The #SBATCH lines of a dry run at a site with this `extra`, its script, and the process's count."""
+    monkeypatch.setitem(submit.SITE, "extra", extra)
+    assert submit.main(["--nodes", "2", "--dry_run", DEBUG, "--loader", "synthetic", *flags]) == 0
+    script = capsys.readouterr().out
+    return {
+        line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")
+    }, script
+
+
+PLAIN = {"--gpus-per-node=4", "--ntasks-per-node=4", "--wckey=submitit", "--requeue"}
+
+
+@pytest.mark.parametrize(
+    "extra, flags, changed",
+    [
+        ({}, "", PLAIN),
+        ({"gpus_per_node": None}, "", PLAIN - {"--gpus-per-node=4"}),
+        ({"gpus-per-node": None}, "", PLAIN - {"--gpus-per-node=4"}),
+        ({"--gpus-per-node": "a100:4"}, "", PLAIN - {"--gpus-per-node=4"} | {"--gpus-per-node=a100:4"}),
+        (
+            {"gpus_per_node": None, "gres": "gpu:a100:4,lscratch:9", "wckey": None},
+            "",
+            {"--gres=gpu:a100:4,lscratch:9", "--ntasks-per-node=4", "--requeue"},
+        ),
+        (
+            {"gres": "gpu:a100:{gpus_per_node}", "gpus_per_node": None},
+            "--gpus_per_node 2",
+            {"--gres=gpu:a100:2", "--ntasks-per-node=2", "--wckey=submitit", "--requeue"},
+        ),
+        (
+            {"wckey": "mine", "mail_type": "FAIL", "exclusive": False, "requeue": None, "mem": 0},
+            "",
+            {"--wckey=mine", "--mail-type=FAIL", "--mem=0", "--gpus-per-node=4", "--ntasks-per-node=4"},
+        ),
+        # without GPUs nothing asks for one
+        ({}, "--gpus_per_node 0", {"--ntasks-per-node=1", "--wckey=submitit", "--requeue"}),
+        (
+            {"gres": "gpu:a100:4,lscratch:9", "gpus-per-task": 1, "mem_per_gpu": "60G", "exclusive": True},
+            "--gpus_per_node 0 --tasks_per_node 3",
+            {"--gres=lscratch:9", "--ntasks-per-node=3", "--wckey=submitit", "--requeue", "--exclusive"},
+        ),
+    ],
+)
+def test_what_a_site_changes_of_sbatchs_options(tmp_path, monkeypatch, capsys, extra, flags, changed):
+    monkeypatch.chdir(tmp_path)
+    options, script = get_options(monkeypatch, capsys, extra, *flags.split())
+    fixed = ("comment", "cpus-per-task", "job-name", "nodes", "open-mode", "output", "signal", "time")
+    assert {option for option in options if not option.startswith(tuple(f"--{x}=" for x in fixed))} == changed
+    assert ("export CUDA_VISIBLE_DEVICES=''\n" in script) == ("--gpus_per_node 0" in flags)
+    assert "None" not in "".join(options)
+
+
+def test_the_local_executor_gets_no_sbatch_options(tmp_path, monkeypatch):
+    """It sees the GPUs that this shell sees: without CUDA_VISIBLE_DEVICES the first ones."""
+    extra = {"gpus_per_node": None, "gres": "gpu:a100:4"}
+
+    def get_parameters(flags):
+        launch = submit.parse_flags(["--cluster", "local", *flags.split()], submit.Launch())
+        run = submit.Run(None, [], submit.Config(run_dir="run"))
+        executor = submit.build_executor(launch, [run], tmp_path / "jobs", submit.SITE | {"extra": extra})
+        names = ("tasks_per_node", "gpus_per_node", "visible_gpus")
+        return [executor._executor.parameters.get(name) for name in names]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert get_parameters("--gpus_per_node 2") == [2, 2, None]
+    assert get_parameters("--gpus_per_node 0 --tasks_per_node 3") == [3, 0, None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,MIG-7")
+    assert get_parameters("--gpus_per_node 2") == [2, 2, ["3", "MIG-7"]]
+
+
+@pytest.mark.parametrize(
+    "extra, says",
+    [
+        ({"gres": "gpu:a100:2"}, "SITE's extra has gres gpu:a100:2, 2 GPUs a node, but --gpus_per_node is 4"),
+        (
+            {"gpus-per-node": "a100"},
+            "SITE's extra has gpus_per_node a100, 1 GPUs a node, but --gpus_per_node",
+        ),
+        ({"ntasks-per-node": 1}, "SITE's extra can't have ntasks_per_node: --tasks_per_node decides it"),
+        ({"time": "1:00"}, "SITE's extra can't have time: --hours decides it"),
+    ],
+)
+def test_what_a_site_cannot_change(tmp_path, monkeypatch, capsys, extra, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(submit.SITE, "extra", extra)
+    assert submit.main(["--nodes", "2", "--dry_run"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and says in printed and len(printed.splitlines()) == 1
+    assert left(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "nodes, flags, expected",
     [
@@ -169,6 +268,8 @@ def test_dry_run_prints_what_would_be_submitted_and_leaves_nothing(tmp_path, mon
         (1, "", "4 GPUs × 8 accumulation steps × 128 images"),
         (2, "--grad_accum_steps 8", "8 GPUs × 8 accumulation steps × 64 images"),
         (2, "--activation_checkpointing block", "8 GPUs × 1 accumulation step × 512 images"),
+        (2, "--gpus_per_node 0", "2 CPU processes × 16 accumulation steps × 128 images"),
+        (2, "--gpus_per_node 0 --tasks_per_node 8", "16 CPU processes × 2 accumulation steps × 128 images"),
         (3, "--batch_size 4092", "12 GPUs × 11 accumulation steps × 31 images"),
     ],
 )
