@@ -405,6 +405,21 @@ def test_an_array_of_presets(send, cluster, tmp_path, monkeypatch, small, capsys
     assert len(cluster(f"squeue -h -r -t CD -j {jobs[0][0]}").splitlines()) == len(names)
 
 
+@slow
+def test_gpus_as_gres_and_none_at_all(cluster, send, monkeypatch):
+    """What each job got, by Slurm, and that its processes ran. In either a process sees no GPU here."""
+    monkeypatch.setitem(submit.SITE, "extra", {"gpus-per-node": None, "gres": "gpu:4"})
+    short = ("--nodes", 1, "--max_steps", 1)
+    by_gres = send(*short, "--gpus_per_node", 2, run_dir="by_gres")
+    without = send(*short, "--gpus_per_node", 0, "--tasks_per_node", 2, run_dir="without")
+    assert f"job {without.id}: 1 × 2 CPU processes, 1 hours a start" in without.printed
+    for sent, gpus in ((by_gres, "gres:gpu:4"), (without, "")):
+        sent.wait()
+        assert cluster.field(sent.id, "TresPerNode") == gpus
+        start = events(sent.run_dir, "start")[0]
+        assert (start["world_size"], len(set(start["hosts"]))) == (2, 1)
+
+
 # ---- what Slurm is asked and told
 
 
