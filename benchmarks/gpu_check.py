@@ -11,6 +11,7 @@ forks itself it must fork before it first asks anything of CUDA (gpu_step.start_
 
 import json
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -85,7 +86,8 @@ def gpu(
     if unknown:
         raise UserError(f"parts are 0 to {PARTS[-1].number}, not {', '.join(map(str, unknown))}")
     if reference is not None and not (Path(reference) / "losses.json").exists():
-        raise UserError(f"{reference} has no losses.json: python -m benchmarks.gpu_reference {reference}")
+        command = shlex.join(["python", "-m", "benchmarks.gpu_reference", reference])
+        raise UserError(f"{reference} has no losses.json: {command}")
     if dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # parts that ask by themselves see none, too
     began, folder = time.perf_counter(), make_folder(Path(out))

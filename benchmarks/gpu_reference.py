@@ -6,6 +6,7 @@ draws nothing on the device: CPU and CUDA draw other numbers from one seed.
 """
 
 import contextlib
+import shlex
 import shutil
 import sys
 import tempfile
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"python bench.py gpu --reference {argv[0]} holds a GPU to what is there")
+    print(f"python bench.py gpu --reference {shlex.quote(argv[0])} holds a GPU to what is there")
     return 0
 
 

@@ -12,6 +12,7 @@ Fashion-MNIST:
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -147,7 +148,8 @@ def find_beton(dataset: str, data_dir: str | Path, split: str) -> Path:
     """data_dir/{split}.beton. Raises UserError, with the command that makes it, where it is not."""
     path = Path(data_dir) / f"{split}.beton"
     if not path.exists():
-        command = f"python -m data.beton {dataset}:{split} {path} --root {data_dir}"
+        words = ["python", "-m", "data.beton", f"{dataset}:{split}", str(path), "--root", str(data_dir)]
+        command = shlex.join(words)
         raise UserError(f"{path} is not there: make it with `{command}`")
     return path
 

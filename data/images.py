@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import os
+import shlex
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -109,7 +110,8 @@ def open_dataset(dataset: str, root: str | Path, split: str) -> ImageTree | Fash
 def _open_fashion_mnist(root: str | Path, split: str) -> FashionMNIST:
     if not all((Path(root) / "FashionMNIST" / "raw" / name).exists() for name in FILES):
         raise UserError(
-            f"no Fashion-MNIST under {root}: make it with `python -m data.folder fashion_mnist {root}`"
+            f"no Fashion-MNIST under {root}: make it with "
+            f"`python -m data.folder fashion_mnist {shlex.quote(str(root))}`"
         )
     try:  # only torchvision runs in here, which raises ValueError or RuntimeError on a file cut short
         source = FashionMNIST(root, train=split == "train")

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor
 from errors import SharedError, UserError
 
 TIMEOUT = timedelta(minutes=10)  # until a collective that some process has not joined ends the run
+ANNOUNCE = 10.0  # seconds until a process that waits for the others at its start says so
 PATIENCE = timedelta(hours=2)  # of processes that wait for another one on their node to copy files
 REQUEUE = os.EX_TEMPFAIL  # 75, "temporary failure, try again": a run that was told to stop and wants to go on
 
@@ -54,42 +56,118 @@ def describe_places(hosts: list[str]) -> str:
 
 
 def start() -> torch.device:
-    """Join the other processes of the run, if there are any. Returns this one's device: cuda:LOCAL_RANK, or
-    the CPU.
+    """Join the other processes of the run, if there are any. Returns this one's device: a GPU, or the CPU.
 
-    Raises UserError for a launcher's environment that is incomplete, a LOCAL_RANK without a GPU, processes
-    that do not come.
+    Raises UserError for a launcher's environment that is incomplete, a LOCAL_RANK without a GPU, a GPU of two
+    processes, a port that is taken, processes that do not come.
     """
-    has_cuda = torch.cuda.is_available()
-    local_rank = get_number("LOCAL_RANK", 0)
-    device = torch.device("cpu")
-    if has_cuda:
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise UserError(
-                f"LOCAL_RANK {local_rank} has no GPU: this node has {gpus}, start so many processes on it"
-            )
-        device = torch.device("cuda", local_rank)
+    world_size = get_number("WORLD_SIZE", 1)
+    device = choose_device(get_number("LOCAL_RANK", 0), world_size)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    if get_number("WORLD_SIZE", 1) == 1:
+    if world_size == 1:
         return device
+    check_environment(world_size)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that the flight recorder remembers
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"  # gloo for what lies on the CPU: agreement, checkpoints' plans
+    try:
+        with wait_announced(world_size):
+            dist.init_process_group(backend, timeout=TIMEOUT)
+    except dist.DistError as error:  # the store's or the network's
+        raise UserError(explain_no_start(error)) from None
+    if device.type == "cuda":
+        check_gpus(str(torch.cuda.get_device_properties(device).uuid))
+    return device
 
+
+def choose_device(local_rank: int, world_size: int) -> torch.device:
+    """cuda:LOCAL_RANK; cuda:0 for one of several processes that sees a single GPU, its own (Slurm's
+    --gpus-per-task); or the CPU. Raises UserError for a LOCAL_RANK without a GPU.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if gpus == 1 and world_size > 1:
+        return torch.device("cuda", 0)  # check_gpus looks whether it is another process's as well
+    if local_rank < gpus:
+        return torch.device("cuda", local_rank)
+    visible = ""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        visible = f" that CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} shows"
+    raise UserError(
+        f"LOCAL_RANK {local_rank} has no GPU: this node has {gpus}{visible}, start so many processes on it, "
+        "let each of them see all GPUs of its node (Slurm: --gpus-per-node, not --gpus-per-task), "
+        "or unset a LOCAL_RANK that is left over"
+    )
+
+
+def check_gpus(uuid: str) -> None:
+    """Raise UserError, on every process, if two processes have the same GPU, where NCCL would refuse to
+    start. `uuid`: of this process's.
+    """
+    uuids = gather(uuid)
+    for gpu in dict.fromkeys(uuids):
+        world_ranks = [world_rank for world_rank, other in enumerate(uuids) if other == gpu]
+        if len(world_ranks) > 1:
+            raise SharedError(
+                f"ranks {', '.join(map(str, world_ranks))} have one GPU, {gpu}: start one process for each "
+                "GPU, and unset CUDA_VISIBLE_DEVICES, or have the launcher set it to another one for each"
+            )
+
+
+def check_environment(world_size: int) -> None:
+    """Raise UserError for variables that several processes need and that are missing or out of range."""
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} is not set: "
-            "start the processes with torchrun or launch/job.py"
+            "start the processes with torchrun or launch/job.py, or unset WORLD_SIZE for a single one"
         )
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that the flight recorder remembers
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    backend = "gloo"
-    if has_cuda:
-        backend = "cpu:gloo,cuda:nccl"  # gloo for what lies on the CPU: agreement, checkpoints' plans
+    world_rank, port = get_number("RANK", 0), get_number("MASTER_PORT", 0)
+    if world_rank >= world_size:
+        raise UserError(f"RANK {world_rank} should be below WORLD_SIZE {world_size}")
+    if not 0 < port < 65536:
+        raise UserError(f"MASTER_PORT should be 1 to 65535, not {port}")
+
+
+@contextlib.contextmanager
+def wait_announced(world_size: int) -> Iterator[None]:
+    """Around the wait for the other processes: after ANNOUNCE seconds this one says on standard error what it
+    waits for, and Ctrl-C ends it at once, because no handler of Python's runs until the wait is over.
+    """
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = (
+        f"rank {get_number('RANK', 0)} waits for the rest of {world_size} processes at {place}: WORLD_SIZE="
+        f"{world_size} is set here, start the others, or unset WORLD_SIZE to have one process alone"
+    )
+    timer = threading.Timer(ANNOUNCE, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    timer.start()
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    except dist.DistError as error:  # the store's or the network's
-        raise UserError(f"the processes did not find each other: {get_first_line(error)}") from None
-    return device
+        yield
+    finally:
+        timer.cancel()
+        if handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, handler)
+
+
+def explain_no_start(error: dist.DistError) -> str:
+    """Why the processes did not find each other, in a sentence."""
+    port = os.environ["MASTER_PORT"]
+    refusals = {"EADDRINUSE": "taken by another process", "EACCES": "not open to this user"}
+    for code, reason in refusals.items():
+        if code in str(error):
+            return (
+                f"port {port} of {get_host()} is {reason}: export MASTER_PORT=N for all processes of the "
+                "run, with a free port N of 1024 to 32767"
+            )
+    return f"the processes did not find each other: {get_first_line(error)}"
 
 
 def get_number(name: str, default: int) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +43,8 @@ def explain(error: BaseException, run_dir: str | Path, log: Callable[..., None])
     """
     is_first = get_world_rank() == 0
     if isinstance(error, KeyboardInterrupt):
-        log(f"interrupted: go on with --run_dir {run_dir} --resume True", console=is_first)
+        again = f"--run_dir {shlex.quote(str(run_dir))} --resume True"
+        log(f"interrupted: go on with {again}", console=is_first)
         return 130
     if isinstance(error, (FloatingPointError, SharedError)):  # every process has it
         log(f"error: {error}", console=is_first)

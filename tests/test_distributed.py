@@ -3,10 +3,13 @@ said of them.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -129,6 +132,8 @@ def test_places_in_words():
 
 # ---- start
 
+PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
 
 @pytest.mark.parametrize(
     "environment, says",
@@ -136,6 +141,16 @@ def test_places_in_words():
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT is not set"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE should be a whole number, not 'two'"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK should be a whole number, not '-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "2", **PLACE}, "RANK 2 should be below WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "0", "RANK": "0", **PLACE}, "RANK 0 should be below WORLD_SIZE 0"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "ib0"},
+            "MASTER_PORT should be a whole number, not 'ib0'",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"},
+            "MASTER_PORT should be 1 to 65535, not 99999",
+        ),
     ],
 )
 def test_an_incomplete_environment_is_a_mistake(monkeypatch, environment, says):
@@ -149,12 +164,134 @@ def test_an_incomplete_environment_is_a_mistake(monkeypatch, environment, says):
     assert not dist.is_initialized()
 
 
-def test_a_gpu_that_is_not_there(monkeypatch):
+@pytest.mark.parametrize(
+    "gpus, visible, world_size, local_rank, says",
+    [
+        (2, None, 1, 2, "LOCAL_RANK 2 has no GPU: this node has 2, start so many"),
+        (2, None, 4, 3, "LOCAL_RANK 3 has no GPU: this node has 2, start so many"),
+        (2, "4,5", 4, 2, "this node has 2 that CUDA_VISIBLE_DEVICES=4,5 shows, start so many"),
+        # a single process with another one's place: not for --gpus-per-task to explain
+        (
+            1,
+            "3",
+            1,
+            1,
+            "this node has 1 that CUDA_VISIBLE_DEVICES=3 shows, .* unset a LOCAL_RANK that is left",
+        ),
+        # one GPU for each process, its own by the scheduler's word
+        (1, "3", 4, 3, 0),
+        (1, None, 4, 3, 0),
+        # the controls
+        (2, None, 2, 1, 1),
+        (1, None, 1, 0, 0),
+    ],
+)
+def test_which_gpu_a_process_takes(monkeypatch, gpus, visible, world_size, local_rank, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="LOCAL_RANK 2 has no GPU: this node has 2"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if isinstance(says, int):
+        assert distributed.choose_device(local_rank, world_size) == torch.device("cuda", says)
+        return
+    with pytest.raises(UserError, match=says):
+        distributed.choose_device(local_rank, world_size)
+
+
+def take_gpus(uuids):
+    """What becomes of processes that have these GPUs."""
+    distributed.start()
+    try:
+        distributed.check_gpus(uuids[distributed.get_world_rank()])
+    except UserError as error:
+        return type(error).__name__, str(error).split(":")[0]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_gpu_is_no_two_processes(on_ranks):
+    """One GPU that is visible to each of them may be the same for all."""
+    assert on_ranks(2, take_gpus, ["GPU-1", "GPU-2"]) == [None, None]
+    assert (
+        on_ranks(2, take_gpus, ["GPU-1", "GPU-1"]) == [("SharedError", "ranks 0, 1 have one GPU, GPU-1")] * 2
+    )
+
+
+def set_place(monkeypatch, port):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_port_that_is_taken(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        set_place(monkeypatch, port := other.getsockname()[1])
+        says = f"port {port} of {HOST} is taken by another process: export MASTER_PORT=N for all processes"
+        with pytest.raises(UserError, match=f"^{says}"):
+            distributed.start()
+    assert not dist.is_initialized()
+
+
+def test_a_port_that_is_the_systems(monkeypatch):
+    def refuse(*args, **options):
+        raise dist.DistNetworkError("The server socket has failed to bind. port: 80, code: -13, name: EACCES")
+
+    set_place(monkeypatch, 80)
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    with pytest.raises(UserError, match=f"^port 80 of {HOST} is not open to this user: export MASTER_PORT=N"):
         distributed.start()
+
+
+def get_free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_processes_that_never_come(monkeypatch, capsys):
+    """What is waited for is said once; after that the wait goes on to its end. Ctrl-C is Python's again."""
+    set_place(monkeypatch, port := get_free_port())
+    monkeypatch.setattr(distributed, "ANNOUNCE", 0.1)
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(UserError, match="the processes did not find each other"):
+        distributed.start()
+    said = (
+        f"rank 0 waits for the rest of 2 processes at 127.0.0.1:{port}: WORLD_SIZE=2 is set here, start the"
+    )
+    printed = capsys.readouterr().err
+    assert printed.startswith(said) and "unset WORLD_SIZE" in printed and printed.count("\n") == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_wait_that_is_over_is_not_announced(monkeypatch, capsys):
+    set_place(monkeypatch, 29500)
+    with distributed.wait_announced(2):
+        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    for timer in timers:
+        timer.join(distributed.ANNOUNCE / 2)
+    assert timers and not any(timer.is_alive() for timer in timers) and capsys.readouterr().err == ""
+
+
+WAIT = """
+from launch import distributed
+distributed.ANNOUNCE = 0.1
+distributed.start()
+"""
+
+
+def test_ctrl_c_ends_the_wait():
+    """WORLD_SIZE is left over in a shell, and this is the only process."""
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", WAIT], cwd=REPO, env=os.environ | place, stderr=subprocess.PIPE, text=True
+    )
+    said = next(line for line in waiting.stderr if "rank " in line)
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(60) == -signal.SIGINT and said.startswith("rank 1 waits for the rest of 2 processes")
+    waiting.stderr.close()
 
 
 # ---- what is said
@@ -193,9 +330,7 @@ distributed.exit(main, [])
 )
 def test_processes_that_end(error, statuses, says, traces):
     """Real ones: none is left waiting for the one that has met it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     processes = []
     for world_rank in range(2):
         place = {"RANK": world_rank, "LOCAL_RANK": world_rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
@@ -237,12 +372,14 @@ def test_a_bug_stands_in_the_processes_logs(on_ranks, tmp_path):
         (FloatingPointError("non-finite loss"), 1, "error: non-finite loss"),
         (SharedError("can't write"), 1, "error: can't write"),
         (UserError("a.jpg cannot be read"), 1, "error: a.jpg cannot be read"),
-        (KeyboardInterrupt(), 130, "interrupted: go on with --run_dir run --resume True"),
+        (KeyboardInterrupt(), 130, "interrupted: go on with --run_dir 'runs/a b' --resume True"),
     ],
 )
 def test_a_run_that_has_to_stop_says_why(error, status, says):
     said = []
-    assert failures.explain(error, "run", lambda text, console=True: said.append((text, console))) == status
+    assert (
+        failures.explain(error, "runs/a b", lambda text, console=True: said.append((text, console))) == status
+    )
     assert said == [(says, True)]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 
 from config.checks import check_data
 from config.cli import load_preset
+from data.beton import find_beton
+from data.images import open_dataset
 from errors import UserError
 from launch import snapshot, submit
 
@@ -366,6 +369,25 @@ def test_a_disk_that_takes_no_snapshot(tmp_path, monkeypatch, capsys, small):
     printed = capsys.readouterr().err
     assert printed.startswith("error: can't copy ") and printed.endswith(": No space left on device\n")
     assert len(copied) == 3 and not Path("runs").exists()
+
+
+def test_printed_commands_can_be_pasted(tmp_path):
+    """Also where a folder's name has a space."""
+    launch, job = submit.Launch(nodes=2), submit.submitit.Job(tmp_path / "jobs", "7")
+    run = submit.Run(None, [], submit.Config(run_dir=str(tmp_path / "my run")))
+    text = submit.describe_job(launch, job, run, tmp_path / "my jobs")
+    _, follow, tensorboard, _ = map(shlex.split, text.splitlines())
+    assert follow == ["follow", "tail", "-F", str(tmp_path / "my jobs/7_0_log.out")]
+    assert tensorboard == ["tensorboard", "--logdir", str(tmp_path / "my run/tb")]
+    data = tmp_path / "my data"
+    for look, words in (
+        (find_beton, ["data.beton", "fashion_mnist:val", str(data / "val.beton"), "--root", str(data)]),
+        (open_dataset, ["data.folder", "fashion_mnist", str(data)]),
+    ):
+        with pytest.raises(UserError) as refused:
+            look("fashion_mnist", data, "val")
+        command = str(refused.value).split("`")[1]
+        assert shlex.split(command) == ["python", "-m", *words]
 
 
 def test_bad_presets_of_an_array(tmp_path, monkeypatch, capsys, small):
