@@ -1331,9 +1331,8 @@ def test_other_image_size_other_classes_and_static_lora(tmp_path, capsys):
             if name not in ("head.weight", "head.bias", "pos_embed"):
                 assert torch.equal(got[name], t.to(got[name].dtype)), name
         assert got["head.weight"].shape == (10, 64) and got["head.weight"].abs().max() < 1e-20
-        torch.testing.assert_close(
-            got["pos_embed"], pretrained.interpolate_positions(source.pos_embed.detach(), 4), rtol=0, atol=0
-        )
+        expected = pretrained.interpolate_positions(source.pos_embed.detach(), (6, 6), 4)
+        torch.testing.assert_close(got["pos_embed"], expected, rtol=0, atol=0)
         notes = "\n".join(get_notes(tmp_path / run_dir))
         assert (
             "positions interpolated from 6 × 6 to 4 × 4" in notes
