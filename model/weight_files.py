@@ -113,7 +113,7 @@ def describe_folder(folder: Path) -> str:
         )
     for name in ("model.safetensors", f"model{INDEX}"):
         if (folder / name).is_file():
-            return f": give its {name}"
+            return f", it holds weights: give {folder / name}"
     if (folder / "adapter_config.json").is_file():
         return f", it holds an adapter without its base: {MERGE}"
     pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)

@@ -1023,7 +1023,9 @@ def test_files_that_are_no_safetensors(tmp_path, monkeypatch, capsys):
             and not Path("run").exists()
         )
     save_file(good, "folder.safetensors/model.safetensors")
-    with pytest.raises(UserError, match="is no file: give its model.safetensors"):
+    with pytest.raises(
+        UserError, match="is no file, it holds weights: give folder.safetensors/model.safetensors"
+    ):
         sources.read_safetensors(Path("folder.safetensors"))
     assert not Path("exploded").exists()
     pickle.loads(Path("plain.safetensors").read_bytes())
