@@ -37,7 +37,6 @@ from data.images import FILES, open_dataset, prepare_fashion_mnist
 from data.loader import build_loader
 from data.order import DataError
 from errors import UserError
-from files import write_json
 from lora import kernels
 from lora.inject import merge_lora, use_reference
 from model import checkpoint, pretrained, sources
@@ -266,7 +265,7 @@ def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
 def change_meta(path, **config):
     """The checkpoint's stored config, changed by hand."""
     meta = checkpoint.read_meta(path)
-    write_json(path / "meta.json", meta | {"config": meta["config"] | config})
+    small_runs.write_meta(path, meta | {"config": meta["config"] | config})
     return path
 
 
@@ -820,7 +819,7 @@ def test_mistakes_of_evaluate(runs, checkpoint_alone, tmp_path, capsys, argv, wo
     places["EXPORT"].mkdir()
     save_file({"a": torch.zeros(3)}, places["EXPORT"] / "model.safetensors")
     meta = checkpoint.read_meta(checkpoint_alone)
-    write_json(checkpoint_alone / "meta.json", meta | {"state": meta["state"] | {"mood": 1}})
+    small_runs.write_meta(checkpoint_alone, meta | {"state": meta["state"] | {"mood": 1}})
     status, _, err = run_main(evaluate.main, [places.get(word, word) for word in argv], capsys)
     assert status == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1, err
 

@@ -33,6 +33,7 @@ from small_runs import (
     saved_at,
     weights,
     without_times,
+    write_meta,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -523,10 +524,10 @@ def test_a_base_that_is_not_right_is_one_line(small, reference, tmp_path, capsys
 
 def test_a_meta_of_another_version_is_named(small, reference, tmp_path, capsys):
     run_dir = shutil.copytree(reference, tmp_path / "run")
-    for path in (run_dir / "checkpoints").glob("step_*/meta.json"):
-        meta = json.loads(path.read_text())
+    for path in (run_dir / "checkpoints").glob("step_*"):
+        meta = checkpoint.read_meta(path)
         del meta["state"]["base"], meta["id"]
-        path.write_text(json.dumps(meta))
+        write_meta(path, meta)
     for command in (
         ["--run_dir", str(run_dir), "--resume", "True", "--epochs", "8"],
         argv(small, tmp_path / "fork", "--fork", run_dir),
