@@ -8,13 +8,14 @@
     python evaluate.py FILE.safetensors --dataset fashion_mnist --data_dir datasets/fashion_mnist
 
 With adapters: also how far the logits of the merged model are from those of the unmerged one, both in
-float32. The last line is JSON. A checkpoint's index is a pickle: take RUN from nobody you don't trust.
-safetensors hold none.
+float32. The last line is JSON; a number that is not finite stands there as null, and the exit status is 1.
+A checkpoint's index is a pickle: take RUN from nobody you don't trust. safetensors hold none.
 """
 
 import copy
 import dataclasses
 import json
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -40,8 +41,10 @@ from lora.inject import merge_lora, use_reference
 from model import checkpoint, parallel
 from model.checkpoint import on_process_0
 from model.pretrained import copy_weights, find_variant, load_pretrained
-from model.sources import TIMM, read_pretrained
+from model.sources import TIMM, is_source, read_pretrained
 from model.variants import VARIANTS
+from model.weight_files import describe_folder, get_run
+from monitor.logger import get_json_values
 from start import State, read_state
 
 
@@ -97,15 +100,16 @@ def read_target(
     Of weights that are no run's the checkpoint is None, and they are put into `weights`. Raises UserError, or
     OSError, for what can't be read.
     """
-    if target.startswith(TIMM) or Path(target).suffix == ".safetensors" or Path(target).is_file():
+    if is_source(target):
         if asked.merged:
             raise UserError(f"merged is for a run's adapters: {target} holds weights, which have none")
         cfg, found, notes = read_weights(target, asked)
         weights.update(found)
         return cfg, State(), None, notes
-    weights_file = Path(target, "model.safetensors")
-    if weights_file.is_file():
-        raise UserError(f"{target} is no run, it holds weights: give {weights_file}")
+    if Path(target).is_dir() and not get_run(Path(target)):
+        inside = describe_folder(Path(target))
+        if inside:
+            raise UserError(f"{target} is no run{inside}")
     path, meta, notes = checkpoint.resolve(Path(target))
     if asked.dataset or asked.num_classes:
         raise UserError(
@@ -266,7 +270,7 @@ def print_result(result: dict) -> None:
             f"merged and unmerged logits differ by {result['merge_difference']:.1e} at most, "
             f"the largest is {result['largest_logit']:.1f}"
         )
-    print(json.dumps(result))
+    print(json.dumps(get_json_values(result), allow_nan=False))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,7 +292,8 @@ def parse(argv: list[str]) -> tuple[str, Evaluation]:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0; 2 for what can't be read or evaluated; 1 if another process is lost."""
+    """Exit status: 0; 2 for what can't be read or evaluated; 1 if another process is lost, or a metric is not
+    finite."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: so it is
     try:
         device = distributed.start()
@@ -300,10 +305,13 @@ def main(argv: list[str]) -> int:
         return 2
     except (UserError, RuntimeError) as error:
         return failures.refuse(error)
+    lost = [name for name, value in result.items() if isinstance(value, float) and not math.isfinite(value)]
     if distributed.get_world_rank() == 0:
         print_result(result)
+        if lost:
+            print(f"error: {target} gives a {', '.join(lost)} that is not finite", file=sys.stderr)
     distributed.finish()
-    return 0
+    return 1 if lost else 0
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from lora.inject import drop_ranks, match_families, rank_costs
 from lora.ranks import Ranks, choose_ranks
 from model import checkpoint
 from model.checkpoint import on_process_0
+from model.compiler import check_compiler
 from model.pretrained import load_pretrained
 from model.variants import LORA_FAMILIES, get_lowest
 from monitor.clock import EpochClock
@@ -113,9 +114,9 @@ def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
     """Find where the run of `cfg` begins, and make its folder. `net`: its model without adapters, on meta.
     `notes`: to put first.
 
-    All processes together. Raises UserError on all of them for data that is missing, damaged or too small for
-    a batch, a schedule that ends in its warmup, and a checkpoint that is damaged or of another run than `cfg`
-    describes."""
+    All processes together. Raises UserError on all of them for a machine that can't compile what `cfg` wants
+    compiled, data that is missing, damaged or too small for a batch, a schedule that ends in its warmup, and
+    a checkpoint that is damaged or of another run than `cfg` describes."""
     start = Start(notes=list(notes), hosts=gather(get_host()))
     if cfg.baseline:
         start.baseline = on_process_0(load_run, cfg.baseline).epochs
@@ -124,6 +125,8 @@ def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
     if cfg.fork and not start.checkpoint:
         start.checkpoint, start.meta, start.records, differences = on_process_0(find_fork, cfg)
         start.forked, start.notes = True, start.notes + differences
+    with together():
+        start.notes += check_compiler(cfg.compile, cfg.mode != "full")
     if cfg.stage_dir:
         once_per_node(stage, cfg.dataset, cfg.data_dir, cfg.stage_dir, get_world_rank() == 0)
     with together():

@@ -321,7 +321,6 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     if s.step >= last_step and s.epoch_step < steps_per_epoch:  # else an epoch is still to be evaluated
         return say_done(cfg, s, total_steps)
 
-    log = open_log(cfg, start, last_step)
     model = build_model(cfg, s.phase, s.ranks, device, mesh, s.frozen_blocks)
     optimizer = build_optimizer(model, cfg.weight_decay)
     if start.checkpoint:
@@ -330,6 +329,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         model.init_weights(cfg.seed)
         copy_weights(model, start.take_weights())
         init_adapters(model, cfg.seed)
+    log = open_log(cfg, start, last_step)  # which cuts the run's logs back: nothing was found wrong
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
     phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
     costs = enter_phase(cfg, s, model, optimizer, device) if s.is_in(phase, frozen_blocks) else {}

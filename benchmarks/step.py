@@ -22,6 +22,7 @@ from benchmarks.flops import count_by_formula, count_phases
 from benchmarks.roofline import get_step_seconds
 from errors import UserError
 from lora import onednn as onednn_products
+from model.compiler import check_compiler
 from model.parallel import set_up_device
 from model.variants import VARIANTS
 from monitor.perf import Stopwatch, peak_flops
@@ -267,6 +268,8 @@ def step(
     dtype = dtype or ("bfloat16" if here.type == "cuda" else "float32")
     batch_size = get_batch_size(model, here) if batch_size is None else batch_size
     check_arguments(model, batch_size, rounds, onednn, here, dtype)
+    for note in check_compiler("compiled" in modes, adapters=True):
+        print(note)
     set_up_device(here, VARIANTS[model]["embed_dim"])
     if here.type == "cpu" and keep_memory:
         keep_freed_memory()

@@ -24,6 +24,7 @@ from benchmarks.contenders import PHASES, Contender
 from errors import UserError
 from lora.inject import match_families
 from lora.ranks import Ranks
+from model.compiler import check_compiler
 from model.optim import build_optimizer
 from model.parallel import set_up_device
 from model.variants import LORA_FAMILIES, VARIANTS
@@ -167,6 +168,8 @@ def switch(
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    for note in check_compiler(compiled=True, adapters=True):
+        print(note)
     dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     what = f"ViT-{model}, {batch_size} images, {dtype}, ranks {ranks}, {describe_device()}"
     print(f"{what}: seconds until a phase's first step", flush=True)

@@ -7,6 +7,11 @@ processes.
                                      renamed; what stands there under that name is *.old for that moment
     RUN/checkpoints/latest           the name of the newest one, replaced atomically after the rename
 
+Each has the checksums of its files (model/tensors.py). What finds a checkpoint looks at meta.json, the index
+and the lengths of the others, and passes over a damaged one. A file of tensors is checked by those who load
+from it, and damage there stops them, with the way back to the checkpoint before: that much reading is done
+once, and a storage that changes bytes wants to be looked at before training goes on.
+
 A checkpoint is whole, or it names in its state, as "base", the whole one beside it from which what is frozen
 is read: {"checkpoint": its name, "id": the random "id" in its meta.json}. So a LoRA phase writes its base
 once.
@@ -26,7 +31,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
@@ -34,8 +38,20 @@ from torch.optim import Optimizer
 from errors import SharedError, UserError
 from files import read_json, write_json
 from model.optim import get_adapters, get_optimizer_state, set_optimizer_state
-from model.tensors import get_stored, read_tensors, write_tensors
+from model.tensors import (
+    CHECKSUMS,
+    INDEX,
+    Damaged,
+    check_file,
+    get_checksum,
+    get_stored,
+    read_checksums,
+    read_index,
+    read_tensors,
+    write_tensors,
+)
 
+META = "meta.json"
 META_KEYS = {"state", "config", "train_images"}  # what those who go on from a checkpoint read of its meta
 
 # ---- writing and reading
@@ -60,8 +76,8 @@ def save(run_dir: Path, model: nn.Module, optimizer: Optimizer, meta: dict, pinn
     elif state.get("phase") == "lora":
         pinned = True
     on_process_0(remove_leftovers, final.parent)
-    write_tensors(tmp, tensors, str(final))
-    on_process_0(complete, tmp, final, meta | {"pinned": pinned})
+    checksums = write_tensors(tmp, tensors, str(final))
+    on_process_0(complete, tmp, final, meta | {"pinned": pinned}, checksums)
     return final
 
 
@@ -96,7 +112,8 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
     Parameters whose state the checkpoint lacks (an adapter that has not stepped yet) start fresh, states of
     what is not trained are left in the file. Raises SharedError for a weight that is missing or has another
-    shape, a damaged file, or a base that is not there as `get_base` wants it.
+    shape, a damaged file, with the way back to the checkpoint before it, or a base that is not there as
+    `get_base` wants it.
     """
     load_weights(path, model)
     parameters, state, flat = dict(model.named_parameters()), {}, {}
@@ -109,7 +126,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
         state.setdefault(name, {})[key] = build_state(key, stored, p, groups[p])
         flat[f"optimizer.{full_name}"] = state[name][key]
     if flat:
-        read_tensors(path, flat)
+        read(path, flat)
     set_optimizer_state(model, optimizer, state)
 
 
@@ -133,8 +150,29 @@ def load_weights(path: Path, model: nn.Module) -> None:
     if base is not None:
         # What is trained has to be in the checkpoint itself: a warmup's has older adapters.
         elsewhere = get_frozen(model) - get_stored(path, "model.").keys()
-        read_tensors(base, {f"model.{name}": own.pop(f"model.{name}") for name in elsewhere})
-    read_tensors(path, own)
+        read(base, {f"model.{name}": own.pop(f"model.{name}") for name in elsewhere})
+    read(path, own)
+
+
+def read(path: Path, tensors: dict[str, Tensor]) -> None:
+    """`read_tensors` of a checkpoint: of a damaged file it also says how to go back to the checkpoint
+    before."""
+    try:
+        read_tensors(path, tensors)
+    except Damaged as error:
+        raise SharedError(f"{error}; {describe_way_back(path)}") from None
+
+
+def describe_way_back(path: Path) -> str:
+    """How a run goes on without its checkpoint at `path` and what came after it."""
+    folder, name = path.resolve().parent, path.resolve().stem
+    older = [d.name for d in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", d.name) and d.name < name]
+    if not older:
+        return "there is no checkpoint before it"
+    return (
+        f"the checkpoint before it is {max(older)}: with that name written into {folder / 'latest'} "
+        "--resume True goes on from there"
+    )
 
 
 def on_process_0(function: Callable, *args):
@@ -177,9 +215,13 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(old)
 
 
-def complete(tmp: Path, final: Path, meta: dict) -> None:
-    """Every process's shards are in `tmp`: make it the newest checkpoint, and only then delete older ones."""
-    write_json(tmp / "meta.json", meta | {"id": secrets.token_hex(8)})
+def complete(tmp: Path, final: Path, meta: dict, checksums: dict[str, str]) -> None:
+    """Every process's shards are in `tmp`, and have these checksums: make it the newest checkpoint, and only
+    then delete older ones."""
+    write_json(tmp / META, meta | {"id": secrets.token_hex(8)})
+    for name in (META, INDEX):
+        checksums[name] = get_checksum(tmp / name)
+    write_json(tmp / CHECKSUMS, {"crc32": checksums})
     old = final.with_suffix(".old")
     if final.exists():
         # It was saved on a signal before the epoch's evaluation, or is damaged, or from before a roll-back.
@@ -329,13 +371,16 @@ def kept(run_dir: Path) -> list[tuple[Path, dict]]:
 def verify(path: Path) -> dict:
     """The meta of a checkpoint whose files are all there and as long as DCP's index says, or a UserError.
 
-    Lengths only: reading hundreds of gigabytes to check their bits is no start of a job.
+    Of the files of tensors lengths only: reading hundreds of gigabytes on one process to check their bits is
+    no start of a job. Those who load them check what they read.
     """
-    meta = read_meta(path)
+    meta, checksums = read_meta(path), read_checksums(path)
     try:
-        index = dcp.FileSystemReader(path).read_metadata()
-    except Exception as e:  # whatever unpickling a damaged file raises
-        raise UserError(f"{path}/.metadata: {e or type(e).__name__}") from None
+        index = read_index(path)
+    except UserError:
+        raise
+    except Exception as e:  # a file that is missing, another version's classes
+        raise UserError(f"{path / INDEX}: {e or type(e).__name__}") from None
     needed: dict[str, int] = {}
     for item in index.storage_data.values():
         needed[item.relative_path] = max(needed.get(item.relative_path, 0), item.offset + item.length)
@@ -346,6 +391,8 @@ def verify(path: Path) -> dict:
             raise UserError(f"{path / name} is missing") from None
         except OSError as e:
             raise UserError(f"{path / name} can't be read: {e.strerror}") from None
+        if name not in checksums:
+            raise UserError(f"{path / CHECKSUMS} is damaged: it has no {name}")
         if there < size:
             raise UserError(f"{path / name} is cut short: {there} of {size} bytes")
     return meta
@@ -354,7 +401,9 @@ def verify(path: Path) -> dict:
 def read_meta(path: Path) -> dict:
     """A checkpoint's meta.json: what `save` was given as `meta`, `pinned` and `id`. Raises UserError if it is
     damaged."""
-    return read_json(path / "meta.json")
+    meta = read_json(path / META)
+    check_file(path, META)
+    return meta
 
 
 def prune(newest: Path) -> None:

@@ -25,7 +25,11 @@ def load_pretrained(
     or don't fit.
     """
     found = read_pretrained(source)
-    weights, notes = fit_weights(found.weights, model, source, fresh_head)
+    weights, notes = fit_weights(found.weights, model, source, fresh_head, found.grid)
+    notes = [*found.notes, *notes]
+    if not found.grid:
+        side = math.isqrt(found.weights["pos_embed"].shape[1] - 1)
+        notes.append(f"it does not say its grid of patches: taken as a square, {side} × {side}")
     heads, eps = model.blocks[0].attn.num_heads, model.norm.eps
     if found.num_heads not in (None, heads):
         raise UserError(f"{source} has {found.num_heads} attention heads, this model has {heads}")
@@ -46,11 +50,16 @@ def load_pretrained(
 
 
 def fit_weights(
-    weights: dict[str, Tensor], model: nn.Module, source: str, fresh_head: bool = False
+    weights: dict[str, Tensor],
+    model: nn.Module,
+    source: str,
+    fresh_head: bool = False,
+    grid: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """(weights, notes): by name and shape those of `model`, or UserError saying what differs.
 
-    Positions of another image size are interpolated, as timm does. `fresh_head`: the weights' head, if any,
+    Positions of another image size are interpolated, as timm does, from `grid`, patches in height and width;
+    where the source doesn't say (None) they are taken as a square. `fresh_head`: the weights' head, if any,
     is left out.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -69,7 +78,7 @@ def fit_weights(
     ):
         if names:
             raise UserError(f"{source} is not a ViT of this kind: it {what} {min(names)}")
-    weights["pos_embed"], notes = fit_positions(weights["pos_embed"], shapes["pos_embed"], source)
+    weights["pos_embed"], notes = fit_positions(weights["pos_embed"], shapes["pos_embed"], grid, source)
     for name in sorted(body):
         if tuple(weights[name].shape) != shapes[name]:
             raise misshapen(source, name, weights[name], shapes[name])
@@ -86,17 +95,35 @@ def misshapen(source: str, name: str, tensor: Tensor, shape: tuple) -> UserError
     return UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, this model's {shape}")
 
 
-def fit_positions(positions: Tensor, shape: tuple, source: str) -> tuple[Tensor, list[str]]:
-    """(positions of `shape` (1, 1 + grid², D), what was done to them). Raises UserError where they can't
-    be."""
+def fit_positions(
+    positions: Tensor, shape: tuple, grid: tuple[int, int] | None, source: str
+) -> tuple[Tensor, list[str]]:
+    """(positions of `shape` (1, 1 + side², D), what was done to them).
+
+    `grid`: patches in height and width that they are of; None where nobody says, and then it is a square, as
+    everybody takes it. Raises UserError where they can't be fitted, or without a grid are no square.
+    """
     old = tuple(positions.shape)
-    if old == shape:
+    patches, side = old[1] - 1, math.isqrt(shape[1] - 1)
+    if old[2] != shape[2]:
+        raise misshapen(source, "pos_embed", positions, shape)
+    if grid and grid[0] * grid[1] != patches:
+        raise UserError(
+            f"{source}: its config says {grid[0]} × {grid[1]} patches, pos_embed of shape {old} is not of a "
+            "class token and so many"
+        )
+    if not grid:
+        guess = math.isqrt(max(patches, 0))
+        if guess**2 != patches or not guess:
+            raise UserError(
+                f"{source}: pos_embed of shape {old} is not of a class token and a square of patches: put "
+                "the model's config.json beside it, which says its image_size (timm: model_args' img_size)"
+            )
+        grid = (guess, guess)
+    if grid == (side, side):
         return positions, []
-    old_grid, grid = (math.isqrt(max(tokens - 1, 0)) for _, tokens, _ in (old, shape))
-    if old[2] != shape[2] or old_grid**2 + 1 != old[1]:
-        raise UserError(f"{source}: pos_embed of shape {old} is not of a class token and a square of patches")
-    note = f"positions interpolated from {old_grid} × {old_grid} to {grid} × {grid}"
-    return interpolate_positions(positions, grid), [note]
+    note = f"positions interpolated from {grid[0]} × {grid[1]} to {side} × {side}"
+    return interpolate_positions(positions, grid, side), [note]
 
 
 def check_head(head: dict[str, Tensor], shapes: dict[str, tuple], source: str) -> None:
@@ -141,15 +168,14 @@ def find_variant(found: Pretrained, source: str) -> str:
     raise UserError(f"{source} is of none of the models here: {', '.join(VARIANTS)}")
 
 
-def interpolate_positions(positions: Tensor, grid: int) -> Tensor:
-    """(1, 1 + N, D) -> (1, 1 + grid², D): the class token's stays, the others' square is resized.
+def interpolate_positions(positions: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """(1, 1 + H·W, D) -> (1, 1 + side², D): the class token's stays, the others' `grid` (H, W) is resized.
 
     Bicubic with antialiasing, as timm's resample_abs_pos_embed does.
     """
     cls, patches = positions[:, :1].float(), positions[:, 1:].float()
-    side = math.isqrt(patches.shape[1])
-    patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True)
+    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, H, W)
+    patches = F.interpolate(patches, size=(side, side), mode="bicubic", antialias=True)
     return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
 
 

@@ -3,22 +3,22 @@ says.
 
 Nothing here opens a pickle, which can run code.
 
-    timm:NAME          timm's pretrained weights, from the Hugging Face hub or its cache
-    FILE.safetensors   timm's names or a Hugging Face ViT's; config.json and preprocessor_config.json
-                       beside it are heeded
+    timm:NAME                    timm's pretrained weights, from the Hugging Face hub or its cache
+    FILE.safetensors             timm's names or a Hugging Face ViT's; config.json and
+                                 preprocessor_config.json beside it are heeded
+    FILE.safetensors.index.json  the same in shards
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from errors import UserError
 from files import read_json
 from model.huggingface import from_huggingface
+from model.weight_files import INDEX, read_safetensors, read_weights
 
 TIMM = "timm:"
 
@@ -31,10 +31,18 @@ class Pretrained(NamedTuple):
     layer_norm_eps: float | None = None
     mean: tuple | None = None  # of the images they were trained on
     std: tuple | None = None
+    grid: tuple[int, int] | None = None  # patches in height and width that the positions are of
+    notes: tuple[str, ...] = ()  # what was done to their names, in sentences
+
+
+def is_source(target: str) -> bool:
+    """Whether `target` is how weights are named, timm's or a file's, there or not, and not a folder."""
+    named = target.startswith(TIMM) or target.endswith((".safetensors", INDEX))
+    return named or Path(target).is_file()
 
 
 def read_pretrained(source: str) -> Pretrained:
-    """The weights of timm:NAME or FILE.safetensors.
+    """The weights of timm:NAME, FILE.safetensors or FILE.safetensors.index.json.
 
     Raises UserError where they can't be had or are of a model whose function isn't that of model/vit.py.
     """
@@ -43,44 +51,9 @@ def read_pretrained(source: str) -> Pretrained:
     return read_file(Path(source))
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """A file's tensors by name, on the CPU.
-
-    Raises UserError for a file that is missing, can't be read or is cut short, for pickled content under
-    whatever name, and for what is no safetensors file at all.
-    """
-    pickled = UserError(
-        f"{path} is a pickle, as .pt and .bin files are, which can run code when it is opened: "
-        "only safetensors are read here"
-    )
-    if not path.exists():
-        raise UserError(f"{path} is not there")
-    if not path.is_file():
-        inside = ""
-        if (path / "model.safetensors").is_file():
-            inside = ": give its model.safetensors"
-        raise UserError(f"{path} is no file{inside}")
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-        raise pickled
-    try:
-        return load_file(path)
-    except OSError as e:
-        raise UserError(f"{path} can't be read: {e.strerror or e}") from None
-    except SafetensorError as e:
-        reason = str(e).removeprefix("Error while deserializing header: ")
-    with open(path, "rb") as file:
-        start = file.read(9)
-    # After the fact: the first byte of an intact file, part of a length, may be the same as a pickle's. A zip
-    # file, a pickle's protocol, the brace that begins safetensors' JSON.
-    if start.startswith(b"PK") or start[:1] == b"\x80":
-        raise pickled
-    what = "is cut short or damaged" if start[8:] == b"{" else "is no safetensors file"
-    raise UserError(f"{path} {what}: {reason}")
-
-
 def read_file(path: Path) -> Pretrained:
-    """FILE.safetensors, with what lies beside it."""
-    weights = {name: tensor.float() for name, tensor in read_safetensors(path).items()}
+    """FILE.safetensors or its shards' index, with what lies beside it."""
+    weights, notes = read_weights(path)
     configs = []
     for beside in (path.with_name("config.json"), path.with_name("preprocessor_config.json")):
         configs.append(read_json(beside) if beside.exists() else {})
@@ -88,16 +61,26 @@ def read_file(path: Path) -> Pretrained:
     if "embeddings.cls_token" in weights:  # a ViTModel, which has no head
         weights = {f"vit.{name}": tensor for name, tensor in weights.items()}
     if any(name.startswith("vit.") for name in weights):
-        return read_huggingface(path, weights, config, processor)
-    if "architecture" not in config:
-        return Pretrained(weights)
+        found = read_huggingface(path, weights, config, processor)
+    elif "architecture" in config:
+        found = read_timm_config(path, weights, config)
+    else:
+        found = Pretrained(weights)
+    return found._replace(notes=tuple(notes))
+
+
+def read_timm_config(path: Path, weights: dict[str, Tensor], config: dict) -> Pretrained:
+    """Weights by timm's names, and what the config.json that timm wrote beside them says."""
     where = path.with_name("config.json")
     images, args = config.get("pretrained_cfg") or config, config.get("model_args") or {}
     if not isinstance(images, dict) or not isinstance(args, dict):
         raise UserError(f"{where} is damaged: pretrained_cfg and model_args are no JSON objects")
-    num_heads, layer_norm_eps = describe_timm(config["architecture"], **args)
+    overlay = {}
+    if "input_size" in images:  # the model's too, where its arguments don't say: timm takes it so
+        overlay["input_size"] = images["input_size"]
+    described = describe_timm(config["architecture"], pretrained_cfg_overlay=overlay, **args)
     mean, std = read_channels(images, "mean", where), read_channels(images, "std", where)
-    return Pretrained(weights, num_heads, layer_norm_eps, mean, std)
+    return Pretrained(weights, mean=mean, std=std, **described)
 
 
 def read_huggingface(path: Path, weights: dict[str, Tensor], config: dict, processor: dict) -> Pretrained:
@@ -114,12 +97,17 @@ def read_huggingface(path: Path, weights: dict[str, Tensor], config: dict, proce
     if not processor.get("do_normalize", True):
         processor = {}
     where, where_images = path.with_name("config.json"), path.with_name("preprocessor_config.json")
+    image, patch = read_pair(config, "image_size", where), read_pair(config, "patch_size", where)
+    grid = None
+    if image and patch:
+        grid = (image[0] // patch[0], image[1] // patch[1])
     return Pretrained(
         weights,
         num_heads=read_number(config, "num_attention_heads", where),
         layer_norm_eps=read_number(config, "layer_norm_eps", where) or 1e-12,  # Hugging Face's default
         mean=read_channels(processor, "image_mean", where_images),
         std=read_channels(processor, "image_std", where_images),
+        grid=grid,
     )
 
 
@@ -131,6 +119,18 @@ def read_number(config: dict, key: str, path: Path) -> float | None:
     if type(value) not in (int, float) or not value > 0:
         raise UserError(f"{path} is damaged: {key} is {value!r}, not a number above 0")
     return value
+
+
+def read_pair(config: dict, key: str, path: Path) -> tuple[int, int] | None:
+    """The (height, width) under `key`, where one number says both, or None. Raises UserError as
+    `read_number`."""
+    value = config.get(key)
+    if value is None:
+        return None
+    pair = value if isinstance(value, list) else [value, value]
+    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
+        raise UserError(f"{path} is damaged: {key} is {value!r}, not one or two whole numbers above 0")
+    return tuple(pair)
 
 
 def read_channels(config: dict, key: str, path: Path) -> tuple | None:
@@ -161,15 +161,15 @@ def read_timm(name: str) -> Pretrained:
         cfg = get_pretrained_cfg(name)
     except RuntimeError as e:  # no such tag
         raise UserError(f"timm: {e}") from None
-    num_heads, layer_norm_eps = describe_timm(name)
+    described = describe_timm(name)
     if cfg and cfg.file:
         path = cfg.file
     elif cfg and cfg.hf_hub_id:
         path = download(name, cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
     else:
         raise UserError(f"timm has no weights for {name}")
-    weights = {key: tensor.float() for key, tensor in read_safetensors(Path(path)).items()}
-    return Pretrained(weights, num_heads, layer_norm_eps, tuple(cfg.mean), tuple(cfg.std))
+    weights, notes = read_weights(Path(path))
+    return Pretrained(weights, mean=tuple(cfg.mean), std=tuple(cfg.std), notes=tuple(notes), **described)
 
 
 def download(name: str, repository: str, filename: str) -> str:
@@ -184,8 +184,8 @@ def download(name: str, repository: str, filename: str) -> str:
         raise UserError(f"can't get {name} from the Hugging Face hub: {' '.join(str(e).split())}") from None
 
 
-def describe_timm(name: str, **model_args) -> tuple[int, float]:
-    """(num_heads, layer_norm_eps) of a timm model.
+def describe_timm(name: str, **model_args) -> dict:
+    """A timm model's num_heads, layer_norm_eps and grid, by Pretrained's names for them.
 
     Raises UserError if it computes something else than model/vit.py, which the names and shapes of its
     weights need not show.
@@ -205,7 +205,8 @@ def describe_timm(name: str, **model_args) -> tuple[int, float]:
         raise UserError(
             f"timm's {name} is not the plain ViT of model/vit.py: class token, pre-norm blocks, GELU"
         )
-    return block.attn.num_heads, block.norm1.eps
+    grid = tuple(model.patch_embed.grid_size)
+    return {"num_heads": block.attn.num_heads, "layer_norm_eps": block.norm1.eps, "grid": grid}
 
 
 def build_timm(folder: Path) -> nn.Module:

@@ -3,6 +3,7 @@ matplotlib.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,8 +84,30 @@ def parse_lines(path: Path, lines: list[tuple[int, str]]) -> list[dict]:
         event = parse_line(line)
         if event is None:
             raise UserError(f"{path}: line {number} is not a JSON object")
-        events.append(event)
+        events.append(with_nan(event) if event.get("event") == "epoch" else event)
     return events
+
+
+def with_nan(epoch: dict) -> dict:
+    """An epoch's record with NaN where its log has null for a number that was not finite.
+
+    A validation loss of null is one only beside a top-1: without that nothing was evaluated.
+    """
+    changed = {}
+    for key in ("weight_norms", "adapter_norms"):
+        if isinstance(epoch.get(key), dict):
+            changed[key] = {family: list(map(to_float, layers)) for family, layers in epoch[key].items()}
+    lost = ["train_loss"]
+    if epoch.get("val_top1") is not None:
+        lost.append("val_loss")
+    for key in lost:
+        if key in epoch:
+            changed[key] = to_float(epoch[key])
+    return epoch | changed
+
+
+def to_float(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def parse_line(line: str) -> dict | None:

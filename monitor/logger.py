@@ -1,8 +1,9 @@
 """Where a run writes what happens: metrics.jsonl, steps.jsonl, TensorBoard, the progress bar.
 
 metrics.jsonl has an event on each line: start, epoch, switch, warning. steps.jsonl has an optimiser step on
-each line: {"step", "epoch", "loss", "grad_norm", "lr"}, floats in full precision. A loss or norm that is not
-finite stands there as null, because JSON has no NaN: the run ends there, and its error names the step.
+each line: {"step", "epoch", "loss", "grad_norm", "lr"}, floats in full precision. A number that is not finite
+stands in both as null, because JSON has no NaN. Where it is a step's loss or norm the run ends there, and its
+error names the step.
 """
 
 import contextlib
@@ -96,7 +97,7 @@ class RunLogger:
     def write(self, record: dict) -> None:
         """An event, as a line of metrics.jsonl."""
         if self.enabled:
-            append(self.metrics_file, json.dumps(record) + "\n")
+            append(self.metrics_file, get_json_line(record))
 
     def write_steps(self, records: list[dict]) -> None:
         """Steps as lines of steps.jsonl: {"step", "epoch", "loss", "grad_norm", "lr"}.
@@ -107,7 +108,7 @@ class RunLogger:
         self.step_losses += [record["loss"] for record in records]
         if not self.enabled or not records:
             return
-        append(self.steps_file, "".join(json.dumps(get_json_values(record)) + "\n" for record in records))
+        append(self.steps_file, "".join(get_json_line(record) for record in records))
         with writing(self.tensorboard_path):
             for record in records:
                 for tag, field in STEP_SCALARS.items():
@@ -271,13 +272,21 @@ def append(file: TextIO, text: str) -> None:
             raise
 
 
-def get_json_values(record: dict) -> dict:
-    """The record with null for a float that is not finite: JSON has neither NaN nor infinity."""
-    values = {}
-    for field, value in record.items():
-        lost = isinstance(value, float) and not math.isfinite(value)
-        values[field] = None if lost else value
-    return values
+def get_json_line(record: dict) -> str:
+    """The record as a line of a log."""
+    return json.dumps(get_json_values(record), allow_nan=False) + "\n"
+
+
+def get_json_values(value):
+    """`value`, a record or what is in one, with None, JSON's null, for a float that is not finite: JSON has
+    neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: get_json_values(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [get_json_values(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def get_loss(record: dict) -> float:

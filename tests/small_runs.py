@@ -1,5 +1,6 @@
 """train.py on the small data set: how tests run it, and how they read what it has written."""
 
+import io
 import json
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch.distributed.checkpoint as dcp
 from torch.utils.tensorboard import SummaryWriter
 
 import train
+from files import write_json
 from model import checkpoint
+from model.tensors import get_checksum, read_checksums
 from monitor import logger
 
 REPO = Path(__file__).parent.parent
@@ -80,6 +83,32 @@ def without_times(records) -> list[dict]:
         for record in records
         if record["event"] != "start"
     ]
+
+
+def write_meta(path, meta):
+    """A checkpoint's meta.json, changed by hand, with the checksum that goes with it."""
+    write_json(path / "meta.json", meta)
+    checksums = read_checksums(path) | {"meta.json": get_checksum(path / "meta.json")}
+    write_json(path / "checksums.json", {"crc32": checksums})
+
+
+def flip(path, name) -> Path:
+    """Invert the first 64 bytes of a tensor of the checkpoint `path`, or of its first shard; the file that
+    they are in."""
+    stored = dcp.FileSystemReader(path).read_metadata().storage_data
+    info = next(info for index, info in stored.items() if index.fqn == name)
+    file = path / info.relative_path
+    content = file.read_bytes()
+    tensor = torch.load(io.BytesIO(content[info.offset :][: info.length]))
+    return invert(file, content.index(tensor.numpy().tobytes()[:64], info.offset))
+
+
+def invert(file, start) -> Path:
+    """Invert 64 bytes of a file."""
+    content = bytearray(file.read_bytes())
+    content[start : start + 64] = bytes(255 - byte for byte in content[start : start + 64])
+    file.write_bytes(content)
+    return file
 
 
 def weights(run_dir, path=None) -> dict[str, torch.Tensor]:

@@ -3,25 +3,30 @@ rest."""
 
 import contextlib
 import json
+import pickle
 import re
 import resource
 import shutil
 import traceback
+import zlib
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from small_runs import flip, invert, write_meta
 from test_optim import ADAPTERS, OPTIMIZERS, SMALL, build, equal, snapshot, step
 from torch import nn
 
 from errors import SharedError, UserError
 from lora.inject import add_lora, freeze_base, init_adapters, match_families
-from model import checkpoint
+from model import checkpoint, tensors
 from model.optim import apply_update, build_optimizer, get_optimizer_state, set_optimizer_state
 from model.parallel import build_mesh, materialise, parallelize, reshard, to_plain
+from model.tensors import read_index
 from model.variants import LORA_FAMILIES, VARIANTS
 from model.vit import VisionTransformer
 
@@ -318,18 +323,18 @@ def replace_base(folder):
 
 
 def name_base(folder, base):
-    path = folder / "checkpoints/step_00000002/meta.json"
-    meta = json.loads(path.read_text())
+    path = folder / "checkpoints/step_00000002"
+    meta = checkpoint.read_meta(path)
     meta["state"]["base"] = base
-    path.write_text(json.dumps(meta))
+    write_meta(path, meta)
 
 
 def drop_whole(folder):
     """The base names a base itself."""
-    path = folder / "checkpoints/step_00000001/meta.json"
-    meta = json.loads(path.read_text())
+    path = folder / "checkpoints/step_00000001"
+    meta = checkpoint.read_meta(path)
     meta["state"]["base"] = {"checkpoint": "step_00000000", "id": "0"}
-    path.write_text(json.dumps(meta))
+    write_meta(path, meta)
 
 
 def cut(file):
@@ -473,6 +478,117 @@ def test_a_missing_base_is_every_processs_error(on_ranks, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints/step_00000001")
     one, two = on_ranks(2, refused_on, tmp_path)
     assert one == two and re.search(NEEDS + "which is missing", one)
+
+
+# ---- flipped bytes
+
+
+def flip_on(folder, processes):
+    """What so many processes are told that load from there, and what they have in memory then."""
+    if processes > 1:
+        dist.init_process_group("gloo")
+    try:
+        with mock.patch.dict(VARIANTS, {"small": SMALL}):
+            model, optimizer = build_frozen(build_mesh(processes, "cpu", timedelta(minutes=1)), seed=1)
+            checkpoint.load(folder / "checkpoints/step_00000002", model, optimizer)
+        return None
+    except SharedError as error:
+        return str(error)
+    finally:
+        if processes > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+ADAPTER, BASE = "blocks.0.attn.qkv.lora_A", "blocks.1.mlp.fc2.weight"
+
+
+@pytest.mark.parametrize(
+    "number, name", [(2, f"model.{ADAPTER}"), (2, f"optimizer.{ADAPTER}.exp_avg"), (1, f"model.{BASE}")]
+)
+def test_flipped_bytes_are_refused(tmp_path, number, name):
+    """Of a weight, of the optimiser's state, of the base: the file is named, and the way back."""
+    model, optimizer = build_frozen()
+    checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 0}}, pinned=True)
+    path, model, optimizer = save_phase(tmp_path)
+    damaged, before = path.with_name(f"step_{number:08d}"), f"step_{number - 1:08d}"
+    file = flip(damaged, name)
+    taken = {name: torch.empty(read_index(damaged).state_dict_metadata[name].size)}
+    dcp.load(taken, checkpoint_id=damaged)  # control: DCP itself sees nothing
+    other, other_optimizer = build_frozen(seed=1)
+    with pytest.raises(SharedError) as error:
+        checkpoint.load(path, other, other_optimizer)
+    told = str(error.value)
+    assert told.startswith(f"{file} is damaged, it is not what was written") and "\n" not in told
+    assert f"the checkpoint before it is {before}: with that name written into " in told
+    flip(damaged, name)  # back again
+    checkpoint.load(path, other, other_optimizer)  # control
+    assert equal(whole(other, other_optimizer), whole(model, optimizer))
+    (tmp_path / "checkpoints/latest").write_text(before)  # as it was told
+    assert checkpoint.find(tmp_path)[0].name == before
+
+
+def test_only_what_is_read_is_checked(tmp_path):
+    """Weights alone, of the base's file and its own."""
+    path, model, _ = save_phase(tmp_path)
+    with mock.patch.object(tensors, "get_checksum", wraps=tensors.get_checksum) as read:
+        checkpoint.load_weights(path, build_frozen(seed=1)[0])
+    names = {(call.args[0].parent.name, call.args[0].name) for call in read.call_args_list}
+    files = {"meta.json", ".metadata", "__0_0.distcp"}
+    assert names == {(step, name) for step in ("step_00000001", "step_00000002") for name in files}
+
+
+@pytest.mark.parametrize("name", [".metadata", "meta.json", "checksums.json"])
+def test_flipped_bytes_of_a_small_file_are_passed_over(tmp_path, monkeypatch, name):
+    """Before anything is unpickled; the checkpoint before it is taken, as where a file is cut."""
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(model, 0.1)
+    for number in (1, 2):
+        meta = {"state": {"step": number}, "config": {"note": 200 * "x"}, "train_images": 64}
+        path = checkpoint.save(tmp_path, model, optimizer, meta, pinned=False)
+    assert checkpoint.find(tmp_path)[0] == path  # control
+    if name == "meta.json":  # still JSON
+        text = (path / name).read_text()
+        (path / name).write_text(text.replace('"train_images": 64', '"train_images": 65'))
+    else:
+        invert(path / name, 40)
+    unpickled, load = [], pickle.load
+    monkeypatch.setattr(pickle, "load", lambda file: unpickled.append(file.name) or load(file))
+    found, _, warnings = checkpoint.find(tmp_path)
+    assert found == path.with_name("step_00000001") and len(warnings) == 1
+    assert warnings[0].startswith(f"passed over a damaged checkpoint: {path / name} is damaged")
+    assert [Path(file).parent.name for file in unpickled] == ["step_00000001"]
+
+
+def test_a_checkpoint_without_checksums_is_refused(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(model, 0.1)
+    path = checkpoint.save(tmp_path, model, optimizer, {"state": {"step": 1}}, pinned=False)
+    every = json.loads((path / "checksums.json").read_text())["crc32"]
+    assert every.keys() == {".metadata", "meta.json", "__0_0.distcp"}
+    assert every["__0_0.distcp"] == f"{zlib.crc32((path / '__0_0.distcp').read_bytes()):08x}"
+    del every["__0_0.distcp"]
+    (path / "checksums.json").write_text(json.dumps({"crc32": every}))
+    with pytest.raises(UserError, match="checksums.json is damaged: it has no __0_0.distcp"):
+        checkpoint.verify(path)
+    (path / "checksums.json").unlink()
+    for read in (checkpoint.verify, lambda path: checkpoint.load(path, model, optimizer)):
+        with pytest.raises(UserError, match="checksums.json is missing"):
+            read(path)
+
+
+@pytest.mark.parametrize("savers, loaders", [(2, 2), (2, 1), (1, 2)])
+def test_flipped_bytes_on_another_number_of_processes(on_ranks, tmp_path, savers, loaders):
+    """Every process hears of what one of them meets; untouched the same loads."""
+    on_ranks(savers, saved_on, tmp_path, savers)
+    assert on_ranks(loaders, flip_on, tmp_path, loaders) == [None] * loaders  # control
+    files = json.loads((tmp_path / "checkpoints/step_00000002/checksums.json").read_text())["crc32"]
+    assert files.keys() == {".metadata", "meta.json", *(f"__{i}_0.distcp" for i in range(savers))}
+    file = flip(tmp_path / "checkpoints/step_00000002", f"model.{ADAPTER}")
+    told = on_ranks(loaders, flip_on, tmp_path, loaders)
+    assert (
+        told[0].startswith(f"{file} is damaged, it is not what was written") and told == [told[0]] * loaders
+    )
 
 
 # ---- what process 0 meets, the others hear of

@@ -37,7 +37,6 @@ from data.images import FILES, open_dataset, prepare_fashion_mnist
 from data.loader import build_loader
 from data.order import DataError
 from errors import UserError
-from files import write_json
 from lora import kernels
 from lora.inject import merge_lora, use_reference
 from model import checkpoint, pretrained, sources
@@ -266,7 +265,7 @@ def test_timm_computes_what_was_trained(runs, images, tmp_path, run, phase):
 def change_meta(path, **config):
     """The checkpoint's stored config, changed by hand."""
     meta = checkpoint.read_meta(path)
-    write_json(path / "meta.json", meta | {"config": meta["config"] | config})
+    small_runs.write_meta(path, meta | {"config": meta["config"] | config})
     return path
 
 
@@ -824,7 +823,7 @@ def test_mistakes_of_evaluate(runs, checkpoint_alone, tmp_path, capsys, argv, wo
     places["EXPORT"].mkdir()
     save_file({"a": torch.zeros(3)}, places["EXPORT"] / "model.safetensors")
     meta = checkpoint.read_meta(checkpoint_alone)
-    write_json(checkpoint_alone / "meta.json", meta | {"state": meta["state"] | {"mood": 1}})
+    small_runs.write_meta(checkpoint_alone, meta | {"state": meta["state"] | {"mood": 1}})
     status, _, err = run_main(evaluate.main, [places.get(word, word) for word in argv], capsys)
     assert status == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1, err
 
@@ -1027,7 +1026,9 @@ def test_files_that_are_no_safetensors(tmp_path, monkeypatch, capsys):
             and not Path("run").exists()
         )
     save_file(good, "folder.safetensors/model.safetensors")
-    with pytest.raises(UserError, match="is no file: give its model.safetensors"):
+    with pytest.raises(
+        UserError, match="is no file, it holds weights: give folder.safetensors/model.safetensors"
+    ):
         sources.read_safetensors(Path("folder.safetensors"))
     assert not Path("exploded").exists()
     pickle.loads(Path("plain.safetensors").read_bytes())
@@ -1335,9 +1336,8 @@ def test_other_image_size_other_classes_and_static_lora(tmp_path, capsys):
             if name not in ("head.weight", "head.bias", "pos_embed"):
                 assert torch.equal(got[name], t.to(got[name].dtype)), name
         assert got["head.weight"].shape == (10, 64) and got["head.weight"].abs().max() < 1e-20
-        torch.testing.assert_close(
-            got["pos_embed"], pretrained.interpolate_positions(source.pos_embed.detach(), 4), rtol=0, atol=0
-        )
+        expected = pretrained.interpolate_positions(source.pos_embed.detach(), (6, 6), 4)
+        torch.testing.assert_close(got["pos_embed"], expected, rtol=0, atol=0)
         notes = "\n".join(get_notes(tmp_path / run_dir))
         assert (
             "positions interpolated from 6 × 6 to 4 × 4" in notes

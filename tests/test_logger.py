@@ -84,6 +84,28 @@ def test_what_was_before_a_nan_is_there_after_it(tmp_path, bad):
     assert resumed.step_losses[:2] == [r["loss"] for r in good] and math.isnan(resumed.step_losses[2])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_epoch_that_is_not_finite_is_null_in_its_log(tmp_path, bad):
+    """Norms, validation, and what a switch says; a reader has NaN where it was, and None where nothing was
+    evaluated."""
+    numbers = {"val_top1": 10.0, "val_top5": 50.0, "val_loss": bad, "train_loss": bad}
+    lost = build_epoch(1) | numbers | {"weight_norms": {"q": [1.0, bad]}, "adapter_norms": {"q": (bad, 2.0)}}
+    logger = RunLogger(tmp_path, 0, 10)
+    logger.epoch(lost, heatmap=False)
+    logger.epoch(build_epoch(2), heatmap=False)
+    logger.write({"event": "switch", "from": "full", "seconds": bad})
+    logger.close()
+    first, second, switch = get_lines(tmp_path / "metrics.jsonl")
+    assert first["val_loss"] is None and first["train_loss"] is None and first["val_top1"] == 10.0
+    assert first["weight_norms"] == {"q": [1.0, None]} and first["adapter_norms"] == {"q": [None, 2.0]}
+    assert switch["seconds"] is None and second == build_epoch(2)  # control
+    (tmp_path / "config.json").write_text("{}")
+    read = load_run(tmp_path).epochs
+    assert math.isnan(read[0]["val_loss"]) and math.isnan(read[0]["train_loss"])
+    assert math.isnan(read[0]["weight_norms"]["q"][1]) and math.isnan(read[0]["adapter_norms"]["q"][0])
+    assert read[1] == build_epoch(2) and read[1]["val_loss"] is None
+
+
 def test_losses_of_the_epoch_under_way_are_taken_at_its_end(tmp_path):
     logger = RunLogger(tmp_path, 0, 10)
     steps = build_steps(1, 3)

@@ -25,6 +25,7 @@ from small_runs import (
     assert_same,
     assert_same_run,
     events,
+    flip,
     get_error,
     get_steps,
     no_figures,  # noqa: F401 (a fixture)
@@ -33,6 +34,7 @@ from small_runs import (
     saved_at,
     weights,
     without_times,
+    write_meta,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -185,7 +187,10 @@ def test_a_resumed_run_takes_the_stored_config_and_explicit_flags(longer, capsys
     ],
 )
 def test_a_damaged_file_is_named(longer, capsys, name, text):
-    (longer / name).write_text(text)
+    if name.endswith("meta.json"):
+        write_meta((longer / name).parent, json.loads(text))  # else it would be passed over
+    else:
+        (longer / name).write_text(text)
     assert resume(longer, "--epochs", 5) == 2
     assert str(longer / name) in get_error(capsys)
 
@@ -521,12 +526,36 @@ def test_a_base_that_is_not_right_is_one_line(small, reference, tmp_path, capsys
     assert not (tmp_path / "fork").exists()
 
 
+def test_flipped_bytes_stop_a_run_before_it_touches_anything(small, reference, tmp_path, capsys):
+    """Resumed, the logs are not cut back; forked, what is left does not bar the next start. The way back that
+    is told is a way back."""
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    newest = checkpoint.latest(run_dir)
+    file = flip(newest, "optimizer.blocks.0.attn.qkv.lora_A.exp_avg")
+    files = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert resume(run_dir, "--epochs", EPOCHS + 1) == 1
+    said = get_error(capsys)
+    assert f"{file} is damaged, it is not what was written" in said
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == files
+    before = said.split("the checkpoint before it is ")[1].split(":")[0]
+    (run_dir / "checkpoints/latest").write_text(before)
+    assert resume(run_dir) == 0
+    assert_same_run(run_dir, reference)
+    flip(newest.with_name(f"step_{SWITCH * STEPS:08d}"), "model.blocks.0.attn.qkv.weight")
+    fork = argv(small, tmp_path / "fork", "--fork", f"{run_dir}@{SWITCH}", "--max_steps", SWITCH * STEPS + 1)
+    capsys.readouterr()
+    assert train.main(fork) == 1 and "is damaged, it is not what was written" in get_error(capsys)
+    flip(newest.with_name(f"step_{SWITCH * STEPS:08d}"), "model.blocks.0.attn.qkv.weight")
+    assert train.main(fork) == 0  # control
+
+
 def test_a_meta_of_another_version_is_named(small, reference, tmp_path, capsys):
     run_dir = shutil.copytree(reference, tmp_path / "run")
-    for path in (run_dir / "checkpoints").glob("step_*/meta.json"):
-        meta = json.loads(path.read_text())
+    for path in (run_dir / "checkpoints").glob("step_*"):
+        meta = checkpoint.read_meta(path)
         del meta["state"]["base"], meta["id"]
-        path.write_text(json.dumps(meta))
+        write_meta(path, meta)
     for command in (
         ["--run_dir", str(run_dir), "--resume", "True", "--epochs", "8"],
         argv(small, tmp_path / "fork", "--fork", run_dir),
