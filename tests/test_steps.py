@@ -175,7 +175,7 @@ def test_killed_in_mid_epoch_the_steps_are_cut_back(small, reference, tmp_path, 
 @pytest.mark.parametrize("step", PHASES)
 def test_non_finite_stops_before_the_step(small, reference, tmp_path, capsys, monkeypatch, step):
     captured = {}
-    build_optimizer, build_model, mixup = train.build_optimizer, train.build_model, train.mixup
+    build_optimizer, build_model, mix = train.build_optimizer, train.build_model, train.mix
 
     def building(*args):
         captured["model"] = build_model(*args)
@@ -185,8 +185,9 @@ def test_non_finite_stops_before_the_step(small, reference, tmp_path, capsys, mo
         captured["optimizer"] = build_optimizer(*args)
         return captured["optimizer"]
 
-    def poisoned(images, labels, alpha, seed, number):
-        return mixup(images * torch.nan if number == step else images, labels, alpha, seed, number)
+    def poisoned(images, *rest):
+        number = rest[-1]
+        return mix(images * torch.nan if number == step else images, *rest)
 
     run(small, tmp_path / "clean", "--max_steps", step)
     expected = weights(tmp_path / "clean")
@@ -196,7 +197,7 @@ def test_non_finite_stops_before_the_step(small, reference, tmp_path, capsys, mo
     monkeypatch.setattr(train, "build_on_meta", lambda *args: None)  # it builds, too
     monkeypatch.setattr(train, "count_flops", lambda *args: 1)
     monkeypatch.setattr(train, "build_optimizer", building_optimizer)
-    monkeypatch.setattr(train, "mixup", poisoned)
+    monkeypatch.setattr(train, "mix", poisoned)
     assert train.main(argv(small, tmp_path / "run")) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     where = f"at step {step + 1}, epoch {step // STEPS + 1}, phase {PHASES[step]}"
