@@ -28,7 +28,7 @@ from data import images as raw_images
 from data.augment import random_bits, random_flip, random_shift, random_uniform, splitmix64
 from data.beton import check_beton, write_beton
 from data.datasets import DATASETS
-from data.device import mixup, normalise
+from data.device import normalise
 from data.images import FILES, open_dataset, prepare_fashion_mnist
 from data.import_ffcv import import_ffcv
 from data.loader import build_loader, prefetch
@@ -794,23 +794,6 @@ def test_normalise(mean, std):
     torch.testing.assert_close(result, normalize(images.float() / 255, mean, std), rtol=0, atol=1e-6)
     assert result.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(normalise(images, mean, std, torch.bfloat16), result.bfloat16())
-
-
-def test_mixup():
-    images, labels = torch.randn(6, 3, 4, 4), torch.arange(6)
-    same, targets = mixup(images, labels, 0.0, 1, 2)
-    assert same is images and targets == [(labels, 1.0)]
-    mixed, ((labels_a, lam), (labels_b, rest)) = mixup(images, labels, 0.2, 1, 2)
-    assert 0 < lam < 1 and rest == 1 - lam and labels_a is labels and torch.equal(labels_b, labels.flip(0))
-    for i in range(6):  # image and label are mixed with one λ, and the rows sum to one
-        torch.testing.assert_close(mixed[i], lam * images[i] + (1 - lam) * images[5 - i])
-    again = mixup(images, labels, 0.2, 1, 2)
-    assert torch.equal(mixed, again[0]) and lam == again[1][0][1]
-    lams = np.array([mixup(images, labels, 0.2, 1, step)[1][0][1] for step in range(2000)])
-    assert len(np.unique(lams)) > 1900 and mixup(images, labels, 0.2, 2, 2)[1][0][1] != lam
-    assert (
-        abs(lams.mean() - 0.5) < 0.05 and abs(lams.var() - 1 / (4 * 1.4)) < 0.02
-    )  # Beta(a, a): 1 / (4 (2a + 1))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
