@@ -1,6 +1,7 @@
 """data/: the same batches from both loaders, whatever the workers; damaged files, failing threads, bugs."""
 
 import ast
+import contextlib
 import dataclasses
 import graphlib
 import gzip
@@ -27,7 +28,7 @@ from data import beton, folder
 from data import images as raw_images
 from data.augment import random_bits, random_flip, random_shift, random_uniform, splitmix64
 from data.beton import check_beton, write_beton
-from data.datasets import DATASETS
+from data.datasets import DATASETS, get_spec
 from data.device import normalise
 from data.images import FILES, open_dataset, prepare_fashion_mnist
 from data.import_ffcv import import_ffcv
@@ -248,6 +249,36 @@ def test_workers_resume_epochs_and_seeds(data, loader):
     assert not equal(whole, loader.epoch(4)) and not equal(whole, build(data, "folder", seed=8).epoch(3))
     with pytest.raises(ValueError, match="start_batch"):
         loader.epoch(3, start_batch=10)
+
+
+@needs_ffcv
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_another_size_and_colour_jitter_are_the_same_in_both_loaders(data, split):
+    """For any number of workers, and from the middle of an epoch on."""
+    flags = dict(split=split, image_size=35, color_jitter=0.4)
+    with contextlib.closing(build(data, num_workers=1, **flags)) as loader:
+        whole = list(loader.epoch(3))
+        assert whole[0][0].shape == (BATCH, 3, 35, 35)
+        assert equal(whole, build(data, "folder", num_workers=0, **flags).epoch(3))
+        assert equal(whole[2:], build(data, "folder", num_workers=2, **flags).epoch(3, start_batch=2))
+        assert equal(whole[2:], loader.epoch(3, start_batch=2))
+    plain = build(data, "folder", num_workers=0, **flags | {"color_jitter": 0.0}).epoch(3)
+    assert equal(whole, plain) == (split == "val")  # evaluation is not augmented
+    own_size = build(data, "folder", num_workers=0, split=split, image_size=28).epoch(3)
+    assert equal(own_size, build(data, "folder", num_workers=0, split=split).epoch(3))
+
+
+def test_the_evaluations_short_side_keeps_its_proportion():
+    sizes = {None: (224, 256), 224: (224, 256), 160: (160, 183), 384: (384, 439), 336: (336, 384)}
+    for size, expected in sizes.items():
+        spec = get_spec("imagenet", size)
+        assert (spec.image_size, spec.short_side) == expected
+        assert spec._replace(image_size=224, short_side=256) == DATASETS["imagenet"]
+    assert get_spec("fashion_mnist", 35).short_side == 35
+    loader = build_loader(
+        "synthetic", "imagenet", "", "val", 1, 0, image_size=32, world_size=65, world_rank=64
+    )
+    assert {images.shape for images, _ in loader.epoch(0)} == {(1, 3, 32, 32)}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -619,7 +650,8 @@ def test_no_module_imports_itself_through_others():
 def test_each_loader_has_every_augmentation():
     from data import ffcv
 
-    names = {name for spec in DATASETS.values() for name, *_ in spec.augmentations} | {"rand_augment"}
+    names = {name for spec in DATASETS.values() for name, *_ in spec.augmentations}
+    names |= {"rand_augment", "color_jitter"}
     assert names == set(folder.AUGMENTATIONS) == set(ffcv.AUGMENTATIONS)
 
 
