@@ -94,8 +94,8 @@ class Config:
     rand_augment: NonNegativeInt = 0  # M of RandAugment(2, M), where 10 is the nominal maximum; 0 = off
     color_jitter: NonNegativeFloat = 0.0  # brightness, contrast, saturation by 1 ± this (timm's); 0 = off
     random_erasing: Fraction = 0.0  # probability of a box of noise in an image (timm's reprob); 0 = off
+    cutmix: NonNegativeFloat = 0.0  # alpha, as mixup's; with both, a batch has the one or the other; 0 = off
     mixup: NonNegativeFloat = 0.0  # alpha of Beta(alpha, alpha); 0 = off
-    cutmix: NonNegativeFloat = 0.0  # likewise; where mixup is on, too, a batch has the one or the other
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the compute; masters and optimiser stay float32
     residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of the stream between blocks
     compile: bool = True  # torch.compile, one region per block
@@ -145,10 +145,11 @@ def build_net(cfg: Config) -> nn.Module:
 
 def get_loss(cfg: Config, logits: Tensor, targets: list[tuple[Tensor, float]], reduction="mean") -> Tensor:
     """Cross-entropy of logits (B, C), in training and in evaluation. `targets`: labels (B,), -1 for padding,
-    and their share; mixup and CutMix make two such pairs, whose shares add up to 1."""
+    and their share; mixup makes two such pairs, whose shares add up to 1."""
+    options = dict(ignore_index=-1, reduction=reduction)
     loss = 0.0
     for labels, share in targets:
-        loss += share * F.cross_entropy(logits, labels, ignore_index=-1, reduction=reduction)
+        loss += share * F.cross_entropy(logits, labels, **options)
     return loss
 
 
@@ -260,9 +261,8 @@ def train_step(
     then on nothing is updated. Returns (loss, top-1 hits, gradient norm, failed) of all processes, float64
     (4,), on the device: nothing here waits for it.
     """
-    data = get_spec(cfg.dataset, cfg.image_size)
-    device, world_size = failed.device, distributed.get_world_size()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits
+    data, world_size = get_spec(cfg.dataset, cfg.image_size), distributed.get_world_size()
+    totals = torch.zeros(2, dtype=torch.float64, device=failed.device)  # loss, hits
     for micro_step in range(cfg.grad_accum_steps):
         images, labels = next(batches)  # (B, 3, H, W) uint8 channels_last, (B,)
         # Everything random is a function of the micro-batch's number in the run: after a resume the same.
@@ -272,7 +272,7 @@ def train_step(
         images, targets = mix(images, labels, cfg.mixup, cfg.cutmix, cfg.seed, number)
         images = erase(images, cfg.random_erasing, cfg.seed, number)
         parallel.sync_gradients(model, micro_step == cfg.grad_accum_steps - 1)  # they travel once a step
-        with parallel.autocast(device, cfg.dtype):
+        with parallel.autocast(failed.device, cfg.dtype):
             logits = model(images).float()  # (B, C)
         loss = get_loss(cfg, logits, targets)
         (loss / cfg.grad_accum_steps).backward()

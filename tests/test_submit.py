@@ -169,6 +169,7 @@ def test_dry_run_prints_what_would_be_submitted_and_leaves_nothing(tmp_path, mon
         (1, "", "4 GPUs × 8 accumulation steps × 128 images"),
         (2, "--grad_accum_steps 8", "8 GPUs × 8 accumulation steps × 64 images"),
         (2, "--activation_checkpointing block", "8 GPUs × 1 accumulation step × 512 images"),
+        (2, "--image_size 384", "8 GPUs × 16 accumulation steps × 32 images"),
         (3, "--batch_size 4092", "12 GPUs × 11 accumulation steps × 31 images"),
     ],
 )
