@@ -31,7 +31,7 @@ import train
 from config.checks import check_config
 from config.cli import parse_flags, typed_config
 from config.ranges import NonNegativeInt, PositiveInt, check_ranges
-from data.datasets import DATASETS
+from data.datasets import DATASETS, get_spec
 from data.device import normalise
 from data.loader import Loader, build_loader, prefetch
 from data.order import DataError
@@ -59,6 +59,7 @@ class Evaluation:
     batch_size: PositiveInt = 256  # images of a process's forward pass
     dtype: Literal["float32", "bfloat16"] | None = None  # None = the run's, float32 with merged
     dataset: str | None = None  # of weights that are no run's: a row of data/datasets.py's DATASETS
+    image_size: PositiveInt | None = None  # pixels, for weights that are no run's; None = the dataset's
     num_classes: PositiveInt | None = None  # of a tree of one's own, for weights that are no run's
 
 
@@ -72,7 +73,7 @@ def load_checkpoint(path: Path, meta: dict, **changes) -> tuple[train.Config, St
     Raises UserError if its meta is damaged, or for changes out of range.
     """
     cfg = typed_config(train.Config, meta["config"], f"{path}/meta.json")
-    without = dict(compile=False, activation_checkpointing="none", rand_augment=0)
+    without = dict(compile=False, activation_checkpointing="none", rand_augment=0, color_jitter=0.0)
     cfg = dataclasses.replace(cfg, stage_dir=None, baseline=None, **without, **changes)
     if cfg.dtype == "float32":
         cfg.residual_dtype = "float32"
@@ -111,9 +112,10 @@ def read_target(
         if inside:
             raise UserError(f"{target} is no run{inside}")
     path, meta, notes = checkpoint.resolve(Path(target))
-    if asked.dataset or asked.num_classes:
+    if asked.dataset or asked.image_size or asked.num_classes:
         raise UserError(
-            "dataset and num_classes are the run's own: these flags are for weights that are no run's"
+            "dataset, image_size and num_classes are the run's own: these flags are for weights that are no "
+            "run's"
         )
     changes = {}
     for name in ("data_dir", "loader", "num_workers", "dtype"):
@@ -138,13 +140,14 @@ def read_weights(source: str, asked: Evaluation) -> tuple[train.Config, dict[str
         raise UserError(f"unknown dataset {asked.dataset!r}, there are: {', '.join(DATASETS)}")
     if found is None:
         found = read_pretrained(source)
-    data = DATASETS[asked.dataset]
+    data = get_spec(asked.dataset, asked.image_size)
     cfg = train.Config(
         model=find_variant(found, source),
         dataset=asked.dataset,
         data_dir=asked.data_dir or f"datasets/{asked.dataset}",
         loader=asked.loader or "ffcv",
         num_workers=asked.num_workers,
+        image_size=asked.image_size,
         num_classes=asked.num_classes,
         layer_norm_eps=found.layer_norm_eps or 1e-6,
         dtype=asked.dtype or "float32",
@@ -177,7 +180,7 @@ def compare_merged(
     In float32 without TF32, `model`'s adapters by their plain definition: its own operator multiplies by a
     sum W + B A, which would agree with a merged weight whatever B A is."""
     model = use_reference(copy.deepcopy(model))
-    data, worst = DATASETS[cfg.dataset], torch.zeros(2, device=device)
+    data, worst = get_spec(cfg.dataset, cfg.image_size), torch.zeros(2, device=device)
     for images, labels in prefetch(batches, device):
         images = normalise(images, data.mean, data.std)
         with parallel.matmul_precision("highest"):
@@ -212,6 +215,7 @@ def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
             seed=cfg.seed,
             num_workers=cfg.num_workers,
             num_classes=cfg.num_classes,
+            image_size=cfg.image_size,
             world_rank=world_rank,
             world_size=world_size,
         )

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import train
 from config.cli import parse_flags
 from config.ranges import PositiveInt, check_ranges
-from data.datasets import DATASETS
+from data.datasets import get_spec
 from data.device import normalise
 from data.loader import build_loader
 from errors import UserError
@@ -109,7 +109,7 @@ def unfinished(out: Path) -> Iterator[Path]:
 def read_images(cfg: train.Config, count: int) -> tuple[Tensor, list[str] | None]:
     """The first validation images (N, 3, H, W), N <= count, float32 and normalised; the names of the classes,
     if they are known. Raises UserError."""
-    data = DATASETS[cfg.dataset]
+    data = get_spec(cfg.dataset, cfg.image_size)
     loader = build_loader(
         cfg.loader,
         cfg.dataset,
@@ -119,6 +119,7 @@ def read_images(cfg: train.Config, count: int) -> tuple[Tensor, list[str] | None
         seed=cfg.seed,
         num_workers=0 if cfg.loader == "folder" else 1,
         num_classes=cfg.num_classes,
+        image_size=cfg.image_size,
     )
     with contextlib.closing(loader), contextlib.closing(loader.epoch(0)) as batches:
         images, labels = next(batches)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import train
-from data.datasets import DATASETS
+from data.datasets import get_spec
 from files import write_json
 from lora.layers import LoRALinear
 from model.huggingface import to_huggingface
@@ -33,7 +33,7 @@ def write_weights(weights: dict[str, Tensor], path: Path) -> None:
 
 def write_timm(cfg: train.Config, model: nn.Module, classes: list[str] | None, folder: Path) -> None:
     """config.json as timm's own export has it, and model.safetensors."""
-    data, row = DATASETS[cfg.dataset], VARIANTS[cfg.model]
+    data, row = get_spec(cfg.dataset, cfg.image_size), VARIANTS[cfg.model]
     size, num_classes = data.image_size, model.head.out_features
     config = {
         "architecture": ARCHITECTURES.get(cfg.model, "vit_tiny_patch16_224"),
@@ -82,7 +82,7 @@ def write_huggingface(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    data, row = DATASETS[cfg.dataset], VARIANTS[cfg.model]
+    data, row = get_spec(cfg.dataset, cfg.image_size), VARIANTS[cfg.model]
     classes = classes or [f"LABEL_{i}" for i in range(len(weights["head.weight"]))]
     config = ViTConfig(
         hidden_size=row["embed_dim"],

@@ -10,7 +10,7 @@ from torch import nn
 
 import train
 from config.cli import split_fork, typed_config
-from data.datasets import DATASETS
+from data.datasets import get_spec
 from errors import UserError
 from model.sources import TIMM
 from monitor.log import load_run
@@ -44,7 +44,7 @@ def write_card(
     """
     cfg = typed_config(train.Config, meta["config"], f"{path}/meta.json")  # as it was trained
     data = f"an image folder of {cfg.num_classes:,} classes" if cfg.num_classes else cfg.dataset
-    pixels = DATASETS[cfg.dataset].image_size
+    pixels = get_spec(cfg.dataset, cfg.image_size).image_size
     phases, metrics = describe_metrics(cfg, s, path.resolve().parent.parent)
     recipe = {name: value for name, value in vars(cfg).items() if name not in PRIVATE and value is not None}
     facts = [

@@ -53,8 +53,8 @@ class Replay:
 SETTINGS = ("tau", "zeta", "num_windows", "window_epochs", "rank_rule")
 SWITCH_SETTINGS = SETTINGS[:-1]
 # What the two runs of --ttest must share.
-SHARED = ("dataset", "model", "epochs", "batch_size", "train_samples", "seed")
-SHARED += ("lr", "lr_warmup_steps", "rand_augment", "mixup")
+SHARED = ("dataset", "image_size", "model", "epochs", "batch_size", "train_samples", "seed")
+SHARED += ("lr", "lr_warmup_steps", "rand_augment", "color_jitter", "random_erasing", "mixup", "cutmix")
 
 
 def replay_run(cfg: train.Config, epochs: list[dict]) -> tuple[int | None, Ranks | None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from config.checks import check_data
 from config.cli import split_fork, typed_config
-from data.datasets import DATASETS
+from data.datasets import get_spec
 from data.loader import Loader, build_loader
 from data.staging import get_staged_dir, stage
 from errors import SharedError, UserError
@@ -40,10 +40,10 @@ from monitor.log import check_logs, get_stage, load_run, phase_table
 from monitor.logger import RunLogger
 
 # A run goes on with these as they were: its past depends on them.
-FIXED = "model dataset num_classes init_from fresh_head mode seed batch_size train_samples".split()
+FIXED = "model dataset image_size num_classes init_from fresh_head mode seed batch_size train_samples".split()
 FIXED += ["target_modules", "window_epochs"]
 # A fork shares its source's past: the same model, images and steps.
-SHARED = "model dataset num_classes batch_size train_samples".split()
+SHARED = "model dataset image_size num_classes batch_size train_samples".split()
 # Once there are adapters: their ranks and their scaling.
 ADAPTERS = "target_modules rank_min rank_max rank_rule rank_budget lora_alpha lora_scaling".split()
 ADAPTERS += ["freeze_blocks"]
@@ -220,7 +220,9 @@ def build_loaders(cfg) -> tuple[Loader, Loader]:
             num_workers=cfg.num_workers,
             num_samples=num_samples,
             num_classes=cfg.num_classes,
+            image_size=cfg.image_size,
             rand_augment_magnitude=cfg.rand_augment,
+            color_jitter=cfg.color_jitter,
             world_rank=get_world_rank(),
             world_size=world_size,
         )
@@ -265,7 +267,7 @@ def check_budget(cfg, net: nn.Module) -> None:
 def load_init(cfg, net: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """The weights that `cfg.init_from` names, made to fit `net` (on meta will do) and this run's images, and
     what was done to them. Raises UserError where they can't be had or don't fit."""
-    data = DATASETS[cfg.dataset]
+    data = get_spec(cfg.dataset, cfg.image_size)
     weights, notes = load_pretrained(cfg.init_from, net, data.mean, data.std, cfg.fresh_head)
     return weights, [f"init_from: {note}" for note in notes]
 

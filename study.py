@@ -224,7 +224,7 @@ def build_steps(arm: Arm) -> dict[str, Callable]:
 def build_step(cfg: train.Config, phase: str, ranks: Ranks | None) -> Callable[[], None]:
     """A function that takes train.py's own step in that phase, on noise."""
     device = torch.device("cpu")
-    batches = repeat_noise(cfg.dataset, cfg.batch_size // cfg.grad_accum_steps, device)
+    batches = repeat_noise(cfg.dataset, cfg.batch_size // cfg.grad_accum_steps, device, cfg.image_size)
     return build_contender(phase, cfg, ranks, device, batches).step
 
 

@@ -29,13 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from config.cli import parse_config
 from config.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PowerOfTwo
-from data.datasets import DATASETS
-from data.device import mixup, normalise
-from data.loader import prefetch
+from data.datasets import get_spec
+from data.device import erase, mix, normalise
+from data.loader import build_black_batch, prefetch
 from errors import UserError
 from launch import distributed, failures
 from lora.inject import add_lora, freeze, freeze_base, init_adapters, mark_ranks_dynamic, match_families
@@ -75,6 +74,7 @@ class Config:
     data_dir: str = "datasets/fashion_mnist"  # holds train.beton and val.beton (ffcv) or raw files (folder)
     loader: Literal["ffcv", "folder", "synthetic"] = "ffcv"  # folder: torchvision's; synthetic: no files
     num_workers: NonNegativeInt | None = None  # loader threads or processes; None = one per core at hand
+    image_size: PositiveInt | None = None  # pixels, both ways; None = the row's
     num_classes: PositiveInt | None = None  # None = those of the row; for a tree of one's own
     stage_dir: str | None = None  # first copy the .beton files to this folder, on each node's local disk
     train_samples: PositiveInt | None = None  # train on a fixed random subset of so many images; None = all
@@ -92,6 +92,9 @@ class Config:
     weight_decay: NonNegativeFloat = 0.1  # torch's, times lr; of Linear and Conv weights and adapters only
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 = off
     rand_augment: NonNegativeInt = 0  # M of RandAugment(2, M), where 10 is the nominal maximum; 0 = off
+    color_jitter: NonNegativeFloat = 0.0  # brightness, contrast, saturation by 1 ± this (timm's); 0 = off
+    random_erasing: Fraction = 0.0  # probability of a box of noise in an image (timm's reprob); 0 = off
+    cutmix: NonNegativeFloat = 0.0  # alpha, as mixup's; with both, a batch has the one or the other; 0 = off
     mixup: NonNegativeFloat = 0.0  # alpha of Beta(alpha, alpha); 0 = off
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the compute; masters and optimiser stay float32
     residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of the stream between blocks
@@ -133,7 +136,7 @@ class Config:
 def build_net(cfg: Config) -> nn.Module:
     """The model without adapters, on the meta device: names and shapes, no numbers yet. It has `blocks`,
     `init_weights(seed)`, and the Linears that model/variants.py's LORA_FAMILIES name."""
-    data = DATASETS[cfg.dataset]
+    data = get_spec(cfg.dataset, cfg.image_size)
     options = dict(dropout=cfg.dropout, drop_path=cfg.drop_path, layer_norm_eps=cfg.layer_norm_eps)
     options["residual_dtype"] = getattr(torch, cfg.residual_dtype)
     with torch.device("meta"):
@@ -153,7 +156,7 @@ def get_loss(cfg: Config, logits: Tensor, targets: list[tuple[Tensor, float]], r
 @torch.no_grad()
 def evaluate(cfg: Config, model: nn.Module, batches: Iterator, device: torch.device) -> dict[str, float]:
     """Loss, top-1 and top-5 in % over the batches of all processes together."""
-    data = DATASETS[cfg.dataset]
+    data = get_spec(cfg.dataset, cfg.image_size)
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # summed loss, top-1 hits, top-5 hits, images
     for images, labels in prefetch(batches, device):
@@ -219,10 +222,8 @@ def switch_phase(
     weights, moments = model.state_dict(), get_optimizer_state(model, optimizer)
     new = build_model(cfg, phase, ranks, next(model.parameters()).device, mesh, frozen_blocks)
     tensors = new.state_dict()
-    with torch.no_grad():
-        for name in [name for name in tensors if name in weights]:
-            sharded = isinstance(tensors[name], DTensor)
-            tensors[name].copy_(weights[name] if sharded else parallel.to_plain(weights[name]))
+    for name in [name for name in tensors if name in weights]:
+        parallel.copy_over(weights[name], tensors[name])
     if tensors.keys() - weights.keys():  # adapters, which may start from the weights that are now in place
         init_adapters(new, cfg.seed)
     new_optimizer = build_optimizer(new, cfg.weight_decay)
@@ -234,10 +235,8 @@ def switch_phase(
 def enter_phase(cfg: Config, s: State, model: nn.Module, optimizer, device: torch.device) -> dict:
     """What a phase costs, for the log. Its graphs are compiled now, so that no epoch's time has the stall in
     it: by a training step and an evaluation of black images, which leave no trace in model or optimiser."""
-    size = DATASETS[cfg.dataset].image_size
     batch_size = cfg.batch_size // (cfg.grad_accum_steps * distributed.get_world_size())
-    images = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    images, labels = build_black_batch(batch_size, get_spec(cfg.dataset, cfg.image_size).image_size, device)
     failed = torch.ones((), dtype=torch.bool, device=device)  # so that nothing is updated
     black = ((images, labels) for _ in itertools.count())
     train_once = lambda: train_step(cfg, model.train(), optimizer, black, 0, 0.0, failed)
@@ -262,21 +261,22 @@ def train_step(
     then on nothing is updated. Returns (loss, top-1 hits, gradient norm, failed) of all processes, float64
     (4,), on the device: nothing here waits for it.
     """
-    data, device, world_size = DATASETS[cfg.dataset], failed.device, distributed.get_world_size()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits
+    data, world_size = get_spec(cfg.dataset, cfg.image_size), distributed.get_world_size()
+    totals = torch.zeros(2, dtype=torch.float64, device=failed.device)  # loss, hits
     for micro_step in range(cfg.grad_accum_steps):
         images, labels = next(batches)  # (B, 3, H, W) uint8 channels_last, (B,)
         # Everything random is a function of the micro-batch's number in the run: after a resume the same.
         number = (step * cfg.grad_accum_steps + micro_step) * world_size + distributed.get_world_rank()
         torch.manual_seed(zlib.crc32(str((cfg.seed, number)).encode()))  # for dropout and drop path
         images = normalise(images, data.mean, data.std)  # (B, 3, H, W) float32
-        images, targets = mixup(images, labels, cfg.mixup, cfg.seed, number)
+        images, targets = mix(images, labels, cfg.mixup, cfg.cutmix, cfg.seed, number)
+        images = erase(images, cfg.random_erasing, cfg.seed, number)
         parallel.sync_gradients(model, micro_step == cfg.grad_accum_steps - 1)  # they travel once a step
-        with parallel.autocast(device, cfg.dtype):
+        with parallel.autocast(failed.device, cfg.dtype):
             logits = model(images).float()  # (B, C)
         loss = get_loss(cfg, logits, targets)
         (loss / cfg.grad_accum_steps).backward()
-        hits = (logits.argmax(dim=1) == labels).sum()  # under mixup: against the label of the image itself
+        hits = (logits.argmax(dim=1) == labels).sum()  # mixed: against the label of the image itself
         totals += torch.stack([loss.detach() / (cfg.grad_accum_steps * world_size), hits])
     distributed.sum_over_processes(totals)
     norm = parallel.clip_gradients(optimizer, cfg.grad_clip)  # of all processes

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from data.datasets import DATASETS
+from data.datasets import get_spec
 from data.loader import Batch
 from lora.ranks import Ranks
 from model.variants import LORA_FAMILIES, VARIANTS
@@ -27,10 +27,13 @@ def get_ranks(choice: RankChoice, model: str) -> Ranks:
     return {family: [rng.choice((8, 16, 32, 64)) for _ in range(depth)] for family in LORA_FAMILIES}
 
 
-def repeat_noise(dataset: str, batch_size: int, device: torch.device) -> Iterator[Batch]:
+def repeat_noise(
+    dataset: str, batch_size: int, device: torch.device, image_size: int | None = None
+) -> Iterator[Batch]:
     """One batch over and over, as a loader of `dataset` yields them: images uint8 (B, 3, H, W) channels_last,
-    labels int64 (B,)."""
-    size, classes = DATASETS[dataset].image_size, DATASETS[dataset].num_classes
+    labels int64 (B,). `image_size`: as Config's."""
+    spec = get_spec(dataset, image_size)
+    size, classes = spec.image_size, spec.num_classes
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (batch_size, size, size, 3), dtype=torch.uint8, generator=rng)
     labels = torch.randint(classes, (batch_size,), generator=rng)

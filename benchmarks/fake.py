@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import data.device
 import train
-from data.datasets import DATASETS
-from data.loader import Batch
+from data.datasets import get_spec
+from data.loader import Batch, build_black_batch
 from errors import UserError
 from launch import distributed
 from lora import kernels, onednn
@@ -107,9 +107,7 @@ def each_mesh(world_size: int, dp_shard: int | None) -> Iterator[tuple[str, int,
 
 def get_black_batch(cfg: train.Config, images: int) -> Batch:
     """A micro-batch as a loader yields it, of so many black images on the CPU."""
-    size = DATASETS[cfg.dataset].image_size
-    pixels = torch.zeros(images, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    return pixels, torch.zeros(images, dtype=torch.int64)
+    return build_black_batch(images, get_spec(cfg.dataset, cfg.image_size).image_size, torch.device("cpu"))
 
 
 def take_step(cfg: train.Config, model: nn.Module, optimizer, batches: Iterator[Batch]) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.contenders import PHASES
-from data.datasets import DATASETS
+from data.datasets import get_spec
 from lora.inject import use_reference
 from lora.ranks import Ranks
 from monitor.perf import count_flops
@@ -24,5 +24,5 @@ def count_by_formula(cfg: Config, ranks: Ranks) -> int:
 
 def get_meta_images(cfg: Config, batch_size: int) -> torch.Tensor:
     """Images (B, 3, H, W) of the data set on the meta device, without numbers."""
-    size = DATASETS[cfg.dataset].image_size
+    size = get_spec(cfg.dataset, cfg.image_size).image_size
     return torch.empty(batch_size, 3, size, size, device="meta")

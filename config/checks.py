@@ -2,7 +2,7 @@
 table."""
 
 from config.ranges import check_ranges
-from data.datasets import DATASETS
+from data.datasets import DATASETS, get_spec
 from errors import UserError
 from model.variants import LORA_FAMILIES, VARIANTS
 from monitor.log import load_run
@@ -30,10 +30,12 @@ def require(fine: bool, sentence: str) -> None:
 def check_tables(cfg) -> None:
     require(cfg.model in VARIANTS, f"unknown model {cfg.model!r}, there are: {', '.join(VARIANTS)}")
     require(cfg.dataset in DATASETS, f"unknown dataset {cfg.dataset!r}, there are: {', '.join(DATASETS)}")
-    size, patch = DATASETS[cfg.dataset].image_size, VARIANTS[cfg.model]["patch_size"]
+    size, patch = get_spec(cfg.dataset, cfg.image_size).image_size, VARIANTS[cfg.model]["patch_size"]
+    nearest = max(round(size / patch), 1) * patch
     require(
         size % patch == 0,
-        f"{cfg.dataset}'s images of {size} pixels can't be cut into {cfg.model}'s patches of {patch}",
+        f"{cfg.dataset}'s images of {size} pixels can't be cut into {cfg.model}'s patches of {patch}: "
+        f"--image_size {nearest} would do",
     )
     for family in cfg.target_modules:
         require(
@@ -61,10 +63,11 @@ def check_start(cfg) -> None:
 
 def check_training(cfg) -> None:
     require(cfg.seed < 2**63, f"seed must be below 2**63, not {cfg.seed}")
-    require(
-        cfg.loader != "synthetic" or not cfg.rand_augment,
-        "synthetic images are not augmented: loader synthetic goes with rand_augment 0",
-    )
+    for name in ("rand_augment", "color_jitter"):
+        require(
+            cfg.loader != "synthetic" or not getattr(cfg, name),
+            f"synthetic images are not augmented: loader synthetic goes with {name} 0",
+        )
     require(
         cfg.stage_dir is None or cfg.loader == "ffcv",
         "stage_dir is for .beton files: it needs --loader ffcv",

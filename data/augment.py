@@ -7,16 +7,25 @@ drawn for an image is a function of its own, get_…, which data/folder.py calls
 Pillow, image by image.
 """
 
+import itertools
 import math
 
 import numpy as np
 from numba import njit, prange
 
-from data.randaugment import OPERATIONS, SIGNED, apply_operations, get_arguments
+from data.randaugment import (
+    BRIGHTNESS,
+    COLOR,
+    CONTRAST,
+    OPERATIONS,
+    SIGNED,
+    apply_operations,
+    get_arguments,
+)
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # Draws: each random decision about an image has a number of its own.
-SHIFT_Y, SHIFT_X, FLIP, CROP, RANDAUGMENT = 0, 1, 2, 16, 64
+SHIFT_Y, SHIFT_X, FLIP, CROP, RANDAUGMENT, JITTER = 0, 1, 2, 16, 64, 96
 IS_SIGNED = np.isin(OPERATIONS, SIGNED)  # (15,)
 
 
@@ -183,3 +192,42 @@ def rand_augment(
     draw_operations(indices, operations, negated, seed, epoch, len(OPERATIONS))
     signs = np.where((negated == 1) & IS_SIGNED[operations], -1, 1)  # (B, layers)
     apply_operations(images, out, operations, signs * get_arguments(magnitude)[operations])
+
+
+# ---- colour jitter
+
+JITTERED = np.array([BRIGHTNESS, CONTRAST, COLOR])  # torchvision's brightness, contrast, saturation
+ORDERS = np.array(list(itertools.permutations(range(len(JITTERED)))))  # (6, 3)
+
+
+@njit(cache=True, nogil=True)
+def draw_jitters(
+    indices: np.ndarray, orders: np.ndarray, shares: np.ndarray, seed: int, epoch: int, num_orders: int
+) -> None:
+    """Random numbers of images `indices` -> orders, int64 (B,) below num_orders; shares, (B, 3) in [0, 1)."""
+    for i in range(len(indices)):
+        orders[i] = np.int64(random_bits(seed, epoch, indices[i], JITTER) % np.uint64(num_orders))
+        for k in range(shares.shape[1]):
+            shares[i, k] = random_uniform(seed, epoch, indices[i], JITTER + 1 + k)
+
+
+def get_jitters(indices: np.ndarray, seed: int, epoch: int, amount: float) -> tuple[np.ndarray, np.ndarray]:
+    """What colour jitter does to images `indices`, one after the other: numbers in OPERATIONS, int64 (B, 3),
+    and their factors, float64 (B, 3).
+
+    As torchvision's ColorJitter(amount, amount, amount): JITTERED in a random order, each by a factor of its
+    own, uniform in 1 ± amount and not below 0.
+    """
+    orders, shares = np.empty(len(indices), np.int64), np.empty((len(indices), len(JITTERED)))
+    draw_jitters(indices, orders, shares, seed, epoch, len(ORDERS))
+    lowest, highest = max(0.0, 1.0 - amount), 1.0 + amount
+    factors = lowest + (highest - lowest) * shares  # (B, 3), in the order of JITTERED
+    order = ORDERS[orders]  # (B, 3)
+    return JITTERED[order], np.take_along_axis(factors, order, axis=1)
+
+
+def color_jitter(
+    images: np.ndarray, out: np.ndarray, indices: np.ndarray, seed: int, epoch: int, amount: float
+) -> None:
+    """Brightness, contrast and saturation changed at random, no hue: timm's --color-jitter of one number."""
+    apply_operations(images, out, *get_jitters(indices, seed, epoch, amount))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.augment import get_random_crops, rand_augment, random_flip, random_shift
+from data.augment import color_jitter, get_random_crops, rand_augment, random_flip, random_shift
 from data.batch import empty_batch, to_batch
 from data.beton import find_beton, read_classes, read_samples
 from data.datasets import LoaderOptions
@@ -26,7 +26,12 @@ from data.order import (
 from errors import UserError
 
 # DatasetSpec's augmentations: f(images, out, indices, seed, epoch, *args), see data/augment.py
-AUGMENTATIONS = {"shift": random_shift, "flip": random_flip, "rand_augment": rand_augment}
+AUGMENTATIONS = {
+    "shift": random_shift,
+    "flip": random_flip,
+    "rand_augment": rand_augment,
+    "color_jitter": color_jitter,
+}
 
 
 class FFCVLoader:

@@ -17,9 +17,16 @@ import torch
 from PIL import Image, ImageOps
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import center_crop, resize, resized_crop
+from torchvision.transforms.functional import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    center_crop,
+    resize,
+    resized_crop,
+)
 
-from data.augment import get_choice, get_flip, get_random_crop, get_shift
+from data.augment import get_choice, get_flip, get_jitters, get_random_crop, get_shift
 from data.batch import empty_batch, to_batch
 from data.datasets import LoaderOptions
 from data.images import open_dataset, prepare_fashion_mnist
@@ -31,7 +38,7 @@ from data.order import (
     get_indices,
     get_num_workers,
 )
-from data.randaugment import GREY, OPERATIONS, get_arguments
+from data.randaugment import BRIGHTNESS, COLOR, CONTRAST, GREY, OPERATIONS, get_arguments
 from errors import UserError
 
 # ---- augmentations, each what data/augment.py's of that name is, on one Pillow image
@@ -66,10 +73,24 @@ def timm_rand_augment(
     return image
 
 
+ADJUSTMENTS = {BRIGHTNESS: adjust_brightness, CONTRAST: adjust_contrast, COLOR: adjust_saturation}
+
+
+def torchvision_color_jitter(
+    image: Image.Image, seed: int, epoch: int, index: int, amount: float
+) -> Image.Image:
+    """Colour jitter by torchvision's own operations."""
+    operations, factors = get_jitters(np.array([index]), seed, epoch, amount)
+    for operation, factor in zip(operations[0].tolist(), factors[0].tolist()):
+        image = ADJUSTMENTS[operation](image, factor)
+    return image
+
+
 AUGMENTATIONS = {
     "shift": shift,
     "flip": flip,
     "rand_augment": timm_rand_augment,
+    "color_jitter": torchvision_color_jitter,
 }  # f(image, seed, epoch, index, *args)
 
 

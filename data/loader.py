@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from data.datasets import DATASETS, LoaderOptions
+from data.datasets import DATASETS, LoaderOptions, get_spec
 from errors import UserError
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images uint8 (B, 3, H, W) channels_last, labels int64 (B,)
@@ -50,7 +50,9 @@ def build_loader(
     num_workers: int | None = None,
     num_samples: int | None = None,
     num_classes: int | None = None,
+    image_size: int | None = None,
     rand_augment_magnitude: int = 0,
+    color_jitter: float = 0.0,
     world_rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
@@ -59,7 +61,8 @@ def build_loader(
     backend: "ffcv" reads data_dir/{split}.beton, "folder" the raw files in data_dir; both yield the same
     batches, to the bit where the .beton holds the same pixels. "synthetic" makes images of that size up and
     reads nothing. num_samples: train on a random subset. batch_size is one process's: the batches of all
-    processes together are the micro-batch.
+    processes together are the micro-batch. image_size: pixels, see get_spec. With both, color_jitter comes
+    after RandAugment.
 
     Raises UserError: no data (with how to make it), a damaged .beton, no FFCV (with what to install),
     numbers that don't fit together.
@@ -77,14 +80,17 @@ def build_loader(
         from data.synthetic import SyntheticLoader as LoaderClass
     else:
         raise UserError(f"unknown loader {backend!r}: expected ffcv, folder or synthetic")
-    spec = DATASETS[dataset]
+    spec = get_spec(dataset, image_size)
     augmentations = ()
     if split == "train":
         augmentations = spec.augmentations
         if rand_augment_magnitude > 0:
             augmentations += (("rand_augment", 2, rand_augment_magnitude),)
+        if color_jitter > 0:
+            augmentations += (("color_jitter", color_jitter),)
     options = LoaderOptions(
         dataset=dataset,
+        spec=spec,
         data_dir=str(data_dir),
         split=split,
         batch_size=batch_size,
@@ -97,6 +103,13 @@ def build_loader(
         world_size=world_size,
     )
     return LoaderClass(options)
+
+
+def build_black_batch(batch_size: int, image_size: int, device: torch.device) -> Batch:
+    """Black images with label 0, as a loader's batch on `device`."""
+    images = torch.zeros(batch_size, image_size, image_size, 3, dtype=torch.uint8, device=device)
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    return images.permute(0, 3, 1, 2), labels
 
 
 def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from errors import UserError
 
-ORDER, SUBSET, MIXUP, SYNTHETIC = 1, 2, 3, 4  # purposes, so that no two of numpy's streams coincide
+ORDER, SUBSET, MIXUP, SYNTHETIC, ERASING = 1, 2, 3, 4, 5  # purposes: no two of numpy's streams coincide
 
 
 class DataError(UserError):

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import submitit
 
 from config.cli import load_config_class, load_preset, parse_config, parse_flags, suggest
-from data.datasets import DATASETS
+from data.datasets import get_spec
 from errors import UserError
 from launch.checks import check_run, check_writable
 from launch.job import MAX_REQUEUES
@@ -251,7 +251,8 @@ def get_images_that_fit(cfg, memory_gib: float) -> int:
     """
     spec = VARIANTS[cfg.model]
     width, depth = spec["embed_dim"], spec["depth"]
-    tokens = (DATASETS[cfg.dataset].image_size // spec["patch_size"]) ** 2 + 1
+    image_size = get_spec(cfg.dataset, cfg.image_size).image_size
+    tokens = (image_size // spec["patch_size"]) ** 2 + 1
     bytes_per_unit = {"none": 39, "selective": 20, "block": 4}[cfg.activation_checkpointing]
     if cfg.dtype != "bfloat16":
         bytes_per_unit *= 2

@@ -259,6 +259,16 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+@torch.no_grad()
+def copy_over(weight: Tensor, target: Tensor) -> None:
+    """Copy a parameter to the one of that name in another phase's model, on the same mesh.
+
+    Sharded, each process copies its own shards; where the target is whole, all processes gather it together.
+    """
+    is_sharded = isinstance(target, DTensor)
+    target.copy_(weight if is_sharded else to_plain(weight))
+
+
 def to_plain(tensor: Tensor) -> Tensor:
     """A DTensor gathered whole (a collective: every process must call), a plain tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from timm.data import auto_augment as timm_aa
-from torchvision.transforms import CenterCrop, Compose, RandomResizedCrop, Resize
+from timm.data.transforms_factory import transforms_imagenet_train
+from torchvision.transforms import CenterCrop, ColorJitter, Compose, RandomResizedCrop, Resize
 from torchvision.transforms import functional as TF
 
 from data import decode, folder, randaugment
-from data.augment import get_choice, get_random_crop, rand_augment
+from data.augment import JITTERED, color_jitter, get_choice, get_jitters, get_random_crop, rand_augment
 from data.decode import decode_jpeg, load_turbojpeg, resize
 from data.import_ffcv import import_ffcv
+from data.loader import build_loader
 from data.randaugment import OPERATIONS, SIGNED, get_arguments
 from errors import UserError
 
@@ -134,6 +136,77 @@ def test_rand_augment_is_timms_operations_one_after_the_other():
     assert np.array_equal(one[0], ours[7])  # its index decides, not its place in a batch
     rand_augment(images, other := np.empty_like(images), np.arange(100, 164), 5, 3, 2, 15)
     assert np.mean([np.array_equal(a, b) for a, b in zip(ours, other)]) < 0.3  # control: another epoch
+
+
+# ---- colour jitter
+
+
+def apply_torchvision(monkeypatch, image, index, amount):
+    """torchvision's ColorJitter, as timm uses it, with the numbers that get_jitters draws."""
+    operations, factors = get_jitters(np.array([index]), 5, 2, amount)
+    order = [list(JITTERED).index(operation) for operation in operations[0]]
+    of_each = [float(factors[0, order.index(k)]) for k in range(3)]  # brightness, contrast, saturation
+    params = ([3, *order], *of_each, None)  # 3 is hue, which is off
+    with monkeypatch.context() as patch:
+        patch.setattr(ColorJitter, "get_params", lambda *args: params)
+        return np.array(ColorJitter(amount, amount, amount)(Image.fromarray(image)))
+
+
+@pytest.mark.parametrize("amount", [0.4, 1.0, 2.5])
+def test_colour_jitter_is_torchvisions(monkeypatch, amount):
+    """To the bit, in numba and on Pillow images."""
+    for name, image in IMAGES.items():
+        images, indices = np.stack([image] * 24), np.arange(100, 124)
+        color_jitter(images, ours := np.empty_like(images), indices, 5, 2, amount)
+        for i, index in enumerate(indices):
+            expected = apply_torchvision(monkeypatch, image, index, amount)
+            assert np.array_equal(ours[i], expected), (name, index)
+            theirs = folder.torchvision_color_jitter(Image.fromarray(image), 5, 2, index, amount)
+            assert np.array_equal(theirs, expected)
+    images = np.stack([IMAGES["smooth"]] * 24)
+    color_jitter(images, ours := np.empty_like(images), indices, 5, 2, amount)
+    color_jitter(images, other := np.empty_like(images), indices, 5, 3, amount)
+    assert not any(np.array_equal(a, b) for a, b in zip(ours, other))  # control: another epoch
+    color_jitter(images[7:8], one := np.empty_like(images[:1]), indices[7:8], 5, 2, amount)
+    assert np.array_equal(one[0], ours[7])  # its index decides, not its place in a batch
+
+
+@pytest.mark.parametrize("amount", [0.4, 1.5])
+def test_jitters_are_drawn_evenly(amount):
+    n = 6000
+    operations, factors = get_jitters(np.arange(n), 3, 1, amount)
+    orders, counts = np.unique(operations, axis=0, return_counts=True)
+    assert len(orders) == 6 and ((counts - n / 6) ** 2 / (n / 6)).sum() < 25.7  # 5 degrees: 1 in 10,000
+    low, high = ColorJitter(amount).brightness
+    assert (low, high) == (max(0, 1 - amount), 1 + amount)
+    for k in JITTERED:
+        own = factors[operations == k]
+        assert len(own) == n and low <= own.min() and own.max() <= high
+        assert distance(own, np.linspace(low, high, n)) < 2.2 * (1 / n) ** 0.5
+    of_each = np.array([factors[operations == k] for k in JITTERED])  # (3, n)
+    assert np.abs(np.corrcoef(of_each) - np.eye(3)).max() < 0.06
+
+
+def test_colour_jitter_comes_after_rand_augment_as_in_timm():
+    """timm leaves it out beside RandAugment unless it is forced, since there it is on by default."""
+    options = dict(color_jitter=0.4, use_prefetcher=True)
+    names = [
+        [
+            type(step).__name__
+            for step in transforms_imagenet_train(auto_augment=policy, **options, **force).transforms
+        ]
+        for policy, force in (("rand-m9", {"force_color_jitter": True}), ("rand-m9", {}), (None, {}))
+    ]
+    assert [step for step in names[0] if step in ("RandAugment", "ColorJitter")] == [
+        "RandAugment",
+        "ColorJitter",
+    ]
+    assert "ColorJitter" not in names[1] and "ColorJitter" in names[2]
+    loader = build_loader(
+        "synthetic", "imagenet", "", "train", 4, 0, rand_augment_magnitude=9, color_jitter=0.4
+    )
+    steps = [name for name, *_ in loader.options.augmentations]
+    assert steps == ["flip", "rand_augment", "color_jitter"]
 
 
 # ---- crop and resize

@@ -430,6 +430,20 @@ def test_backends_agree_to_the_bit_on_the_same_pixels(tree, betons, split, epoch
     )
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_backends_agree_on_another_size_and_colour_jitter(tree, betons, split):
+    options = dict(image_size=96, color_jitter=0.4, rand_augment_magnitude=0)
+    ours = list(build("ffcv", betons["raw"], split, **options).epoch(1))
+    reference = list(build("folder", tree, split, **options).epoch(1))
+    if split == "val":  # but for the image that was made smaller
+        wide = ImageTree(tree / "val").samples.index((str(tree / "val/bee/wide.jpg"), 1))
+        for batches in (ours, reference):
+            batches[wide // 4][0][wide % 4] = 0
+    assert equal(ours, reference) and ours[0][0].shape == (4, 3, 96, 96)
+    plain = build("ffcv", betons["raw"], split, **options | {"color_jitter": 0.0}).epoch(1)
+    assert split == "val" or not equal(ours, plain)  # control
+
+
 def test_evaluation_of_jpegs_is_close_to_that_of_the_originals(tree, betons):
     """Quality 90 at full size: 1 level apart on average, and Pillow's to the bit on what is stored."""
     ours, originals = [

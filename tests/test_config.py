@@ -43,6 +43,12 @@ from launch import distributed
         ("--lr nan", "lr must be a finite number"),
         ("--max_steps 0", "max_steps must be above 0 or None, not 0"),
         ("--mixup -1", "mixup must not be negative"),
+        ("--cutmix -1", "cutmix must not be negative"),
+        ("--color_jitter -0.4", "color_jitter must not be negative"),
+        ("--random_erasing 1", "random_erasing must be in [0, 1)"),
+        ("--image_size 0", "image_size must be above 0 or None, not 0"),
+        ("--image_size 32", "patches of 7: --image_size 35 would do"),
+        ("--image_size 3", "patches of 7: --image_size 7 would do"),
         ("--dropout 1.0", "dropout must be in [0, 1)"),
         ("--num_windows 1", "num_windows must be at least 2"),
         ("--switch_epoch 1", "before two windows"),
@@ -54,7 +60,7 @@ from launch import distributed
         ("--mode full --freeze_blocks 1", "freeze_blocks needs, with mode full, --switch_epoch"),
         ("--mode full --freeze_blocks 1 --switch_epoch 7", "not before the last epoch"),
         ("--freeze_blocks 1 --switch_epoch 1", "before two windows"),
-        ("--model L/16", "can't be cut into L/16's patches of 16"),
+        ("--model L/16", "can't be cut into L/16's patches of 16: --image_size 32 would do"),
         ("--lr_warmup_steps 42", "leaves nothing of the 42 steps"),
         ("--seed 18446744073709551616", "seed must be below"),
         ("--num_workers 999", "num_workers is 999"),
@@ -77,6 +83,7 @@ from launch import distributed
         ("--data_dir nowhere --loader ffcv --num_workers 1", "nowhere"),
         ("--fresh_head True", "fresh_head is for the weights of init_from"),
         ("--loader synthetic --rand_augment 9", "synthetic images are not augmented"),
+        ("--loader synthetic --color_jitter 0.4", "loader synthetic goes with color_jitter 0"),
         ("--stage_dir here", "it needs --loader ffcv"),
         ("--activation_checkpointing selective", "it needs --compile True"),
         ("--residual_dtype bfloat16 --dtype float32", "it needs --dtype bfloat16"),
@@ -197,10 +204,10 @@ def plant_in_the_step(monkeypatch):
 
 
 def plant_in_the_mixup(monkeypatch):
-    def mistyped(images, labels, alpha, seed, step):
+    def mistyped(images, *rest):
         batch, height, width = images.shape
 
-    monkeypatch.setattr(train, "mixup", mistyped)
+    monkeypatch.setattr(train, "mix", mistyped)
     return mistyped
 
 

@@ -1,6 +1,7 @@
 """data/: the same batches from both loaders, whatever the workers; damaged files, failing threads, bugs."""
 
 import ast
+import contextlib
 import dataclasses
 import graphlib
 import gzip
@@ -27,8 +28,8 @@ from data import beton, folder
 from data import images as raw_images
 from data.augment import random_bits, random_flip, random_shift, random_uniform, splitmix64
 from data.beton import check_beton, write_beton
-from data.datasets import DATASETS
-from data.device import mixup, normalise
+from data.datasets import DATASETS, get_spec
+from data.device import normalise
 from data.images import FILES, open_dataset, prepare_fashion_mnist
 from data.import_ffcv import import_ffcv
 from data.loader import build_loader, prefetch
@@ -248,6 +249,36 @@ def test_workers_resume_epochs_and_seeds(data, loader):
     assert not equal(whole, loader.epoch(4)) and not equal(whole, build(data, "folder", seed=8).epoch(3))
     with pytest.raises(ValueError, match="start_batch"):
         loader.epoch(3, start_batch=10)
+
+
+@needs_ffcv
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_another_size_and_colour_jitter_are_the_same_in_both_loaders(data, split):
+    """For any number of workers, and from the middle of an epoch on."""
+    flags = dict(split=split, image_size=35, color_jitter=0.4)
+    with contextlib.closing(build(data, num_workers=1, **flags)) as loader:
+        whole = list(loader.epoch(3))
+        assert whole[0][0].shape == (BATCH, 3, 35, 35)
+        assert equal(whole, build(data, "folder", num_workers=0, **flags).epoch(3))
+        assert equal(whole[2:], build(data, "folder", num_workers=2, **flags).epoch(3, start_batch=2))
+        assert equal(whole[2:], loader.epoch(3, start_batch=2))
+    plain = build(data, "folder", num_workers=0, **flags | {"color_jitter": 0.0}).epoch(3)
+    assert equal(whole, plain) == (split == "val")  # evaluation is not augmented
+    own_size = build(data, "folder", num_workers=0, split=split, image_size=28).epoch(3)
+    assert equal(own_size, build(data, "folder", num_workers=0, split=split).epoch(3))
+
+
+def test_the_evaluations_short_side_keeps_its_proportion():
+    sizes = {None: (224, 256), 224: (224, 256), 160: (160, 183), 384: (384, 439), 336: (336, 384)}
+    for size, expected in sizes.items():
+        spec = get_spec("imagenet", size)
+        assert (spec.image_size, spec.short_side) == expected
+        assert spec._replace(image_size=224, short_side=256) == DATASETS["imagenet"]
+    assert get_spec("fashion_mnist", 35).short_side == 35
+    loader = build_loader(
+        "synthetic", "imagenet", "", "val", 1, 0, image_size=32, world_size=65, world_rank=64
+    )
+    assert {images.shape for images, _ in loader.epoch(0)} == {(1, 3, 32, 32)}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -619,7 +650,8 @@ def test_no_module_imports_itself_through_others():
 def test_each_loader_has_every_augmentation():
     from data import ffcv
 
-    names = {name for spec in DATASETS.values() for name, *_ in spec.augmentations} | {"rand_augment"}
+    names = {name for spec in DATASETS.values() for name, *_ in spec.augmentations}
+    names |= {"rand_augment", "color_jitter"}
     assert names == set(folder.AUGMENTATIONS) == set(ffcv.AUGMENTATIONS)
 
 
@@ -794,23 +826,6 @@ def test_normalise(mean, std):
     torch.testing.assert_close(result, normalize(images.float() / 255, mean, std), rtol=0, atol=1e-6)
     assert result.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(normalise(images, mean, std, torch.bfloat16), result.bfloat16())
-
-
-def test_mixup():
-    images, labels = torch.randn(6, 3, 4, 4), torch.arange(6)
-    same, targets = mixup(images, labels, 0.0, 1, 2)
-    assert same is images and targets == [(labels, 1.0)]
-    mixed, ((labels_a, lam), (labels_b, rest)) = mixup(images, labels, 0.2, 1, 2)
-    assert 0 < lam < 1 and rest == 1 - lam and labels_a is labels and torch.equal(labels_b, labels.flip(0))
-    for i in range(6):  # image and label are mixed with one λ, and the rows sum to one
-        torch.testing.assert_close(mixed[i], lam * images[i] + (1 - lam) * images[5 - i])
-    again = mixup(images, labels, 0.2, 1, 2)
-    assert torch.equal(mixed, again[0]) and lam == again[1][0][1]
-    lams = np.array([mixup(images, labels, 0.2, 1, step)[1][0][1] for step in range(2000)])
-    assert len(np.unique(lams)) > 1900 and mixup(images, labels, 0.2, 2, 2)[1][0][1] != lam
-    assert (
-        abs(lams.mean() - 0.5) < 0.05 and abs(lams.var() - 1 / (4 * 1.4)) < 0.02
-    )  # Beta(a, a): 1 / (4 (2a + 1))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -793,7 +793,8 @@ def test_merged_and_unmerged(runs, capsys, monkeypatch):
         ([], "evaluate what?"),
         (["NOWHERE"], "neither a run with a checkpoint nor a checkpoint"),
         (["RUN", "--data_dir", "/nowhere"], "no Fashion-MNIST under /nowhere"),
-        (["RUN", "--dataset", "imagenet"], "dataset and num_classes are the run's own"),
+        (["RUN", "--dataset", "imagenet"], "dataset, image_size and num_classes are the run's own"),
+        (["RUN", "--image_size", "35"], "dataset, image_size and num_classes are the run's own"),
         (["RUN", "--batch_size", "0"], "batch_size must be above 0"),
         (["RUN", "--merge", "True"], "unknown flag --merge, did you mean merged?"),
         (["--merged", "True", "RUN"], "flags come after it"),
@@ -1345,6 +1346,43 @@ def test_other_image_size_other_classes_and_static_lora(tmp_path, capsys):
         )
     assert got["blocks.0.attn.qkv.lora_B.0"].abs().max() < 1e-20
     assert got["blocks.0.attn.qkv.lora_A"].any()
+
+
+def test_a_run_of_another_image_size_out_and_in_again(tmp_path, capsys):
+    """Its positions are fitted to the size, and the evaluation, both exports and their cards have it."""
+    torch.manual_seed(0)
+    weights = {name: torch.randn_like(t) / 10 for name, t in build().state_dict().items()}
+    save_file(weights, tmp_path / "w.safetensors")
+    got = start(tmp_path, tmp_path / "w.safetensors", "--image_size", 42)
+    expected = pretrained.interpolate_positions(weights["pos_embed"], 6)
+    torch.testing.assert_close(got["pos_embed"], expected, rtol=0, atol=0)
+    assert "positions interpolated from 4 × 4 to 6 × 6" in "\n".join(get_notes(tmp_path / "run"))
+
+    out = make(tmp_path / "run", tmp_path / "timm")
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_args"]["img_size"] == 42 and config["pretrained_cfg"]["input_size"] == [3, 42, 42]
+    assert "training images of 42 pixels" in (out / "README.md").read_text()
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert torch.equal(model.pos_embed, expected)
+    hf = make(tmp_path / "run", tmp_path / "hf", format="hf")
+    assert json.loads((hf / "config.json").read_text())["image_size"] == 42
+
+    on = ["--dataset", "fashion_mnist", "--loader", "synthetic", "--image_size"]
+    results = []
+    for argv in (
+        [tmp_path / "run"],
+        [out / "model.safetensors", *on, 42],
+        [out / "model.safetensors", *on, 28],
+    ):
+        status, said, err = run_main(evaluate.main, argv, capsys)
+        assert status == 0, err
+        results.append(json.loads(said.splitlines()[-1])["val_loss"])
+    assert (
+        results[0] == pytest.approx(results[1], rel=1e-5) and abs(results[2] - results[0]) > 1e-3
+    )  # control
+
+    back = start(tmp_path, out / "model.safetensors", "--image_size", 42, run_dir="back")
+    assert torch.equal(back["pos_embed"], expected)
 
 
 def test_a_resumed_run_has_its_own_weights(tmp_path, capsys):

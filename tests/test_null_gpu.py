@@ -23,7 +23,7 @@ REPO = Path(__file__).parent.parent
 # 6 steps an epoch, everything random is on
 RUN = (
     "--loader synthetic --train_samples 120 --batch_size 20 --epochs 6 --dtype bfloat16 --lr_warmup_steps 1 "
-    "--dropout 0.1 --drop_path 0.1 --mixup 0.2"
+    "--dropout 0.1 --drop_path 0.1 --mixup 0.2 --cutmix 1 --random_erasing 0.25"
 ).split()
 # full 1-2, warmup 3-4, lora 5-6
 SWITCH = "--num_windows 2 --window_epochs 1 --switch_epoch 2 --lora_warmup_epochs 2".split()

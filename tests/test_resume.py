@@ -43,7 +43,9 @@ from monitor import logger
 
 # 4 steps an epoch, 20 in all: full 1-3 (the test decides), warmup 4, lora 5.
 RUN = [*PLAIN, "--epochs", "5", "--lora_warmup_epochs", "1"]
-RANDOM = "--dropout 0.1 --drop_path 0.1 --mixup 0.2".split()
+RANDOM = (
+    "--dropout 0.1 --drop_path 0.1 --mixup 0.2 --cutmix 1 --random_erasing 0.25 --color_jitter 0.4".split()
+)
 POINTS = {"full": 6, "switch": 12, "warmup": 14, "freeze": 16, "lora": 18}
 slow = pytest.mark.slow
 

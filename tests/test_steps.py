@@ -17,6 +17,7 @@ from small_runs import (
     assert_same,
     assert_same_run,
     events,
+    get_error,
     get_steps,
     no_figures,  # noqa: F401 (a fixture)
     resume,
@@ -169,13 +170,47 @@ def test_killed_in_mid_epoch_the_steps_are_cut_back(small, reference, tmp_path, 
     assert [scalar.step for scalar in tb.Scalars("step/loss")] == list(range(1, TOTAL_STEPS + 1))
 
 
+AUGMENTED = "--image_size 35 --cutmix 1 --random_erasing 0.25 --color_jitter 0.4 --rand_augment 5".split()
+
+
+def test_with_everything_random_a_resumed_run_is_the_same(small, tmp_path, capsys):
+    """Stopped in mid-epoch in two phases, and then with another number of workers."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    short = (
+        "--train_samples 60 --epochs 4 --switch_epoch 2 --lora_warmup_epochs 1 --lr_warmup_steps 3".split()
+    )
+    flags = [*AUGMENTED, *short]  # 3 steps an epoch
+    run(small, whole, *flags)
+    assert weights(whole)["model.pos_embed"].shape == (1, 26, 64)  # 5 × 5 patches and the class token
+    run(small, stopped, *flags, "--max_steps", 4)
+    assert resume(stopped, "--max_steps", 8) == 0
+    capsys.readouterr()
+    for start in (
+        ["--run_dir", stopped, "--resume", True],
+        ["--run_dir", tmp_path / "fork", "--fork", stopped],
+    ):
+        assert train.main([str(flag) for flag in [*start, "--image_size", 28]]) == 2
+        assert "was trained with image_size = 35, it can't go on with 28" in get_error(capsys)
+    assert resume(stopped, "--max_steps", None, "--num_workers", 2) == 0
+    assert_same_run(stopped, whole)
+
+
+def test_each_augmentation_is_another_first_step(small, tmp_path):
+    norms = set()  # of the gradient: the first loss is always log 10, the head is zero
+    for i in range(0, len(AUGMENTED) + 1, 2):  # each is left out once, and none in the end
+        flags = AUGMENTED[:i] + AUGMENTED[i + 2 :]
+        run(small, tmp_path / str(i), *flags, "--max_steps", 1)
+        norms.add(get_steps(tmp_path / str(i))[0]["grad_norm"])
+    assert len(norms) == len(AUGMENTED) // 2 + 1
+
+
 # ---- numbers that are not finite
 
 
 @pytest.mark.parametrize("step", PHASES)
 def test_non_finite_stops_before_the_step(small, reference, tmp_path, capsys, monkeypatch, step):
     captured = {}
-    build_optimizer, build_model, mixup = train.build_optimizer, train.build_model, train.mixup
+    build_optimizer, build_model, mix = train.build_optimizer, train.build_model, train.mix
 
     def building(*args):
         captured["model"] = build_model(*args)
@@ -185,8 +220,9 @@ def test_non_finite_stops_before_the_step(small, reference, tmp_path, capsys, mo
         captured["optimizer"] = build_optimizer(*args)
         return captured["optimizer"]
 
-    def poisoned(images, labels, alpha, seed, number):
-        return mixup(images * torch.nan if number == step else images, labels, alpha, seed, number)
+    def poisoned(images, *rest):
+        number = rest[-1]
+        return mix(images * torch.nan if number == step else images, *rest)
 
     run(small, tmp_path / "clean", "--max_steps", step)
     expected = weights(tmp_path / "clean")
@@ -196,7 +232,7 @@ def test_non_finite_stops_before_the_step(small, reference, tmp_path, capsys, mo
     monkeypatch.setattr(train, "build_on_meta", lambda *args: None)  # it builds, too
     monkeypatch.setattr(train, "count_flops", lambda *args: 1)
     monkeypatch.setattr(train, "build_optimizer", building_optimizer)
-    monkeypatch.setattr(train, "mixup", poisoned)
+    monkeypatch.setattr(train, "mix", poisoned)
     assert train.main(argv(small, tmp_path / "run")) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     where = f"at step {step + 1}, epoch {step // STEPS + 1}, phase {PHASES[step]}"

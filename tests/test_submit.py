@@ -273,6 +273,7 @@ def test_what_a_site_cannot_change(tmp_path, monkeypatch, capsys, extra, says):
         (2, "--activation_checkpointing block", "8 GPUs × 1 accumulation step × 512 images"),
         (2, "--gpus_per_node 0", "2 CPU processes × 16 accumulation steps × 128 images"),
         (2, "--gpus_per_node 0 --tasks_per_node 8", "16 CPU processes × 2 accumulation steps × 128 images"),
+        (2, "--image_size 384", "8 GPUs × 16 accumulation steps × 32 images"),
         (3, "--batch_size 4092", "12 GPUs × 11 accumulation steps × 31 images"),
     ],
 )
