@@ -29,6 +29,8 @@ from small_runs import (
     weights,
     without_times,
 )
+from test_parallel import PLAIN
+from test_train import count_graphs
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -36,8 +38,9 @@ import evaluate
 import export
 import train
 from lora.inject import get_adapter_names, merge_lora
-from model import checkpoint
-from model.ema import Ema
+from model import checkpoint, parallel
+from model.ema import Ema, get_local
+from model.variants import VARIANTS
 
 DECAY = 0.95
 ON = ["--ema_decay", DECAY]
@@ -274,6 +277,12 @@ def test_in_tensorboard_and_on_the_console(averaged, small, tmp_path, capsys):
     assert f"EMA top-1 {second['val_ema_top1']:.2f}" in lines[1] and "EMA" not in lines[0]
 
 
+def test_no_graph_is_compiled_for_them(small, tmp_path, monkeypatch):
+    phases, total = count_graphs(small, tmp_path / "run", monkeypatch, 3, "eager", *ON)
+    assert total == sum(p["graphs_compiled"] + p["eval_graphs_compiled"] for p in phases) == 7
+    assert "val_ema_top1" in events(tmp_path / "run", "epoch")[-1]
+
+
 # ---- saved and resumed
 
 
@@ -424,6 +433,94 @@ def test_a_step_that_is_not_finite_leaves_the_last_averages_saved(small, average
         assert train.main(argv(small, tmp_path / "run", *ON)) == 1
     assert checkpoint.latest(tmp_path / "run").name == "step_00000018"
     assert_same(weights(tmp_path / "run"), saved_at(averaged, 18))
+
+
+# ---- on several processes
+
+
+def go_on_rank(arguments):
+    """train.py on this process, with two blocks: its status, whether weights were the same to the bit before
+    and after they were evaluated, and how many numbers of averages it held in the end."""
+    swapped_in, seen = Ema.swapped_in, {"restored": True, "held": 0}
+
+    @contextmanager
+    def watching(ema, model):
+        parallel.reshard(model)
+        before = [get_local(p.detach()).clone() for p in model.parameters()]
+        with swapped_in(ema, model):
+            yield
+        after = [get_local(p.detach()) for p in model.parameters()]
+        seen["restored"] &= all(map(torch.equal, before, after))
+        seen["held"] = sum(get_local(average).numel() for average in ema.averages.values())
+
+    two_blocks = mock.patch.dict(VARIANTS["tiny-debug"], depth=2)
+    with two_blocks, mock.patch.object(Ema, "swapped_in", watching):
+        seen["status"] = train.main([str(argument) for argument in arguments])
+    return seen
+
+
+@pytest.fixture(scope="module")
+def go(on_ranks, small, tmp_path_factory):
+    """go(ranks, flag, …) -> the run's directory: 4 steps an epoch, full 1-3, warmup 4, lora 5-6."""
+
+    def go(ranks, *flags, **environment):
+        run_dir = tmp_path_factory.mktemp("go") / "run"
+        short = ["--epochs", 6, "--lora_warmup_epochs", 1, "--keep_every", 1]
+        arguments = [*PLAIN, *short, *ON, "--data_dir", small, "--run_dir", run_dir, *flags]
+        go.seen = on_ranks(ranks, go_on_rank, arguments, **environment)
+        assert [(seen["status"], seen["restored"]) for seen in go.seen] == [(0, True)] * ranks
+        return run_dir
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def on_one(go):
+    return go(1)
+
+
+def get_averages(run_dir, step):
+    return {name: t for name, t in saved_at(run_dir, step).items() if name.startswith("ema")}
+
+
+@pytest.mark.parametrize(
+    "ranks, flags, per_node",
+    [
+        (2, "", 2),
+        pytest.param(2, "--frozen_base shard", 2, marks=pytest.mark.slow),
+        pytest.param(2, "--dp_shard 1", 2, marks=pytest.mark.slow),
+        pytest.param(4, "--freeze_blocks 1", 2, marks=pytest.mark.slow),  # HSDP
+    ],
+)
+def test_the_same_on_several_processes(go, on_one, on_ranks, tmp_path, ranks, flags, per_node):
+    reference = go(1, *flags.split()) if "freeze" in flags else on_one
+    run_dir = go(ranks, *flags.split(), LOCAL_WORLD_SIZE=per_node)
+    for step in (12, 16, 24):  # of each phase the last
+        mine, theirs = get_averages(run_dir, step), get_averages(reference, step)
+        assert mine.keys() == theirs.keys() and len(theirs) > 30
+        assert [n for n in theirs if not torch.allclose(mine[n], theirs[n], atol=1e-4)] == []
+        raw, name = saved_at(run_dir, step), "blocks.0.mlp.fc1.weight"
+        assert (raw[f"model.{name}"] - mine[f"ema.{name}"]).abs().max() > 1e-3  # or nothing is shown
+    for mine, theirs in zip(events(run_dir, "epoch"), events(reference, "epoch"), strict=True):
+        for name in VAL_EMA:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5)
+        assert mine["val_ema_loss"] != mine["val_loss"]
+    # of a base that stands whole on each process, too, a process has its shard
+    shards = 1 if "dp_shard" in flags else per_node
+    everything = sum(tensor.numel() for tensor in get_averages(run_dir, 24).values())
+    for seen in go.seen:
+        assert everything / shards == pytest.approx(seen["held"], rel=0.05)
+
+    # resumed in the lora phase: on as many processes to the bit, on one within rounding
+    again = rolled_back(run_dir, tmp_path / "again", 20)
+    other = rolled_back(run_dir, tmp_path / "other", 20)
+    go_on = ["--resume", True, "--run_dir"]
+    on_ranks(ranks, go_on_rank, [*go_on, again], LOCAL_WORLD_SIZE=per_node)
+    assert_same(weights(again), weights(run_dir))
+    assert without_times(events(again, "epoch")) == without_times(events(run_dir, "epoch"))
+    assert on_ranks(1, go_on_rank, [*go_on, other])[0]["status"] == 0
+    mine, theirs = get_averages(other, 24), get_averages(run_dir, 24)
+    assert [n for n in theirs if not torch.allclose(mine[n], theirs[n], atol=1e-4)] == []
 
 
 # ---- exported
