@@ -277,6 +277,7 @@ def test_in_tensorboard_and_on_the_console(averaged, small, tmp_path, capsys):
     assert f"EMA top-1 {second['val_ema_top1']:.2f}" in lines[1] and "EMA" not in lines[0]
 
 
+@pytest.mark.slow
 def test_no_graph_is_compiled_for_them(small, tmp_path, monkeypatch):
     phases, total = count_graphs(small, tmp_path / "run", monkeypatch, 3, "eager", *ON)
     assert total == sum(p["graphs_compiled"] + p["eval_graphs_compiled"] for p in phases) == 7
