@@ -3,6 +3,7 @@
     python evaluate.py runs/debug                           a run's newest checkpoint, whatever its phase
     python evaluate.py runs/debug/checkpoints/step_00001250 one of its checkpoints
     python evaluate.py runs/debug --merged True             adapters merged into the base, as an export has it
+    python evaluate.py runs/debug --ema True                the moving average of its weights (ema_decay)
     torchrun --nproc_per_node 4 evaluate.py runs/vit_l16_in1k --data_dir /data/imagenet
     python evaluate.py timm:vit_base_patch16_224.augreg_in1k --dataset imagenet --data_dir /data/imagenet
     python evaluate.py FILE.safetensors --dataset fashion_mnist --data_dir datasets/fashion_mnist
@@ -35,11 +36,12 @@ from data.datasets import DATASETS, get_spec
 from data.device import normalise
 from data.loader import Loader, build_loader, prefetch
 from data.order import DataError
-from errors import UserError
+from errors import SharedError, UserError
 from launch import distributed, failures
 from lora.inject import merge_lora, use_reference
 from model import checkpoint, parallel
 from model.checkpoint import on_process_0
+from model.ema import Ema
 from model.pretrained import copy_weights, find_variant, load_pretrained
 from model.sources import TIMM, is_source, read_pretrained
 from model.variants import VARIANTS
@@ -53,6 +55,7 @@ class Evaluation:
     """None: as in the run."""
 
     merged: bool = False  # merge the adapters into the base first, in float32
+    ema: bool = False  # the moving average of the weights, of a run with ema_decay
     data_dir: str | None = None  # holds val.beton, or the raw files
     loader: Literal["ffcv", "folder", "synthetic"] | None = None
     num_workers: NonNegativeInt | None = None
@@ -82,14 +85,22 @@ def load_checkpoint(path: Path, meta: dict, **changes) -> tuple[train.Config, St
 
 
 def build_checkpoint(
-    cfg: train.Config, s: State, path: Path, device: torch.device | str = "cpu"
+    cfg: train.Config, s: State, path: Path, device: torch.device | str = "cpu", ema: bool = False
 ) -> nn.Module:
-    """The model of a checkpoint, whole on this process, in evaluation mode. All processes together.
+    """The model of a checkpoint, whole on this process, in evaluation mode; `ema`: with the averages of its
+    weights in their place. All processes together.
 
-    Raises UserError for damaged files.
+    Raises UserError for damaged files, and where there are no averages.
     """
     model = train.build_model(cfg, s.phase, s.ranks, device, None, s.frozen_blocks)
     checkpoint.load_weights(path, model)
+    if ema:
+        averages = Ema(model, cfg.ema_decay)
+        if not averages.load(path, model):
+            raise SharedError(
+                f"{path} has no averages of the weights (its run had ema_decay 0): leave out --ema"
+            )
+        averages.put_into(model)
     return model.eval()
 
 
@@ -104,6 +115,8 @@ def read_target(
     if is_source(target):
         if asked.merged:
             raise UserError(f"merged is for a run's adapters: {target} holds weights, which have none")
+        if asked.ema:
+            raise UserError(f"{target} is no run, it has no averages of its weights: leave out --ema")
         cfg, found, notes = read_weights(target, asked)
         weights.update(found)
         return cfg, State(), None, notes
@@ -225,7 +238,7 @@ def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
             copy_weights(model, weights)
             metrics = train.evaluate(cfg, model, loader.epoch(0), device)
         else:
-            metrics = evaluate_checkpoint(cfg, s, path, asked.merged, loader, device)
+            metrics = evaluate_checkpoint(cfg, s, path, asked, loader, device)
     return {
         "target": target,
         "checkpoint": path and path.name,
@@ -234,6 +247,7 @@ def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
         "epoch": path and s.epoch,
         "step": path and s.step,
         "merged": asked.merged and s.phase != "full",
+        "ema": asked.ema,
         "dtype": cfg.dtype,
         "ranks": world_size,
         "images": loader.num_samples,
@@ -242,17 +256,17 @@ def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
 
 
 def evaluate_checkpoint(
-    cfg: train.Config, s: State, path: Path, merge: bool, loader: Loader, device: torch.device
+    cfg: train.Config, s: State, path: Path, asked: Evaluation, loader: Loader, device: torch.device
 ) -> dict[str, float]:
-    """Loss, top-1 and top-5 of a checkpoint's model, its adapters merged if `merge`; with adapters, also what
+    """Loss, top-1 and top-5 of a checkpoint's model, merged and averaged as `asked`; with adapters, also what
     merging changes."""
-    exact = dataclasses.replace(cfg, dtype="float32", residual_dtype="float32")
-    model = build_checkpoint(exact if merge else cfg, s, path, device)
+    exact, merge = dataclasses.replace(cfg, dtype="float32", residual_dtype="float32"), asked.merged
+    model = build_checkpoint(exact if merge else cfg, s, path, device, asked.ema)
     if s.phase == "full":
         return train.evaluate(cfg, model, loader.epoch(0), device)
     unmerged = model
     if not merge and cfg.dtype != "float32":
-        unmerged = build_checkpoint(exact, s, path, device)
+        unmerged = build_checkpoint(exact, s, path, device, asked.ema)
     merged = merge_lora(copy.deepcopy(unmerged))
     differences = compare_merged(cfg, unmerged, merged, loader.epoch(0), device)
     return train.evaluate(cfg, merged if merge else model, loader.epoch(0), device) | differences
@@ -263,8 +277,10 @@ def print_result(result: dict) -> None:
     where, how = "", ""
     if result["checkpoint"]:
         where = f"{result['checkpoint']}, epoch {result['epoch']}, phase {result['phase']}, "
+    if result["ema"]:
+        how = ", weights averaged"
     if result["merged"]:
-        how = ", adapters merged"
+        how += ", adapters merged"
     print(f"{result['target']}: {where}{result['images']:,} images{how}")
     print(
         f"top-1 {result['val_top1']:.2f} %, top-5 {result['val_top5']:.2f} %, loss {result['val_loss']:.4f}"

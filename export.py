@@ -7,6 +7,7 @@ validation images, before it appears under its name. Adapters are merged into th
     python export.py runs/debug --format hf --out exported/hf      ViTForImageClassification.from_pretrained
     python export.py runs/debug --format hf --adapters_only True --out exported/peft
     python export.py runs/debug/checkpoints/step_00001250 --format hf --out exported/step_1250
+    python export.py runs/debug --ema True --format timm --out exported/ema      averaged weights (ema_decay)
 
 Nothing is left behind if that fails; of a process that is killed, a hidden folder .OUT.PID.tmp beside DIR.
 --format hf needs transformers, --adapters_only peft too: pip install -r requirements-dev.txt
@@ -52,6 +53,7 @@ class Export:
     format: Literal["timm", "hf"] | None = None  # timm: timm.create_model; hf: ViTForImageClassification
     out: str | None = None  # folder to make
     adapters_only: bool = False  # format hf: the base without adapters, and a PEFT adapter
+    ema: bool = False  # the moving average of the weights, base and adapters, of a run with ema_decay
     data_dir: str | None = None  # of the validation images; None = the run's
     loader: Literal["ffcv", "folder", "synthetic"] | None = None  # None = the run's
     images: PositiveInt = 32  # whose logits are compared
@@ -173,24 +175,25 @@ def export(target: str, asked: Export) -> str:
     for text in passed_over:
         print(f"warning: {text}")
     images, classes = read_images(cfg, asked.images)
-    model = build_checkpoint(cfg, s, path)
+    model = build_checkpoint(cfg, s, path, ema=asked.ema)
     library = get_library(asked)
     name = "PEFT" if library == "peft" else library
     with unfinished(out) as partial:
         with writing(asked.out):
             partial.mkdir(parents=True)
             write_model(asked, cfg, model, classes, partial)
-            write_card(partial, library, path, meta, s, model, len(images))
+            write_card(partial, library, path, meta, s, len(images), asked.ema)
         difference, largest = check_logits(model, load_back(partial, library), images, name)
         with writing(asked.out):
             mode = (partial / "README.md").stat().st_mode
             for file in partial.rglob("*.safetensors"):
                 file.chmod(mode)  # safetensors makes them for their owner alone
             os.replace(partial, out)
+    kind = "averaged" if asked.ema else "trained"
     files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
     return (
         f"{path}, phase {s.phase}: the logits of {len(images)} validation images in {name} are those of the "
-        f"trained model, within {difference:.1e}, the largest is {largest:.2f}\n"
+        f"{kind} model, within {difference:.1e}, the largest is {largest:.2f}\n"
         f"wrote {asked.out}: {', '.join(files)}"
     )
 

@@ -6,8 +6,6 @@ Its licence is for whoever publishes the model to fill in. No path and nothing o
 import json
 from pathlib import Path
 
-from torch import nn
-
 import train
 from config.cli import split_fork, typed_config
 from data.datasets import get_spec
@@ -35,20 +33,20 @@ model = PeftModel.from_pretrained(base, "FOLDER")""",
 }
 
 
-def write_card(
-    folder: Path, library: str, path: Path, meta: dict, s: State, model: nn.Module, images: int
-) -> None:
-    """folder/README.md of the checkpoint at `path`: its meta, State and model, adapters unmerged.
+def write_card(folder: Path, library: str, path: Path, meta: dict, s: State, images: int, ema: bool) -> None:
+    """folder/README.md of the checkpoint at `path`: its meta and State.
 
-    `library`: timm, transformers or peft, whose logits of `images` images are compared. Raises OSError.
+    `library`: timm, transformers or peft, whose logits of `images` images are compared. `ema`: the weights
+    are averages. Raises OSError.
     """
     cfg = typed_config(train.Config, meta["config"], f"{path}/meta.json")  # as it was trained
     data = f"an image folder of {cfg.num_classes:,} classes" if cfg.num_classes else cfg.dataset
     pixels = get_spec(cfg.dataset, cfg.image_size).image_size
-    phases, metrics = describe_metrics(cfg, s, path.resolve().parent.parent)
+    phases, metrics = describe_metrics(cfg, s, path.resolve().parent.parent, ema)
     recipe = {name: value for name, value in vars(cfg).items() if name not in PRIVATE and value is not None}
     facts = [
         *describe_start(cfg),
+        *describe_averages(cfg, ema),
         f"data: {data}, {meta['train_images']:,} training images of {pixels} pixels",
         f"phases: {phases}; exported from step {s.step:,}, epoch {s.epoch} of {cfg.epochs}, phase {s.phase}",
         f"metrics: {metrics}",
@@ -118,9 +116,16 @@ def describe_start(cfg: train.Config) -> list[str]:
     return []
 
 
-def describe_metrics(cfg: train.Config, s: State, run_dir: Path) -> tuple[str, str]:
-    """(phases with their epochs, the last evaluation) by the log of the run whose checkpoint this is, if the
-    log is still there."""
+def describe_averages(cfg: train.Config, ema: bool) -> list[str]:
+    """That the weights are averages, where they are."""
+    if not ema:
+        return []
+    return [f"weights: their exponential moving average over the optimiser steps, decay {cfg.ema_decay:g}"]
+
+
+def describe_metrics(cfg: train.Config, s: State, run_dir: Path, ema: bool) -> tuple[str, str]:
+    """(phases with their epochs, the last evaluation, of the weights or of their averages) by the log of the
+    run whose checkpoint this is, if the log is still there."""
     if not (run_dir / "metrics.jsonl").exists():
         return s.phase, "not known, the run's log was not beside the checkpoint"
     try:
@@ -134,15 +139,16 @@ def describe_metrics(cfg: train.Config, s: State, run_dir: Path) -> tuple[str, s
         if numbers:
             spans.append(f"{phase}: epochs {numbers[0]} to {numbers[-1]}")
     phases = "; ".join(spans) or s.phase
-    evaluated = [epoch for epoch in epochs if epoch["val_top1"] is not None]
+    kind = "val_ema" if ema else "val"
+    evaluated = [epoch for epoch in epochs if epoch.get(f"{kind}_top1") is not None]
     if not epochs:
         return phases, "no epoch was finished"
     if not evaluated:
         return phases, "not evaluated"
     last = evaluated[-1]
     metrics = (
-        f"after epoch {last['epoch']}, on the whole validation set: top-1 {last['val_top1']:.2f} %, "
-        f"top-5 {last['val_top5']:.2f} %, loss {last['val_loss']:.4f}"
+        f"after epoch {last['epoch']}, on the whole validation set: top-1 {last[f'{kind}_top1']:.2f} %, "
+        f"top-5 {last[f'{kind}_top5']:.2f} %, loss {last[f'{kind}_loss']:.4f}"
     )
     if cfg.dtype != "float32":
         metrics += f" (as trained, computed in {cfg.dtype})"

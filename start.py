@@ -135,6 +135,7 @@ def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
         if start.checkpoint:
             start.state = read_state(start.meta, start.checkpoint)
             check_checkpoint(cfg, start, images)
+            start.notes += get_ema_notes(cfg, start)
         elif cfg.mode == "lora":
             start.state.phase, start.state.frozen_blocks = "lora", cfg.freeze_blocks
             start.state.ranks = get_static_ranks(cfg, net)
@@ -317,6 +318,17 @@ def choose_base(cfg, s: State, steps: int) -> dict[str, str] | None:
     if s.phase != "lora" or s.base or not steps:
         return s.base
     return on_process_0(checkpoint.find_whole, Path(cfg.run_dir), s.step)
+
+
+def get_ema_notes(cfg, start: Start) -> list[str]:
+    """What becomes of the averages of the weights, where a run goes on with them and had none, or the
+    reverse."""
+    before = get_config(cfg, start.checkpoint, start.meta).ema_decay
+    if cfg.ema_decay and not before:
+        return [f"ema_decay: {start.checkpoint} has no averages of the weights, they start from its weights"]
+    if before and not cfg.ema_decay:
+        return [f"ema_decay 0: the averages of the weights in {start.checkpoint} are dropped"]
+    return []
 
 
 def check_same(cfg, old, names: list[str], where: Path) -> None:

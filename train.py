@@ -41,6 +41,7 @@ from lora.inject import add_lora, freeze, freeze_base, init_adapters, mark_ranks
 from lora.onednn import use_onednn
 from lora.ranks import Ranks
 from model import checkpoint, parallel
+from model.ema import Ema
 from model.optim import apply_update, build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
 from model.pretrained import copy_weights
 from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS, get_lowest
@@ -51,7 +52,7 @@ from monitor.log import get_freeze_step
 from monitor.logger import RunLogger
 from monitor.norms import get_norms
 from monitor.perf import count_flops, peak_memory, reset_peak_memory
-from monitor.records import get_epoch_record, get_start_record, get_switch_record
+from monitor.records import get_epoch_record, get_start_record, get_switch_record, look
 from start import Start, State, begin, choose_base, decide_ranks, get_meta, open_log, say_done
 
 
@@ -91,6 +92,7 @@ class Config:
     lr_warmup_steps: NonNegativeInt = 10_000  # linear, up to the peak
     weight_decay: NonNegativeFloat = 0.1  # torch's, times lr; of Linear and Conv weights and adapters only
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 = off
+    ema_decay: Fraction = 0.0  # of a moving average of the weights, evaluated beside them; 0 = off
     rand_augment: NonNegativeInt = 0  # M of RandAugment(2, M), where 10 is the nominal maximum; 0 = off
     color_jitter: NonNegativeFloat = 0.0  # brightness, contrast, saturation by 1 ± this (timm's); 0 = off
     random_erasing: Fraction = 0.0  # probability of a box of noise in an image (timm's reprob); 0 = off
@@ -329,6 +331,9 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         model.init_weights(cfg.seed)
         copy_weights(model, start.take_weights())
         init_adapters(model, cfg.seed)
+    ema = Ema(model, cfg.ema_decay, mesh)
+    if start.checkpoint:
+        ema.load(start.checkpoint, model)
     log = open_log(cfg, start, last_step)  # which cuts the run's logs back: nothing was found wrong
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
     phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
@@ -344,6 +349,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             s.phase, s.ranks, s.frozen_blocks = phase, ranks, frozen_blocks
             reset_peak_memory(device)
             model, optimizer = switch_phase(cfg, model, optimizer, phase, ranks, mesh, frozen_blocks)
+            ema.follow(model)
             gc.collect()  # compiled blocks stand in reference cycles, and hold the old model
             peak_bytes = distributed.max_over_processes(peak_memory(device), device)
             costs = enter_phase(cfg, s, model, optimizer, device)
@@ -363,6 +369,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         for i in range(steps):
             lr = lr_at(s.step, frozen_at=frozen_at)
             pending.append((lr, train_step(cfg, model, optimizer, clock.batches, s.step, lr, failed)))
+            ema.update()
             s.step, s.epoch_step = s.step + 1, s.epoch_step + 1
             clock.step()
             log.advance()
@@ -374,7 +381,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
                     break
         s.epoch_seconds, s.epoch_waited = clock.close()
         if stopped or s.epoch_step < steps_per_epoch:  # told to stop, or max_steps in mid-epoch
-            save(cfg, s, log, model, optimizer, train_loader.num_samples, pinned=False)
+            save(cfg, s, log, model, optimizer, ema, train_loader.num_samples, pinned=False)
             break
 
         # -- the epoch's end: measure, evaluate, decide, save
@@ -384,42 +391,27 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         record = get_epoch_record(cfg, s, device, processes, costs, lr, log.take_step_losses())
         record |= get_norms(model, families, frozen=log.epochs[-1:] if s.phase == "lora" else [])
         if s.epoch % cfg.eval_every == 0 or s.step >= last_step:
-            record |= evaluate(cfg, model, start.val_loader.epoch(0), device)
+            evaluate_model = lambda: evaluate(cfg, model, start.val_loader.epoch(0), device)  # noqa: B023
+            record |= evaluate_model() | ema.evaluate(model, evaluate_model)
         log.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
         s.begin_epoch()
         phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
         log.decided(s, get_signs(cfg, s, log.epochs, start.baseline, phase), ranks)
         pinned = not s.is_in(phase, frozen_blocks) or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0)
-        save(cfg, s, log, model, optimizer, train_loader.num_samples, pinned)
+        save(cfg, s, log, model, optimizer, ema, train_loader.num_samples, pinned)
         if s.step >= last_step:
             break
     log.end(s.step, stopped, stop.signal)
     return not stopped
 
 
-def look(s: State, log: RunLogger, pending: list[tuple[float, Tensor]]) -> None:
-    """Add up and log the steps since the last look. Raises FloatingPointError for one that is not finite."""
-    results = torch.stack([result for _, result in pending]).tolist()  # the host waits here
-    steps = itertools.count(s.step - len(pending) + 1)
-    records = []
-    for step, (lr, _), (loss, hits, norm, failed) in zip(steps, pending, results):
-        records.append({"step": step, "epoch": s.epoch + 1, "loss": loss, "grad_norm": norm, "lr": lr})
-        if failed:
-            log.write_steps(records)
-            raise FloatingPointError(
-                f"non-finite loss or gradient norm at step {step}, epoch {s.epoch + 1}, phase {s.phase}: "
-                f"stopped before that optimiser step; last checkpoint: {checkpoint.latest(log.run_dir)}"
-            )
-        s.epoch_loss, s.epoch_hits = s.epoch_loss + loss, s.epoch_hits + hits
-    log.write_steps(records)
-    pending.clear()
-
-
-def save(cfg: Config, s: State, log: RunLogger, model, optimizer, images: int, pinned: bool) -> None:
+def save(
+    cfg: Config, s: State, log: RunLogger, model, optimizer, ema: Ema, images: int, pinned: bool
+) -> None:
     """A checkpoint, at which the logs will be cut back when a run goes on from it."""
     s.metrics_bytes, s.steps_bytes = log.metrics_bytes, log.steps_bytes
     parallel.reshard(model)
-    checkpoint.save(Path(cfg.run_dir), model, optimizer, get_meta(cfg, s, images), pinned)
+    checkpoint.save(Path(cfg.run_dir), model, optimizer, get_meta(cfg, s, images), pinned, ema.get_tensors())
 
 
 def main(argv: list[str], signals: list[int] | None = None) -> int:

@@ -33,6 +33,7 @@ from errors import UserError
 from launch.distributed import TIMEOUT
 from lora.ranks import Ranks
 from model import parallel
+from model.ema import Ema, get_local
 from model.optim import build_optimizer
 from train import Config
 
@@ -98,6 +99,14 @@ def measure_step(cfg: Config, model: nn.Module, optimizer: Optimizer, images: in
         take_step(cfg, model, optimizer, batches())
     (peak,) = tracker.get_tracker_snapshot("peak").values()  # one device
     return {part: sum(peak[_FSDPRefType(name)] for name in names) for part, names in PARTS.items()}
+
+
+def measure_averages(model: nn.Module, mesh: DeviceMesh) -> int:
+    """Bytes of the averages of the weights that this process holds, those of a frozen base as well. A step
+    allocates nothing for them."""
+    ema = Ema(model, 0.5, mesh)
+    averages = [ema.averages.get(name, ema.shard(p)) for name, p in model.named_parameters()]
+    return sum(get_local(average).nbytes for average in averages)
 
 
 def simulate_peaks(cfg: Config, ranks: Ranks) -> dict[str, int]:
@@ -177,6 +186,7 @@ def memory(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     grad_accum_steps: int = 1,
     fit: float | None = None,
+    ema: bool = False,
 ) -> dict[tuple, dict[str, int] | int]:
     """A process's memory on a GPU at the peak of a step, in each phase, every adapter of rank 64, and at the
     peak of the switches.
@@ -184,8 +194,9 @@ def memory(
     images: of 224 × 224, on each process, in a micro-batch. dp_shard: processes that share one copy of the
     masters; None = all of them, 4, and 1. activation_checkpointing: None = both. grad_accum_steps:
     micro-batches of a step; from 2 on a backward finds the gradients of the one before. fit: GiB; measure
-    besides how many images fit in that much. Returns {(dp_shard, checkpointing, title of CASES or of a
-    switch): bytes by PARTS or in all; with "fit" behind the title: images}, and prints it.
+    besides how many images fit in that much. ema: with averages of the weights (ema_decay). Returns
+    {(dp_shard, checkpointing, title of CASES or of a switch): bytes by PARTS or in all; with "fit" behind the
+    title: images}, and prints it.
     """
     check_arguments(images, grad_accum_steps, fit)
     start, held = time.perf_counter(), {}
@@ -206,8 +217,8 @@ def memory(
                     grad_accum_steps=grad_accum_steps,
                     batch_size=images * grad_accum_steps * world_size,
                 )
-                print(get_title_line(f"{heading}, checkpointing {checkpointing}", fit))
-                for title, row, fitting in measure_cases(cfg, mode, mesh, images, fit):
+                print(get_title_line(f"{heading}, checkpointing {checkpointing}", fit, ema))
+                for title, row, fitting in measure_cases(cfg, mode, mesh, images, fit, ema):
                     held[shards, checkpointing, title] = row
                     if fitting is not None:
                         held[shards, checkpointing, title, "fit"] = fitting
@@ -227,7 +238,7 @@ def check_arguments(images: int, grad_accum_steps: int, fit: float | None) -> No
 
 
 def measure_cases(
-    cfg: Config, mode: FakeTensorMode, mesh: DeviceMesh, images: int, fit: float | None
+    cfg: Config, mode: FakeTensorMode, mesh: DeviceMesh, images: int, fit: float | None, ema: bool
 ) -> Iterator[tuple[str, dict[str, int], int | None]]:
     """(title, bytes by PARTS or in all, images that fit or None) of each of CASES on `mesh` and of each
     switch, as soon as it is measured."""
@@ -238,21 +249,24 @@ def measure_cases(
         with mode:
             optimizer = build_optimizer(model, case.weight_decay)
             fill_moments(model, optimizer)
-            row, fitting = measure_step(case, model, optimizer, images), None
+            averages = {"averages": measure_averages(model, mesh)} if ema else {}
+            row, fitting = measure_step(case, model, optimizer, images) | averages, None
 
             def measure(n: int) -> int:
-                return sum(measure_step(case, model, optimizer, n).values())  # noqa: B023, called right here
+                held = measure_step(case, model, optimizer, n) | averages  # noqa: B023, called right here
+                return sum(held.values())
 
             if fit:
                 fitting = largest_fit(measure, fit * 2**30, {images: sum(row.values())})
         yield title, row, fitting
         if cfg.activation_checkpointing == "none" and phase in NEXT:  # checkpointing changes nothing about it
             held = measure_switch(case, mode, model, optimizer, NEXT[phase], ranks, mesh)
+            held["all"] += sum(averages.values())
             yield f"  switch to {NEXT[phase]}", held, None
 
 
-def get_title_line(heading: str, fit: float | None) -> str:
-    parts = "".join(f"{part:>12}" for part in PARTS)
+def get_title_line(heading: str, fit: float | None, ema: bool) -> str:
+    parts = "".join(f"{part:>12}" for part in [*PARTS, *["averages"] * ema])
     line = f"\n{heading:52}{'peak':>8}{'- full':>8}{parts}"
     return f"{line}  images that fit" if fit else line
 
@@ -260,6 +274,6 @@ def get_title_line(heading: str, fit: float | None) -> str:
 def get_row(title: str, row: dict[str, int], full: int, fitting: int | None) -> str:
     """A line of the table: GiB at the peak, that less the full phase's, and the parts."""
     held = sum(row.values())
-    parts = "".join(f"{row[part] / 2**30:12.3f}" for part in PARTS if part in row)
+    parts = "".join(f"{row[part] / 2**30:12.3f}" for part in (*PARTS, "averages") if part in row)
     line = f"{title:52}{held / 2**30:8.2f}{(held - full) / 2**30:+8.2f}{parts}"
     return line if fitting is None else f"{line}{fitting:17}"

@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import _dump_fr_trace_json
 
 from errors import SharedError, UserError
 from launch.distributed import finish, get_world_rank
+from model import checkpoint
 
 # ----------------------------------------------------------------------------------------------------
 # any failure
@@ -46,7 +47,9 @@ def explain(error: BaseException, run_dir: str | Path, log: Callable[..., None])
         again = f"--run_dir {shlex.quote(str(run_dir))} --resume True"
         log(f"interrupted: go on with {again}", console=is_first)
         return 130
-    if isinstance(error, (FloatingPointError, SharedError)):  # every process has it
+    if isinstance(error, FloatingPointError):  # every process has it
+        log(f"error: {error}; last checkpoint: {checkpoint.latest(Path(run_dir))}", console=is_first)
+    elif isinstance(error, SharedError):  # this one, too
         log(f"error: {error}", console=is_first)
     elif isinstance(error, UserError):  # this process's own: an image that can't be read
         log(f"error: {error}")

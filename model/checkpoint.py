@@ -57,22 +57,30 @@ META_KEYS = {"state", "config", "train_images"}  # what those who go on from a c
 # ---- writing and reading
 
 
-def save(run_dir: Path, model: nn.Module, optimizer: Optimizer, meta: dict, pinned: bool) -> Path:
-    """Write model, optimiser and `meta` as step_<meta["state"]["step"]>, move `latest` to it, prune the
-    others.
+def save(
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    meta: dict,
+    pinned: bool,
+    averages: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write model, optimiser, `averages` (Ema.get_tensors) and `meta` as step_<meta["state"]["step"]>, move
+    `latest` to it, prune the others.
 
-    Where meta["state"] names a base, frozen parameters are left out. All processes together. The last two
-    intact checkpoints are kept, every `pinned` one, the bases of all these, and a whole one of the lora
-    phase, which the next ones may name. Raises SharedError where the disk refuses (it is full, say), with
-    `latest` still at the checkpoint before.
+    Where meta["state"] names a base, frozen parameters and their averages are left out. All processes
+    together. The last two intact checkpoints are kept, every `pinned` one, the bases of all these, and a
+    whole one of the lora phase, which the next ones may name. Raises SharedError where the disk refuses (it
+    is full, say), with `latest` still at the checkpoint before.
     """
     state = meta["state"]
     final = run_dir / "checkpoints" / f"step_{state['step']:08d}"
     tmp = final.with_suffix(".tmp")
-    tensors = get_tensors(model, optimizer)
+    tensors = get_tensors(model, optimizer) | (averages or {})
     if state.get("base"):
         for name in get_frozen(model):
             del tensors[f"model.{name}"]
+            tensors.pop(f"ema.{name}", None)
     elif state.get("phase") == "lora":
         pinned = True
     on_process_0(remove_leftovers, final.parent)

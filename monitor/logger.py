@@ -29,6 +29,9 @@ EPOCH_SCALARS = {  # TensorBoard's tag: the epoch record's field
     "val/loss": "val_loss",
     "val/top1": "val_top1",
     "val/top5": "val_top5",
+    "val/ema_loss": "val_ema_loss",  # of the averaged weights, where there are some
+    "val/ema_top1": "val_ema_top1",
+    "val/ema_top5": "val_ema_top5",
     "perf/images_per_second": "images_per_second",
     "perf/mfu": "mfu",
     "perf/data_wait_fraction": "data_wait_fraction",
@@ -157,6 +160,8 @@ class RunLogger:
         validation = ""
         if record["val_top1"] is not None:
             validation = f"val loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f}  "
+        if "val_ema_top1" in record:
+            validation += f"EMA top-1 {record['val_ema_top1']:.2f}  "
         self.message(
             f"epoch {record['epoch']:3d} {record['phase']:6s} train loss {record['train_loss']:.4f}  "
             f"{validation}{record['images_per_second']:.0f} images/s"
@@ -169,7 +174,7 @@ class RunLogger:
         with writing(self.tensorboard_path):
             tensorboard, step = self.tensorboard, record["step"]
             for tag, field in EPOCH_SCALARS.items():
-                if record[field] is not None:
+                if record.get(field) is not None:
                     tensorboard.add_scalar(tag, record[field], step)
             tensorboard.add_scalar(
                 "perf/slowest_rank_step_seconds", record["slowest_rank"]["step_seconds"], step

@@ -1,13 +1,17 @@
-"""The lines of metrics.jsonl, put together from what train.py has in hand: a start, a switch, an epoch.
+"""The lines of metrics.jsonl and steps.jsonl, put together from what train.py has in hand: a start, a switch,
+an epoch, steps.
 
 `s` is the run's State and `cfg` its Config (any objects with these fields will do).
 """
 
+import itertools
 import platform
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from monitor.logger import RunLogger
 from monitor.perf import peak_flops
 
 
@@ -93,3 +97,25 @@ def get_epoch_record(
         "val_top1": None,
         "val_top5": None,
     }
+
+
+def look(s, log: RunLogger, pending: list[tuple[float, Tensor]]) -> None:
+    """Add up and log the steps since the last look, and forget them.
+
+    `pending`: of each the learning rate and what train_step returned, (loss, hits, gradient norm, failed).
+    Raises FloatingPointError for one that is not finite.
+    """
+    results = torch.stack([result for _, result in pending]).tolist()  # the host waits here
+    steps = itertools.count(s.step - len(pending) + 1)
+    records = []
+    for step, (lr, _), (loss, hits, norm, failed) in zip(steps, pending, results):
+        records.append({"step": step, "epoch": s.epoch + 1, "loss": loss, "grad_norm": norm, "lr": lr})
+        if failed:
+            log.write_steps(records)
+            raise FloatingPointError(
+                f"non-finite loss or gradient norm at step {step}, epoch {s.epoch + 1}, phase {s.phase}: "
+                "stopped before that optimiser step"
+            )
+        s.epoch_loss, s.epoch_hits = s.epoch_loss + loss, s.epoch_hits + hits
+    log.write_steps(records)
+    pending.clear()

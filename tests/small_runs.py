@@ -112,10 +112,12 @@ def invert(file, start) -> Path:
 
 
 def weights(run_dir, path=None) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint (the latest): model and optimiser, what is frozen from its base."""
+    """All tensors of a checkpoint (the latest): model, optimiser and averages, what is frozen from its
+    base."""
     path = path or checkpoint.latest(Path(run_dir))
     base, own = checkpoint.get_base(path), held(path)
-    frozen = {key: t for key, t in held(base).items() if key.startswith("model.")} if base else {}
+    kinds = tuple({f"{key.split('.')[0]}." for key in own} & {"model.", "ema."})
+    frozen = {key: t for key, t in held(base).items() if key.startswith(kinds)} if base else {}
     return frozen | own
 
 

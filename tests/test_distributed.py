@@ -369,7 +369,7 @@ def test_a_bug_stands_in_the_processes_logs(on_ranks, tmp_path):
 @pytest.mark.parametrize(
     "error, status, says",
     [
-        (FloatingPointError("non-finite loss"), 1, "error: non-finite loss"),
+        (FloatingPointError("non-finite loss"), 1, "error: non-finite loss; last checkpoint: None"),
         (SharedError("can't write"), 1, "error: can't write"),
         (UserError("a.jpg cannot be read"), 1, "error: a.jpg cannot be read"),
         (KeyboardInterrupt(), 130, "interrupted: go on with --run_dir 'runs/a b' --resume True"),

@@ -45,12 +45,12 @@ def watching():
             seen["losses"].append(result[0].item())
         return result
 
-    def saving(run_dir, model, optimizer, meta, pinned):
+    def saving(run_dir, model, optimizer, meta, pinned, averages):
         if pinned or meta["state"]["epoch"] == 9:
             seen["weights"][meta["state"]["phase"]] = {
                 name: to_plain(t).cpu().clone() for name, t in model.state_dict().items()
             }
-        return save(run_dir, model, optimizer, meta=meta, pinned=pinned)
+        return save(run_dir, model, optimizer, meta, pinned, averages)
 
     with (
         mock.patch.object(train, "train_step", stepping),

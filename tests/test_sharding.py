@@ -16,7 +16,15 @@ import train
 from benchmarks import fake
 from benchmarks.choices import get_ranks
 from benchmarks.fake import build_fake, fake_processes, get_black_batch, take_step
-from benchmarks.memory import PARTS, _FSDPRefType, fill_moments, largest_fit, measure_step, measure_switch
+from benchmarks.memory import (
+    PARTS,
+    _FSDPRefType,
+    fill_moments,
+    largest_fit,
+    measure_averages,
+    measure_step,
+    measure_switch,
+)
 from benchmarks.wire import WireCounter, count_wire
 from launch import distributed
 from lora.inject import init_adapters
@@ -292,6 +300,26 @@ def fake_switch(model, shards, before, after):
         peak = measure_switch(cfg, mode, old, optimizer, fake.CASES[after][0], ranks, mesh)
         old, new = (memory_by_arithmetic(model, shards) for model in (old, new))
     return peak["all"], sum(old.values()) + new["masters"] + new["frozen"], 4 * 4 * TINY["embed_dim"] ** 2
+
+
+@pytest.mark.parametrize("shards", [1, 8])
+@pytest.mark.parametrize("case", CASES)
+@with_tiny
+def test_averages_are_held_in_shards_by_arithmetic(case, shards):
+    """Also those of a frozen base that is whole on each process."""
+    cfg = make_config("tiny/2", case)
+    with fake_processes(8) as mode:
+        built, mesh = (
+            build_faked(mode, cfg, case, "8", shards),
+            build_mesh(shards, "cpu", distributed.TIMEOUT),
+        )
+        with mode:
+            held = measure_averages(built, mesh)
+    expected = 0
+    for p in built.parameters():
+        rows = math.ceil(p.shape[0] / shards) * (p.numel() // p.shape[0])
+        expected += 4 * (shard_size(p, shards) if isinstance(p, DTensor) else rows)
+    assert held == expected
 
 
 def test_memory_is_what_the_shapes_say(on_ranks):

@@ -237,6 +237,7 @@ def test_non_finite_stops_before_the_step(small, reference, tmp_path, capsys, mo
     error = capsys.readouterr().err.splitlines()[-1]
     where = f"at step {step + 1}, epoch {step // STEPS + 1}, phase {PHASES[step]}"
     assert error.startswith("error: ") and f"non-finite loss or gradient norm {where}" in error
+    assert error.endswith(f"last checkpoint: {checkpoint.latest(tmp_path / 'run')}")
     # weights and moments are those before the step, to the bit
     model = captured["model"]
     now = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}

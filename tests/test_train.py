@@ -363,7 +363,7 @@ def test_the_old_model_is_gone_before_the_new_phase_starts(small, tmp_path, monk
     monkeypatch.setattr(train, "switch_phase", switching)
     monkeypatch.setattr(train, "enter_phase", entering)
     monkeypatch.setitem(VARIANTS, "tiny-debug", dict(VARIANTS["tiny-debug"], depth=2))
-    short = "--compile True --lora_warmup_epochs 1 --switch_epoch 2".split()
+    short = "--compile True --lora_warmup_epochs 1 --switch_epoch 2 --ema_decay 0.9".split()
     run(small, tmp_path / "run", *short, "--max_steps", 3 * STEPS + 1)
     assert len(old) > 30 and alive == [0, 0, 0]
     monkeypatch.setattr(train.gc, "collect", lambda: 0)  # the control
@@ -809,7 +809,7 @@ def test_cuda_three_phases_without_a_sync_in_the_hot_loop(small, tmp_path, monke
         return get_lr(step, *args, **kw)
 
     monkeypatch.setattr(train, "get_lr", watched)
-    records = run(small, tmp_path / "run", "--compile", True, "--dtype", dtype)
+    records = run(small, tmp_path / "run", "--compile", True, "--dtype", dtype, "--ema_decay", 0.9)
     phases = [record for record in records if record["event"] in ("start", "switch")]
     assert [p["graphs_compiled"] for p in phases] == [1, 1, 2]
     epochs = [record for record in records if record["event"] == "epoch"]
