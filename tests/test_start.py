@@ -25,6 +25,7 @@ from small_runs import (
     assert_same,
     assert_same_run,
     events,
+    get_empty_preset,
     get_error,
     get_steps,
     no_figures,  # noqa: F401 (a fixture)
@@ -130,8 +131,9 @@ def test_extended_after_its_last_epoch_in_warmup(small, tmp_path):
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
     """A run of three epochs that began with --resume True in a folder that was not there."""
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    run(small, run_dir, "--epochs", 3, "--resume", True)
+    folder = tmp_path_factory.mktemp("finished")
+    run_dir, preset = folder / "run", get_empty_preset(folder)
+    assert train.main([preset, *argv(small, run_dir, "--epochs", 3, "--resume", True)]) == 0
     return run_dir
 
 
@@ -313,8 +315,8 @@ def test_forks_after_the_switch(small, reference, tmp_path, capsys):
 @pytest.mark.parametrize(
     "fork, flags, reason",
     [
-        ("nowhere", "", "no run nowhere to fork from"),
-        ("{}@abc", "", "full@abc to fork from (--fork RUN, or RUN@epoch with a whole number)"),
+        ("nowhere", "", "fork: no run directory nowhere: there is no run in . (--fork RUN,"),
+        ("{}@abc", "", "are full (--fork RUN, or RUN@epoch with a whole number)"),
         ("", "", "fork is empty"),
         ("{}@99", "", "keeps no checkpoint of epoch 99; it keeps those of 1, 2, 3"),
         (
