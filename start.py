@@ -38,7 +38,6 @@ from monitor.clock import EpochClock
 from monitor.convergence import find_switch, get_changes
 from monitor.log import (
     check_logs,
-    get_freeze_step,
     get_stage,
     load_run,
     phase_table,
@@ -56,7 +55,7 @@ SHARED = "model dataset num_classes batch_size train_samples".split()
 ADAPTERS = "target_modules rank_min rank_max rank_rule rank_budget lora_alpha lora_scaling".split()
 ADAPTERS += ["freeze_blocks"]
 # What the learning rate of a step depends on, besides the step.
-SCHEDULE = "epochs lr lr_warmup_steps lora_rewarm_steps".split()
+SCHEDULE = "epochs lr lr_warmup_steps".split()
 # What a fork may have different without a word: they shape nothing.
 UNSAID = "run_dir resume fork max_steps keep_every eval_every profile".split()
 
@@ -184,7 +183,7 @@ def open_log(cfg, start: Start, last_step: int) -> RunLogger:
     for record in start.records:
         log.copy(record)
     if start.checkpoint:
-        start.notes += describe_schedule(cfg, start, log.epochs)
+        start.notes += describe_schedule(cfg, start)
     if len(start.hosts) > 1:
         log.message(describe_places(start.hosts))
     for note in start.notes:
@@ -398,26 +397,20 @@ def check_warmup(cfg, path: Path, s: State, epochs: list[dict]) -> None:
         )
 
 
-def describe_schedule(cfg, start: Start, epochs: list[dict]) -> list[str]:
-    """A sentence on the learning rate, where the steps to come have another schedule than those behind."""
-    old, s = get_config(cfg, start.checkpoint, start.meta), start.state
+def describe_schedule(cfg, start: Start) -> list[str]:
+    """A sentence on the learning rate, where the steps to come have another schedule than those behind. (The
+    rise after the freeze, lora_rewarm_steps, comes on top of it.)"""
+    old, step = get_config(cfg, start.checkpoint, start.meta), start.state.step
     if all(getattr(cfg, name) == getattr(old, name) for name in SCHEDULE):
         return []
-    frozen_at = get_freeze_step(epochs) if s.phase == "lora" else None
     steps_per_epoch = start.meta["train_images"] // cfg.batch_size
-    last = get_step_lr(old, s.step - 1, steps_per_epoch, frozen_at)
-    following = get_step_lr(cfg, s.step, steps_per_epoch, frozen_at)
+    last = get_lr(step - 1, old.lr, old.lr_warmup_steps, old.epochs * steps_per_epoch)
+    following = get_lr(step, cfg.lr, cfg.lr_warmup_steps, cfg.epochs * steps_per_epoch)
     kind = "fork" if start.forked else "resume"
     return [
-        f"{kind}: the learning rate was {last:.4g} at step {s.step} and goes on at {following:.4g}; the "
-        f"cosine of {cfg.epochs} epochs ends at step {steps_per_epoch * cfg.epochs}"
+        f"{kind}: the learning rate was {last:.4g} at step {step} and goes on at {following:.4g}; the cosine "
+        f"of {cfg.epochs} epochs ends at step {cfg.epochs * steps_per_epoch}"
     ]
-
-
-def get_step_lr(cfg, step: int, steps_per_epoch: int, frozen_at: int | None) -> float:
-    """The learning rate of step number `step`, from 0, in a run of `cfg`."""
-    total_steps = cfg.epochs * steps_per_epoch
-    return get_lr(step, cfg.lr, cfg.lr_warmup_steps, total_steps, frozen_at, cfg.lora_rewarm_steps)
 
 
 # ------------------------------------------------------------------------------------------------------------

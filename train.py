@@ -60,7 +60,7 @@ from start import Start, State, begin, choose_base, decide_ranks, get_meta, open
 class Config:
     # run
     run_dir: PathStr = "runs/default"  # where everything of this run goes
-    resume: bool = False  # go on from run_dir's last checkpoint; an empty run_dir starts fresh
+    resume: bool = False  # go on from run_dir's last checkpoint; with a preset, an empty run_dir starts fresh
     seed: NonNegativeInt = 0  # of weights, data order, augmentation, mixup, dropout
     max_steps: PositiveInt | None = None  # stop, and save, after so many steps; the schedule stays epochs'
     keep_every: NonNegativeInt = 0  # keep every so many epochs' checkpoint, besides last two and switches'
