@@ -579,7 +579,7 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, capsys, flags):
         (["--format", "timm", "--out", "FILLED"], "already there and not empty"),
         (["--format", "timm", "--out", "FILE"], "already there and not empty"),
         (["--format", "timm", "--out", "BELOW"], "can't write "),
-        (["--format", "timm", "--out", "OUT", "NOWHERE"], "neither a run with a checkpoint nor a checkpoint"),
+        (["--format", "timm", "--out", "OUT", "NOWHERE"], "no run directory"),
         (["--format", "timm", "--out", "OUT", "--data_dir", "/nowhere"], "no Fashion-MNIST under /nowhere"),
         (["--format", "timm", "--out", "OUT", "--images", "0"], "images must be above 0"),
         (["FIRST", "--format", "timm", "--out", "OUT"], "the run first"),
@@ -792,7 +792,7 @@ def test_merged_and_unmerged(runs, capsys, monkeypatch):
     "argv, words",
     [
         ([], "evaluate what?"),
-        (["NOWHERE"], "neither a run with a checkpoint nor a checkpoint"),
+        (["NOWHERE"], "no run directory"),
         (["RUN", "--data_dir", "/nowhere"], "no Fashion-MNIST under /nowhere"),
         (["RUN", "--dataset", "imagenet"], "dataset and num_classes are the run's own"),
         (["RUN", "--batch_size", "0"], "batch_size must be above 0"),
