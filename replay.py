@@ -128,14 +128,16 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
     cfg = typed_config(train.Config, config, f"{run}/config.json")
     cfg = dataclasses.replace(cfg, mode="prelora", fork=None, baseline=None)
     freezes = config["mode"] == "full"  # then switch_epoch is when blocks are frozen, and no switch
+    full = [record for record in epochs if get_stage(record) == "full"]
+    if not full:
+        raise UserError(f"{run} has no full phase")
     spans = []
     if freezes or any(getattr(asked, name) for name in SWITCH_SETTINGS):
         cfg = dataclasses.replace(cfg, switch_epoch=None)  # now the test decides, not a fixed epoch
     else:
-        spans = get_spans(events)
-    full = [record for record in epochs if get_stage(record) == "full"]
-    if not full:
-        raise UserError(f"{run} has no full phase")
+        spans = [(since, settings) for since, settings in get_spans(events) if since <= len(full)]
+    if spans:  # what came after the switch, or has judged no epoch yet, has not decided
+        cfg = dataclasses.replace(cfg, **spans[-1][1])
     seconds = get_timing(cfg, run, asked)
     base, costs = count_base(cfg, train.build_net(cfg))
     rows = []

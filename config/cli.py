@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import os
+import re
 import runpy
 import sys
 import types
@@ -245,13 +246,14 @@ def get_name(word: str) -> str:
 
 def is_stray(word: str) -> bool:
     """Whether a word is no value of a flag that takes several: `-lr`, `config/x.py`."""
-    return word.endswith(".py") or (word[:1] in HYPHENS and not word[1:2].isdigit())
+    looks_like_a_flag = re.match(f"[{HYPHENS}][A-Za-z]", word)
+    return word.endswith(".py") or bool(looks_like_a_flag)
 
 
 def check_value(name: str, hint, value: str | None) -> None:
     """Raise UserError if the flag has none (None), and for a boolean's that is not True or False."""
     is_boolean = hint is bool
-    if value is None or value.startswith("--") or (is_boolean and is_stray(value)):
+    if value is None or value.startswith("--") or (is_boolean and (value == "" or is_stray(value))):
         example = "True" if is_boolean else "VALUE"
         raise UserError(f"--{name} needs a value: --{name} {example}")
     if is_boolean and value not in ("True", "False"):

@@ -100,6 +100,10 @@ def test_a_resumed_run_does_what_replay_says(
     assert switch["epoch"] == switches
     note = f"{run_dir} has tau 90.0, zeta 90.0 from the end of epoch {switches} on, and was judged so"
     assert note in capsys.readouterr().out
+    assert resume(run_dir, "--tau", 1, "--max_steps", 6 * STEPS + 2) == 0  # after the switch it has no say
+    (row,) = rows_of(run_dir)
+    assert (int(row["switch_epoch"]), float(row["tau"])) == (switches, 90)
+    capsys.readouterr()
     assert rows_of(run_dir, "--tau", 90, "--zeta", 90)[0]["switch_epoch"] == "3"
     assert "was judged so" not in capsys.readouterr().out
 
