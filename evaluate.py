@@ -37,6 +37,7 @@ from data.device import normalise
 from data.loader import Loader, build_loader, prefetch
 from data.order import DataError
 from errors import SharedError, UserError
+from files import PathStr, expand_home
 from launch import distributed, failures
 from lora.inject import merge_lora, use_reference
 from model import checkpoint, parallel
@@ -56,7 +57,7 @@ class Evaluation:
 
     merged: bool = False  # merge the adapters into the base first, in float32
     ema: bool = False  # the moving average of the weights, of a run with ema_decay
-    data_dir: str | None = None  # holds val.beton, or the raw files
+    data_dir: PathStr | None = None  # holds val.beton, or the raw files
     loader: Literal["ffcv", "folder", "synthetic"] | None = None
     num_workers: NonNegativeInt | None = None
     batch_size: PositiveInt = 256  # images of a process's forward pass
@@ -300,7 +301,7 @@ def print_result(result: dict) -> None:
 def parse(argv: list[str]) -> tuple[str, Evaluation]:
     """TARGET [--flag value …] -> (target, flags). Raises UserError."""
     has_target = bool(argv) and not argv[0].startswith("-")
-    if not has_target and "--help" not in argv:
+    if not has_target and {"--help", "-h"}.isdisjoint(argv):
         raise UserError(
             "evaluate what? python evaluate.py RUN, or RUN/checkpoints/step_00001234, timm:NAME, "
             "FILE.safetensors; flags come after it"
@@ -308,7 +309,7 @@ def parse(argv: list[str]) -> tuple[str, Evaluation]:
     flags = argv[1:] if has_target else ["--help"]
     asked = parse_flags(flags, Evaluation(), prog="evaluate.py", description=__doc__)
     check_ranges(asked)
-    return argv[0], asked
+    return expand_home(argv[0]), asked
 
 
 def main(argv: list[str]) -> int:

@@ -37,6 +37,7 @@ from data.device import normalise
 from data.loader import build_loader
 from errors import UserError
 from evaluate import build_checkpoint, load_checkpoint
+from files import PathStr, expand_home
 from formats import load_back, write_adapter, write_huggingface, write_timm
 from launch import failures
 from lora.inject import get_adapter_names, merge_lora, use_reference
@@ -51,10 +52,10 @@ TOLERANCE = 1e-5  # of the largest logit, or of 1 where all are smaller
 @dataclass
 class Export:
     format: Literal["timm", "hf"] | None = None  # timm: timm.create_model; hf: ViTForImageClassification
-    out: str | None = None  # folder to make
+    out: PathStr | None = None  # folder to make
     adapters_only: bool = False  # format hf: the base without adapters, and a PEFT adapter
     ema: bool = False  # the moving average of the weights, base and adapters, of a run with ema_decay
-    data_dir: str | None = None  # of the validation images; None = the run's
+    data_dir: PathStr | None = None  # of the validation images; None = the run's
     loader: Literal["ffcv", "folder", "synthetic"] | None = None  # None = the run's
     images: PositiveInt = 32  # whose logits are compared
 
@@ -212,7 +213,7 @@ def parse(argv: list[str]) -> tuple[str, Export]:
     """RUN --format … --out … -> (run, flags). Raises UserError, for a library that is not installed too."""
     has_target = bool(argv) and not argv[0].startswith("-")
     asked = Export()
-    if has_target or "--help" in argv:
+    if has_target or "--help" in argv or "-h" in argv:
         flags = argv[1:] if has_target else ["--help"]
         asked = parse_flags(flags, asked, prog="export.py", description=__doc__)
     if not has_target or not asked.format or not asked.out:
@@ -231,7 +232,7 @@ def parse(argv: list[str]) -> tuple[str, Export]:
                 f"{module} is not installed, which checks what was written: "
                 "pip install -r requirements-dev.txt"
             )
-    return argv[0], asked
+    return expand_home(argv[0]), asked
 
 
 def main(argv: list[str]) -> int:

@@ -1,15 +1,16 @@
 """When would other settings have switched, and with which ranks? From a run's logged norms, without training.
 
-    python replay.py runs/baseline                                         the run's own settings
-python replay.py runs/baseline --tau 0.25 0.5 1 --zeta 1 2.5 5         every combination, also as
-RUN/replay.csv
-python replay.py runs/baseline --window_epochs 2 3 --times runs/exp2   with the time saved, by another run's
-epochs
-python replay.py --ttest RUN_FULL RUN_LORA                             HPT's criterion on two forks' step
-losses
+    python replay.py runs/baseline                                        the run's own settings
+    python replay.py runs/baseline --tau 0.25 0.5 1 --zeta 1 2.5 5        all combinations, RUN/replay.csv too
+    python replay.py runs/baseline --window_epochs 2 3 --times runs/exp2  time saved, by another run's epochs
+    python replay.py --ttest RUN_FULL RUN_LORA                            HPT's criterion on two forks' losses
 
 A run that has switched says nothing of what its weights would have done after that: settings that switch
 later need a baseline's log (--mode full).
+
+A run that was resumed with other settings is judged, without flags, as it was itself: each epoch's end by the
+settings that it had then, so that what is told is when it did switch. With flags they hold from the first
+epoch on, and for those that are not given the run's last.
 """
 
 import csv
@@ -28,9 +29,10 @@ import train
 from config.checks import check_config
 from config.cli import parse_flags, typed_config
 from errors import UserError
+from files import PathStr, expand_home
 from lora.ranks import Ranks, count_parameters
-from monitor.convergence import find_switch
-from monitor.log import get_stage, load_run
+from monitor.convergence import find_own_switch, find_switch, get_spans
+from monitor.log import get_stage, load_run, pick_events, read_run
 from start import count_base, decide_ranks
 
 
@@ -43,11 +45,9 @@ class Replay:
     num_windows: tuple[int, ...] | None = None  # consecutive windows that must agree
     window_epochs: tuple[int, ...] | None = None  # epochs per window; of --ttest a single number
     rank_rule: tuple[Literal["minmax", "uniform", "budget"], ...] | None = None
-    times: str | None = (
-        None  # run with epochs of all phases, to predict the time saved; None = the run itself
-    )
-    csv: str | None = None  # where the table goes; None = RUN/replay.csv
-    ttest: tuple[str, ...] = ()  # RUN_FULL RUN_LORA: compare their step losses instead
+    times: PathStr | None = None  # run with epochs of all phases, for the time saved; None = the run itself
+    csv: PathStr | None = None  # where the table goes; None = RUN/replay.csv
+    ttest: tuple[PathStr, ...] = ()  # RUN_FULL RUN_LORA: compare their step losses instead
 
 
 SETTINGS = ("tau", "zeta", "num_windows", "window_epochs", "rank_rule")
@@ -57,16 +57,16 @@ SHARED = ("dataset", "image_size", "model", "epochs", "batch_size", "train_sampl
 SHARED += ("lr", "lr_warmup_steps", "rand_augment", "color_jitter", "random_erasing", "mixup", "cutmix")
 
 
-def replay_run(cfg: train.Config, epochs: list[dict]) -> tuple[int | None, Ranks | None]:
+def replay_run(cfg: train.Config, epochs: list[dict], spans=()) -> tuple[int | None, Ranks | None]:
     """(epoch of the switch, ranks) under `cfg`, from the epoch records of a full phase; (None, None) if they
-    end before it.
+    end before it. `spans`: of monitor.convergence.get_spans, where settings were changed on the way.
 
     What a run with `cfg` would have done, if its full phase was this one: train.py decides by the same
     functions. Raises UserError for records without a family that `cfg` wants, or with values that are not
     finite.
     """
     try:
-        epoch = find_switch(epochs, cfg)
+        epoch = find_own_switch(epochs, cfg, spans) if spans else find_switch(epochs, cfg)
     except FloatingPointError as error:
         raise UserError(str(error)) from None
     if epoch is None:
@@ -116,22 +116,28 @@ def get_settings(cfg: train.Config, asked: Replay) -> list[dict]:
     return [dict(zip(SETTINGS, combination)) for combination in itertools.product(*values)]
 
 
-def get_rows(run: str, asked: Replay) -> tuple[list[dict], str]:
-    """A row for every combination of settings, and a sentence on those that this log can't answer ("" if
-    there are none).
+def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
+    """A row for every combination of settings, sentences on settings that the run was given on its way, and
+    one on those that this log can't answer ("" if there are none).
 
     `switch_epoch` is None where the log ends before the switch. Raises UserError for a run or settings that
     can't be replayed.
     """
-    config, epochs, _ = load_run(run)
+    config, events = read_run(run)
+    epochs = pick_events(events, "epoch")
     cfg = typed_config(train.Config, config, f"{run}/config.json")
     cfg = dataclasses.replace(cfg, mode="prelora", fork=None, baseline=None)
     freezes = config["mode"] == "full"  # then switch_epoch is when blocks are frozen, and no switch
-    if freezes or any(getattr(asked, name) for name in SWITCH_SETTINGS):
-        cfg = dataclasses.replace(cfg, switch_epoch=None)  # now the test decides, not a fixed epoch
     full = [record for record in epochs if get_stage(record) == "full"]
     if not full:
         raise UserError(f"{run} has no full phase")
+    spans = []
+    if freezes or any(getattr(asked, name) for name in SWITCH_SETTINGS):
+        cfg = dataclasses.replace(cfg, switch_epoch=None)  # now the test decides, not a fixed epoch
+    else:
+        spans = [(since, settings) for since, settings in get_spans(events) if since <= len(full)]
+    if spans:  # what came after the switch, or has judged no epoch yet, has not decided
+        cfg = dataclasses.replace(cfg, **spans[-1][1])
     seconds = get_timing(cfg, run, asked)
     base, costs = count_base(cfg, train.build_net(cfg))
     rows = []
@@ -139,7 +145,7 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], str]:
         budget = None if setting["rank_rule"] == "minmax" else cfg.rank_budget
         tried = dataclasses.replace(cfg, **setting, rank_budget=budget)
         check_config(tried)
-        epoch, ranks = replay_run(tried, full)
+        epoch, ranks = replay_run(tried, full, spans)
         row = {**setting, "switch_epoch": epoch}
         if epoch is None:
             row["after"] = len(full)
@@ -153,12 +159,24 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], str]:
         rows.append(row)
     late = sum(row["switch_epoch"] is None for row in rows)
     if not late or len(full) == len(epochs):  # the log has no switch of its own
-        return rows, ""
+        return rows, describe_spans(run, spans), ""
     did = "frozen blocks" if freezes else "switched"
-    return rows, (
+    reason = (
         f"{run} has {did} after epoch {len(full)}: its log can't tell when {late} of these settings "
         "would have, use a baseline's (--mode full)"
     )
+    return rows, describe_spans(run, spans), reason
+
+
+def describe_spans(run: str, spans: list[tuple[int, dict]]) -> list[str]:
+    """A sentence for each change of settings in `spans`."""
+    sentences = []
+    for (_, before), (since, after) in itertools.pairwise(spans):
+        changes = [f"{name} {value}" for name, value in after.items() if value != before[name]]
+        sentences.append(
+            f"{run} has {', '.join(changes)} from the end of epoch {since} on, and was judged so"
+        )
+    return sentences
 
 
 def format_table(rows: list[dict]) -> str:
@@ -279,6 +297,7 @@ def main(argv: list[str]) -> int:
     """
     run = argv[0] if argv and not argv[0].startswith("-") else None
     try:
+        run = run and expand_home(run)
         asked = parse_flags(argv[1:] if run else argv, Replay(), prog="replay.py", description=__doc__)
         if asked.ttest:
             if (
@@ -295,8 +314,9 @@ def main(argv: list[str]) -> int:
             return 0
         if not run:
             raise UserError("which run? python replay.py RUN, or --ttest RUN_FULL RUN_LORA")
-        rows, reason = get_rows(run, asked)
+        rows, notes, reason = get_rows(run, asked)
         print(format_table(rows))
+        print("".join(f"{note}\n" for note in notes), end="")
         path = Path(asked.csv or Path(run) / "replay.csv")
         write_csv(path, rows)
         print(f"wrote {path}")

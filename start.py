@@ -32,11 +32,19 @@ from lora.ranks import Ranks, choose_ranks
 from model import checkpoint
 from model.checkpoint import on_process_0
 from model.compiler import check_compiler
+from model.optim import get_lr
 from model.pretrained import load_pretrained
 from model.variants import LORA_FAMILIES, get_lowest
 from monitor.clock import EpochClock
 from monitor.convergence import find_switch, get_changes
-from monitor.log import check_logs, get_stage, load_run, phase_table
+from monitor.log import (
+    check_logs,
+    get_stage,
+    load_run,
+    phase_table,
+    pick_events,
+    read_events_until,
+)
 from monitor.logger import RunLogger
 
 # A run goes on with these as they were: its past depends on them.
@@ -47,6 +55,8 @@ SHARED = "model dataset image_size num_classes batch_size train_samples".split()
 # Once there are adapters: their ranks and their scaling.
 ADAPTERS = "target_modules rank_min rank_max rank_rule rank_budget lora_alpha lora_scaling".split()
 ADAPTERS += ["freeze_blocks"]
+# What the learning rate of a step depends on, besides the step.
+SCHEDULE = "epochs lr lr_warmup_steps".split()
 # What a fork may have different without a word: they shape nothing.
 UNSAID = "run_dir resume fork max_steps keep_every eval_every profile".split()
 
@@ -176,6 +186,8 @@ def open_log(cfg, start: Start, last_step: int) -> RunLogger:
             write_json(run_dir / "ranks.json", s.ranks)
     for record in start.records:
         log.copy(record)
+    if start.checkpoint:
+        start.notes += describe_schedule(cfg, start)
     if len(start.hosts) > 1:
         log.message(describe_places(start.hosts))
     for note in start.notes:
@@ -360,6 +372,62 @@ def check_checkpoint(cfg, start: Start, images: int) -> None:
         s.metrics_bytes, s.steps_bytes, s.base = 0, 0, None
     else:
         check_logs(cfg.run_dir, s.metrics_bytes, s.steps_bytes, path)
+        check_past(cfg, start)
+
+
+def check_past(cfg, start: Start) -> None:
+    """Raise UserError where a run that goes on has a new switch_epoch or lora_warmup_epochs under which its
+    past would have been another: its log would no longer say what its settings do."""
+    path, s, old = start.checkpoint, start.state, get_config(cfg, start.checkpoint, start.meta)
+    events = read_events_until(Path(cfg.run_dir, "metrics.jsonl"), s.metrics_bytes)
+    epochs = pick_events(events, "epoch")
+    if cfg.switch_epoch not in (None, old.switch_epoch):
+        next_end = s.epoch + 1 if s.epoch_step else s.epoch
+        full = sum(get_stage(epoch) == "full" for epoch in epochs)
+        if (s.phase != "full" or s.frozen_blocks) and cfg.switch_epoch != full:
+            raise UserError(
+                f"{path} has switched after epoch {full}, switch_epoch can't be {cfg.switch_epoch}"
+            )
+        if s.phase == "full" and not s.frozen_blocks and cfg.switch_epoch < next_end:
+            raise UserError(
+                f"switch_epoch {cfg.switch_epoch} is in the past of {path}: --switch_epoch {next_end} is the "
+                "first that is not"
+            )
+    if cfg.lora_warmup_epochs != old.lora_warmup_epochs and cfg.mode == "prelora":
+        check_warmup(cfg, path, s, epochs)
+
+
+def check_warmup(cfg, path: Path, s: State, epochs: list[dict]) -> None:
+    """Raise UserError if `cfg` would not have ended the warmup when the checkpoint at `path` did, or would
+    have ended it before."""
+    done = sum(epoch["phase"] == "warmup" and epoch["epoch"] <= s.epoch for epoch in epochs)
+    if s.phase == "lora" and done != cfg.lora_warmup_epochs:
+        raise UserError(
+            f"{path} comes after a warmup of {done} epochs, lora_warmup_epochs can't be "
+            f"{cfg.lora_warmup_epochs}"
+        )
+    begun = done + 1 if s.epoch_step else done
+    if s.phase == "warmup" and begun > cfg.lora_warmup_epochs:
+        raise UserError(
+            f"{path} is {begun} epochs into its warmup, which lora_warmup_epochs = {cfg.lora_warmup_epochs} "
+            "would have ended"
+        )
+
+
+def describe_schedule(cfg, start: Start) -> list[str]:
+    """A sentence on the learning rate, where the steps to come have another schedule than those behind. (The
+    rise after the freeze, lora_rewarm_steps, comes on top of it.)"""
+    old, step = get_config(cfg, start.checkpoint, start.meta), start.state.step
+    if all(getattr(cfg, name) == getattr(old, name) for name in SCHEDULE):
+        return []
+    steps_per_epoch = start.meta["train_images"] // cfg.batch_size
+    last = get_lr(step - 1, old.lr, old.lr_warmup_steps, old.epochs * steps_per_epoch)
+    following = get_lr(step, cfg.lr, cfg.lr_warmup_steps, cfg.epochs * steps_per_epoch)
+    kind = "fork" if start.forked else "resume"
+    return [
+        f"{kind}: the learning rate was {last:.4g} at step {step} and goes on at {following:.4g}; the cosine "
+        f"of {cfg.epochs} epochs ends at step {cfg.epochs * steps_per_epoch}"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -469,13 +537,12 @@ def check_fork(
     switched = next((switch["epoch"] for switch in switches if switch["from"] == "full"), None)
     if cfg.mode != "lora" and due != switched:
         told = f"after epoch {due}" if due else "later"
-        raise UserError(f"{path} comes after a switch at epoch {switched}, these settings switch {told}")
-    warmup = sum(epoch["phase"] == "warmup" and epoch["epoch"] <= state["epoch"] for epoch in epochs)
-    if state["phase"] == "warmup" and warmup > cfg.lora_warmup_epochs:
         raise UserError(
-            f"{path} is {warmup} epochs into its warmup, which lora_warmup_epochs = {cfg.lora_warmup_epochs} "
-            "would have ended"
+            f"{path} comes after a switch at epoch {switched}, these settings switch {told}: "
+            f"--switch_epoch {switched} shares it"
         )
+    if cfg.mode == "prelora":
+        check_warmup(cfg, path, read_state(meta, path), epochs)
 
 
 def get_shared_records(cfg, run: str, epochs: list[dict], switches: list[dict], at: int) -> list[dict]:

@@ -14,7 +14,6 @@ In this order: configuration, task, build and switch, one step, the loop. This t
 import dataclasses
 import gc
 import itertools
-import os
 import sys
 import time
 import zlib
@@ -36,6 +35,7 @@ from data.datasets import get_spec
 from data.device import erase, mix, normalise
 from data.loader import build_black_batch, prefetch
 from errors import UserError
+from files import PathStr, get_absolute
 from launch import distributed, failures
 from lora.inject import add_lora, freeze, freeze_base, init_adapters, mark_ranks_dynamic, match_families
 from lora.onednn import use_onednn
@@ -59,25 +59,25 @@ from start import Start, State, begin, choose_base, decide_ranks, get_meta, open
 @dataclass
 class Config:
     # run
-    run_dir: str = "runs/default"  # where everything of this run goes
-    resume: bool = False  # go on from run_dir's last checkpoint; an empty run_dir starts fresh
+    run_dir: PathStr = "runs/default"  # where everything of this run goes
+    resume: bool = False  # go on from run_dir's last checkpoint; with a preset, an empty run_dir starts fresh
     seed: NonNegativeInt = 0  # of weights, data order, augmentation, mixup, dropout
     max_steps: PositiveInt | None = None  # stop, and save, after so many steps; the schedule stays epochs'
     keep_every: NonNegativeInt = 0  # keep every so many epochs' checkpoint, besides last two and switches'
     eval_every: PositiveInt = 1  # evaluate after every so many epochs, and after the last
-    baseline: str | None = None  # run directory of a mode=full run, to warn of a loss plateau above it
+    baseline: PathStr | None = None  # run directory of a mode=full run, to warn of a loss plateau above it
     profile: bool = False  # a Kineto trace of two steps of each phase, into run_dir/profile
-    fork: str | None = None  # start from another run's checkpoint: RUN@epoch; RUN for the latest to share
-    init_from: str | None = None  # start from weights: timm:NAME, FILE.safetensors (timm's or Hugging Face's)
+    fork: PathStr | None = None  # start from another run's checkpoint: RUN@epoch; RUN for the latest to share
+    init_from: PathStr | None = None  # start from weights: timm:NAME or FILE.safetensors, timm's or HF's
     fresh_head: bool = False  # init_from: without the head of those weights, which is for other classes
     # data
     dataset: str = "fashion_mnist"  # a row of data/datasets.py's DATASETS
-    data_dir: str = "datasets/fashion_mnist"  # holds train.beton and val.beton (ffcv) or raw files (folder)
+    data_dir: PathStr = "datasets/fashion_mnist"  # holds train.beton, val.beton (ffcv) or raw files (folder)
     loader: Literal["ffcv", "folder", "synthetic"] = "ffcv"  # folder: torchvision's; synthetic: no files
     num_workers: NonNegativeInt | None = None  # loader threads or processes; None = one per core at hand
     image_size: PositiveInt | None = None  # pixels, both ways; None = the row's
     num_classes: PositiveInt | None = None  # None = those of the row; for a tree of one's own
-    stage_dir: str | None = None  # first copy the .beton files to this folder, on each node's local disk
+    stage_dir: PathStr | None = None  # first copy the .beton files to this folder, on each node's local disk
     train_samples: PositiveInt | None = None  # train on a fixed random subset of so many images; None = all
     # model
     model: str = "tiny-debug"  # a row of model/variants.py's VARIANTS
@@ -128,7 +128,7 @@ class Config:
 
     def __post_init__(self):
         if self.init_from and not self.init_from.startswith("timm:"):
-            self.init_from = os.path.abspath(self.init_from)  # a resumed run asks whether it is the same file
+            self.init_from = get_absolute(self.init_from)  # a resumed run asks whether it is the same file
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
     phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
     costs = enter_phase(cfg, s, model, optimizer, device) if s.is_in(phase, frozen_blocks) else {}
-    log.write(get_start_record(s, start, device, mesh, costs))
+    log.write(get_start_record(cfg, s, start, device, mesh, costs))
 
     look_every = 1 if device.type == "cpu" else 20  # steps: a look at a GPU's results waits for them
     stopped = False

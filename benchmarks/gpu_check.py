@@ -26,7 +26,7 @@ from benchmarks.choices import describe_device
 from benchmarks.gpu_findings import Check
 from benchmarks.gpu_process import Outcome, Part, run_in_process
 from errors import UserError
-from files import write_json
+from files import expand_home, write_json
 
 # Of all parts together; imports take the rest of six minutes. The parts' limits add up to more: if many of
 # them are slow, the last ones do not begin, and --parts asks for those in a second command.
@@ -85,12 +85,13 @@ def gpu(
     unknown = sorted(set(parts) - {part.number for part in PARTS})
     if unknown:
         raise UserError(f"parts are 0 to {PARTS[-1].number}, not {', '.join(map(str, unknown))}")
+    reference = reference and expand_home(reference)
     if reference is not None and not (Path(reference) / "losses.json").exists():
         command = shlex.join(["python", "-m", "benchmarks.gpu_reference", reference])
         raise UserError(f"{reference} has no losses.json: {command}")
     if dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # parts that ask by themselves see none, too
-    began, folder = time.perf_counter(), make_folder(Path(out))
+    began, folder = time.perf_counter(), make_folder(Path(expand_home(out)))
     report = {"torch": torch.__version__, "dry_run": dry_run, "parts": {}, "seconds": 0.0}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         where = Path(reference).resolve() if reference else Path(scratch) / "reference"

@@ -20,7 +20,7 @@ import train
 from benchmarks.contenders import PHASES
 from data.loader import build_loader, prefetch
 from errors import UserError
-from files import write_json
+from files import expand_home, write_json
 from model import checkpoint, parallel
 from model.optim import build_optimizer
 from model.variants import VARIANTS
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         print("error: python -m benchmarks.gpu_reference DIR", file=sys.stderr)
         return 2
     try:
-        make_reference(Path(argv[0]))
+        make_reference(Path(expand_home(argv[0])))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,6 +23,7 @@ from data.images import ImageTree
 from data.loader import build_loader
 from data.order import default_workers
 from errors import UserError
+from files import expand_home
 
 HALF = (0.5, 0.5, 0.5)  # mean and standard deviation
 AUGMENTED = ", RandAugment"  # behind the names of the runs with it
@@ -145,7 +146,7 @@ def data(
     num_workers = num_workers or default_workers()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        tree = Path(images) if images else scratch / "photos"
+        tree = Path(expand_home(images)) if images else scratch / "photos"
         if images is None:
             make_photos(tree, count)
         source = ImageTree(tree)

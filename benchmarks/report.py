@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.choices import describe_device
 from errors import UserError
+from files import expand_home
 
 # command line -> what to read it for
 # fmt: off
@@ -34,7 +35,7 @@ def write_report(out: str = "docs/bench.md", only: tuple[str, ...] = ()) -> None
     """Run SECTIONS one after the other and write OUT after each. only: words; sections whose command has one
     of them are run anew, the others keep what OUT says. Raises UserError if a command fails, with what was
     done kept."""
-    path = Path(out)
+    path = Path(expand_home(out))
     sections = read_sections(path) if only else {}
     asked = [command for command in SECTIONS if not only or set(only) & set(command.split())]
     kept = {command: text for command, text in sections.items() if command not in asked}

@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
+import re
 import runpy
 import sys
 import types
@@ -18,34 +20,65 @@ import tyro
 
 from config.checks import check_config
 from errors import UserError
-from files import read_json
+from files import expand_home, expand_paths, explain_no_run, find_run_above, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoints")  # any of them makes a folder a run's
+HYPHENS = "-‐‑‒–—−"  # and what word processors and web pages make of them
+NEAR = 0.8  # of difflib's ratio: lrr is lr and batchsize batch_size, gres is not resume
 
 
 def parse_config(Config: type, argv: list[str], description: str = "") -> tuple[typing.Any, list[str]]:
     """`[preset.py] [--field value …]` -> the Config, checked, and the lines that say what a resumed run
-    changes.
+    changes, or that there is none yet.
 
     With --resume True and a run in run_dir, the run's stored config is taken and only explicit flags are laid
     over it; with --fork and no preset, the config of the run that is forked. Raises UserError for whatever is
     wrong."""
     preset = argv[0] if argv and not argv[0].startswith("-") else None
     flags = argv[1:] if preset else argv
-    default = load_preset(Config, preset) if preset else Config()
+    default = Config()
+    if preset:
+        check_preset(preset, default)
+        preset = expand_home(preset)
+        default = load_preset(Config, preset)
     cfg = parse_flags(flags, default, description=description)
-    if cfg.fork and not preset and not is_resumed(cfg):
-        cfg = parse_flags(flags, load_source(Config, cfg.fork))
-    notes = []
     if is_resumed(cfg):
         cfg, notes = resume_config(Config, cfg, flags, preset)
-    elif not cfg.resume and any(Path(cfg.run_dir, name).exists() for name in RUN_FILES):
+    else:
+        check_fresh(cfg, preset)
+        if cfg.fork and not preset:
+            cfg = parse_flags(flags, load_source(Config, cfg.fork))
+        notes = []
+    if cfg.resume and not any(Path(cfg.run_dir, "checkpoints").glob("step_*")):
+        source = f" from {cfg.fork}" if cfg.fork else ""
+        notes.append(f"resume: {cfg.run_dir} holds no checkpoint yet, this is a fresh start{source}")
+    check_config(cfg)
+    return cfg, notes
+
+
+def check_fresh(cfg, preset: str | None) -> None:
+    """Raise UserError unless a run can begin in run_dir: nothing is there, or what is there may be gone on
+    from; and the preset or the fork says what it is to be."""
+    if cfg.run_dir == "":
+        raise UserError("run_dir is empty")
+    above = find_run_above(cfg.run_dir)
+    if above and Path(os.path.abspath(cfg.run_dir)).is_relative_to(
+        Path(os.path.abspath(above), "checkpoints")
+    ):
+        raise UserError(f"run_dir {explain_no_run(cfg.run_dir)}")
+    holds = [name for name in RUN_FILES if Path(cfg.run_dir, name).exists()]
+    if holds and not cfg.resume:
         raise UserError(
             f"{cfg.run_dir} already holds a run: continue it with --resume True or choose another --run_dir"
         )
-    check_config(cfg)
-    return cfg, notes
+    if preset or cfg.fork or not cfg.resume:
+        return
+    if holds:
+        raise UserError(f"{cfg.run_dir}/config.json is missing: give the run's preset before --resume True")
+    raise UserError(
+        f"nothing to resume: {explain_no_run(cfg.run_dir)} (a preset, config/x.py, would start a new one)"
+    )
 
 
 def is_resumed(cfg) -> bool:
@@ -85,7 +118,7 @@ def load_source(Config: type, fork: str):
     run, _ = split_fork(fork)
     path = Path(run, "config.json")
     if not path.is_file():
-        raise UserError(f"no run {run} to fork from (--fork RUN, or RUN@epoch with a whole number)")
+        raise UserError(f"fork: {explain_no_run(run)} (--fork RUN, or RUN@epoch with a whole number)")
     source = typed_config(Config, read_json(path), str(path))
     return dataclasses.replace(
         source, fork=None, init_from=None, fresh_head=False, max_steps=None, resume=False
@@ -98,7 +131,11 @@ def load_preset(Config: type, path: str | Path):
     A preset is a file of assignments; names that begin with _ and imported modules are its own affair. Raises
     UserError for a file that is missing or fails, an unknown key, a wrong type."""
     if not Path(path).is_file():
-        raise UserError(f"no such preset: {path}")
+        beside = {file.stem: str(file) for file in Path(path).parent.glob("*.py")}
+        near = difflib.get_close_matches(Path(path).stem, beside, n=1, cutoff=NEAR)
+        raise UserError(
+            f"no such preset: {path}" + "".join(f", did you mean {beside[stem]}?" for stem in near)
+        )
     try:
         values = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # whatever a user's file does
@@ -123,7 +160,9 @@ def typed_config(Config: type, values: dict, where: str):
         if typed[key] is WRONG:
             expected = hints[key] if typing.get_args(hints[key]) else hints[key].__name__
             raise UserError(f"{where}: {key} = {value!r} should be {expected}")
-    return Config(**typed)
+    cfg = Config(**typed)
+    expand_paths(cfg)
+    return cfg
 
 
 WRONG = object()
@@ -145,32 +184,117 @@ def as_type(value, hint):
 
 
 def suggest(key: str, *kinds: type) -> str:
-    """ ", did you mean …?" with the nearest field of the dataclasses `kinds`, if one is near."""
+    """ ", did you mean …?" with the field of the dataclasses `kinds` that is spelt nearly so, if one is."""
     names = [field.name for kind in kinds for field in dataclasses.fields(kind)]
-    close = difflib.get_close_matches(key.lstrip("-"), names, n=1)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=NEAR)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def parse_flags(argv: list[str], default, prog: str = "train.py", description: str = ""):
-    """Flags over `default`, an instance of a dataclass, by tyro. Raises UserError with tyro's reason in one
-    line; --help prints and exits. `description`: above the flags in the help, where it is not the dataclass's
-    own."""
-    known = {f"--{field.name}" for field in dataclasses.fields(default)}
-    for flag in argv:
-        name = flag.split("=")[0].replace("-", "_").replace("__", "--", 1)
-        if flag.startswith("--") and flag != "--help" and name not in known:
-            raise UserError(f"unknown flag {flag}{suggest(name, type(default))}")
+    """Flags over `default`, an instance of a dataclass, by tyro, a ~ in its paths expanded. Raises UserError
+    with the reason in one line; --help prints and exits. `description`: above the flags in the help, where it
+    is not the dataclass's own."""
+    check_words(argv, default, prog)
     kind = tyro.conf.FlagConversionOff[type(default)]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            values = tyro.cli(
                 kind, prog=prog, args=argv, default=default, use_underscores=True, description=description
             )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         raise UserError(get_reason(errors.getvalue())) from None
+    expand_paths(values)
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what people type instead, and the right form of it
+
+
+def check_words(argv: list[str], default, prog: str) -> None:
+    """Raise UserError, with the right form, for a word that is neither a flag of `default`, a dataclass, nor
+    a flag's value, and for a boolean without its True or False."""
+    hints = typing.get_type_hints(type(default))
+    room = 0  # how many values the last flag may still have
+    for word, following in zip(argv, [*argv[1:], None]):
+        if word in ("--help", "-h"):
+            return
+        if word.startswith("--"):
+            name, has_value, value = word.partition("=")
+            name = get_name(name)
+            if name not in hints:
+                raise UserError(f"unknown flag {word}{explain_unknown(word, following, default)}")
+            check_value(name, hints[name], value if has_value else following)
+            kinds = (hints[name], *typing.get_args(hints[name]))
+            takes_many = any(typing.get_origin(kind) is tuple for kind in kinds)
+            room = len(argv) if takes_many else 1
+            if has_value:
+                room = 0
+        elif room and not (room > 1 and is_stray(word)):
+            room -= 1
+        else:
+            raise UserError(explain_stray(word, default, prog))
+
+
+def get_name(word: str) -> str:
+    """The field's name in `--batch-size=3`, or in what was meant as such."""
+    return word.partition("=")[0].strip(HYPHENS).replace("-", "_")
+
+
+def is_stray(word: str) -> bool:
+    """Whether a word is no value of a flag that takes several: `-lr`, `config/x.py`."""
+    looks_like_a_flag = re.match(f"[{HYPHENS}][A-Za-z]", word)
+    return word.endswith(".py") or bool(looks_like_a_flag)
+
+
+def check_value(name: str, hint, value: str | None) -> None:
+    """Raise UserError if the flag has none (None), and for a boolean's that is not True or False."""
+    is_boolean = hint is bool
+    if value is None or value.startswith("--") or (is_boolean and (value == "" or is_stray(value))):
+        example = "True" if is_boolean else "VALUE"
+        raise UserError(f"--{name} needs a value: --{name} {example}")
+    if is_boolean and value not in ("True", "False"):
+        means_no = value.lower() in ("false", "no", "off", "0")
+        raise UserError(f"--{name} takes True or False, not {value}: --{name} {not means_no}")
+
+
+def explain_unknown(word: str, following: str | None, default) -> str:
+    """What comes after "unknown flag …"."""
+    name, fields = get_name(word), {field.name: field.type for field in dataclasses.fields(default)}
+    if name.startswith("no_") and fields.get(name[3:]) is bool:
+        return f": say --{name[3:]} False"
+    value = word.partition("=")[2] or following
+    if value and value.endswith(".py"):
+        return f": a preset stands first and has no flag, train.py {value} --field value …"
+    return suggest(name, type(default))
+
+
+def explain_stray(word: str, default, prog: str) -> str:
+    """A sentence about a word that is no flag's value and does not begin with two hyphens."""
+    meant = get_meant(word, type(default))
+    if meant:
+        return f"{word} is no flag: say {meant}"
+    if prog == "train.py" and word.endswith(".py"):
+        return f"{word}: one preset, and it stands first: train.py {word} --field value …"
+    return f"{word} is neither a flag nor the value of one (--field value)"
+
+
+def get_meant(word: str, *kinds: type) -> str | None:
+    """The flag that `lr=1`, `-lr` or `—lr` was meant as, if it is a field of the dataclasses `kinds`."""
+    is_field = get_name(word) in {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    if is_field and ("=" in word or word[0] in HYPHENS):
+        return f"--{word.lstrip(HYPHENS)}"
+    return None
+
+
+def check_preset(word: str, default) -> None:
+    """Raise UserError for a first word that was meant as a flag."""
+    meant = get_meant(word, type(default))
+    if meant and not Path(word).exists():
+        raise UserError(f"{word} is no flag: say {meant}")
 
 
 def get_reason(text: str) -> str:
@@ -188,7 +312,7 @@ def load_config_class() -> type:
 
     For commands that must start at once; an edit of Config is seen here as everywhere.
     """
-    light = ("config", "dataclasses", "os", "pathlib", "typing", "model.variants")
+    light = ("config", "dataclasses", "files", "os", "pathlib", "typing", "model.variants")
     tree = ast.parse((ROOT / "train.py").read_text())
 
     def is_needed(node: ast.stmt) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 from data.import_ffcv import import_ffcv
 from data.writer import Pixels, disk_errors, write_samples
 from errors import UserError
+from files import expand_home
 
 # The layout of a .beton, version 2 (ffcv/types.py): header, field descriptors, metadata, pages of data,
 # allocation table.
@@ -310,6 +311,8 @@ def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     mode = args.mode or ("raw" if args.source.startswith("fashion_mnist:") else "jpg")
     try:
+        args.source, args.path = expand_home(args.source), expand_home(args.path)
+        args.root = args.root and expand_home(args.root)
         source = open_source(args.source, args.root, args.skip_bad)
         bad = write_beton(
             source, args.path, args.workers, mode, args.max_resolution, args.quality, args.skip_bad

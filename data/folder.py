@@ -40,6 +40,7 @@ from data.order import (
 )
 from data.randaugment import BRIGHTNESS, COLOR, CONTRAST, GREY, OPERATIONS, get_arguments
 from errors import UserError
+from files import expand_home
 
 # ---- augmentations, each what data/augment.py's of that name is, on one Pillow image
 
@@ -252,7 +253,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("dir", help="where to: DIR/FashionMNIST/raw/*-ubyte")
     arguments = parser.parse_args(argv)
     try:
-        prepare_fashion_mnist(arguments.dir)
+        prepare_fashion_mnist(expand_home(arguments.dir))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

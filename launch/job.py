@@ -5,8 +5,9 @@ Takes train.py's arguments.
     torchrun --nproc_per_node 4 launch/job.py config/debug.py    one node; several with --rdzv_endpoint
     mpiexec -n 8 --ppn 4 python launch/job.py config/debug.py    PBS (PALS, MPICH), Open MPI
 
-A job always goes on from what is on disk (--resume True): an empty run_dir starts fresh. Nothing large is
-imported here before signals are safe: importing torch takes as long as some notices of preemption.
+A job always goes on from what is on disk (--resume True): with a preset, an empty run_dir starts fresh.
+Nothing large is imported here before signals are safe: importing torch takes as long as some notices of
+preemption.
 """
 
 import os

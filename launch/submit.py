@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import submitit
 
-from config.cli import load_config_class, load_preset, parse_config, parse_flags, suggest
+from config.cli import get_meant, load_config_class, load_preset, parse_config, parse_flags, suggest
 from data.datasets import get_spec
 from errors import UserError
+from files import PathStr, expand_home, get_path_names
 from launch.checks import check_run, check_writable
 from launch.job import MAX_REQUEUES
 from launch.slurm import build_executor, check_with_slurm, follow, get_script, outside_of_jobs, submit_runs
@@ -37,8 +38,7 @@ from model.variants import VARIANTS
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = "config/vit_l16_in1k.py"
 Config = load_config_class()  # train.py's, without torch: a dry run prints its text at once
-# Config's fields that are paths. init_from, which may name a model, is absolute already.
-PATHS = ("run_dir", "data_dir", "stage_dir", "baseline", "fork")
+PATHS = [name for name in get_path_names(Config) if name != "init_from"]  # that is absolute, or no file
 
 # This site. Meant to be edited; flags go before it.
 SITE = {
@@ -61,6 +61,7 @@ SITE = {
     # {gpus_per_node} in a value stands for the flag's number: {"gpus_per_node": "a100:{gpus_per_node}"}
     "extra": {},
 }
+SITE_SAYS = "sbatch's own options: SITE['extra'] in launch/submit.py"
 # Flags that change nothing without Slurm.
 FOR_SLURM = ("cpus_per_task", "partition", "account", "qos", "constraint", "exclude", "max_requeues")
 
@@ -77,7 +78,7 @@ class Launch:
     qos: str | None = SITE["qos"]
     constraint: str | None = SITE["constraint"]
     exclude: str | None = None  # nodes to avoid: nid[012-014]
-    folder: str = "runs/jobs"  # logs and the snapshot of the code, for each submission; seen by all nodes
+    folder: PathStr = "runs/jobs"  # logs and the snapshot of the code, for each submission; seen by all nodes
     max_requeues: int = MAX_REQUEUES  # starts after the first
     cluster: Literal["slurm", "local", "debug"] = "slurm"  # local: on this machine; debug: here, with pdb
     dry_run: bool = False  # print the batch script and the resolved configuration, submit nothing
@@ -145,22 +146,27 @@ def split_argv(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
             elif name in of_train:
                 current = config
             else:
-                raise UserError(f"unknown flag {word}{suggest(name, Config, Launch)}")
+                near = suggest(name, Config, Launch)
+                raise UserError(f"unknown flag {word}{near} ({SITE_SAYS})")
             current.append(word)
             awaits_value = "=" not in word
             says_nothing = awaits_value and argv[i + 1 : i + 2] not in (["True"], ["False"])
             if own.get(name) is bool and says_nothing:
                 current.append("True")
                 awaits_value = False
+        elif word == "-h":
+            launch.append("--help")
         elif awaits_value:
             current.append(word)
             awaits_value = False
         elif word.endswith(".py"):
-            presets.append(word)
+            presets.append(expand_home(word))
         elif current is config and not word.startswith("-"):  # train.py's flags may have several values
             config.append(word)
         else:
-            raise UserError(f"{word} is neither a flag nor a preset (config/x.py)")
+            meant = get_meant(word, Config, Launch)
+            says = f"is no flag: say {meant}" if meant else "is neither a flag nor a preset (config/x.py)"
+            raise UserError(f"{word} {says}")
     return launch, presets, config
 
 
@@ -214,11 +220,10 @@ def check_launch(launch: Launch, presets: list[str]) -> None:
 
 
 def is_stored(flags: list[str]) -> bool:
-    """Whether the settings are those of a run to fork, or of this run's own past: it needs no preset."""
+    """Whether the settings are those of a run to fork, or of this run's own past: it needs no preset. Where
+    there is no past, that is found when they are looked for."""
     asked = parse_flags(flags, Config())
-    if asked.fork:
-        return True
-    return asked.resume and Path(asked.run_dir, "config.json").exists()
+    return bool(asked.fork) or asked.resume
 
 
 def resolve(launch: Launch, preset: str | None, flags: list[str]) -> Run:

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from errors import SharedError, UserError
-from files import read_json, write_json
+from files import explain_no_run, is_run, read_json, write_json
 from model.optim import get_adapters, get_optimizer_state, set_optimizer_state
 from model.tensors import (
     CHECKSUMS,
@@ -288,18 +288,25 @@ def resolve(target: Path) -> tuple[Path, dict, list[str]]:
 
     Raises UserError if it is neither, or damaged, or has lost its base.
     """
-    if re.fullmatch(r"step_\d{8}(\.old)?", target.resolve().name) and target.is_dir():
+    if re.fullmatch(r"step_\d{8}(\.old)?", target.resolve().name):
+        if not target.is_dir():
+            raise UserError(f"no checkpoint {target}: {explain_checkpoints(target.parent)}")
         found = target, verify(target), []
     else:
         found = find(target)
     path, meta, _ = found
+    if path is None and not is_run(target):
+        raise UserError(f"{explain_no_run(target)} (or a checkpoint, RUN/checkpoints/step_00001234)")
     if path is None:
-        raise UserError(
-            f"{target} is neither a run with a checkpoint nor a checkpoint (RUN/checkpoints/step_00001234)"
-        )
+        raise UserError(f"{target} has no checkpoint yet")
     check_meta(path, meta)
     get_base(path, meta)
     return found
+
+
+def explain_checkpoints(folder: Path) -> str:
+    names = sorted(path.name for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+    return f"there are {', '.join(names)}" if names else f"{folder} holds none"
 
 
 def check_meta(path: Path, meta: dict) -> None:

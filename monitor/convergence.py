@@ -3,6 +3,7 @@
 The log is the state: these are functions of epoch records as they stand in metrics.jsonl, and keep nothing.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -21,6 +22,10 @@ class Settings(Protocol):
     switch_epoch: int | None  # switch after so many epochs instead of by the test
     lr_warmup_steps: int  # windows that begin in the learning rate's warmup don't count for the test
     target_modules: Sequence[str]  # the families whose norms are looked at
+
+
+# Those that a run may change when it goes on. Each start's record has them, as "switch_settings".
+CHANGEABLE = ("tau", "zeta", "num_windows", "switch_epoch", "lr_warmup_steps")
 
 
 class Window(NamedTuple):
@@ -98,8 +103,8 @@ def switch_due(epochs: list[dict], cfg: Settings) -> bool:
     return is_due_after(len(epochs), get_windows(epochs, cfg), get_warmup_epochs(epochs, cfg), cfg)
 
 
-def find_switch(epochs: list[dict], cfg: Settings) -> int | None:
-    """After how many of these epochs the switch was first due: the smallest n for which
+def find_switch(epochs: list[dict], cfg: Settings, first: int = 1) -> int | None:
+    """After how many of these epochs the switch was first due: the smallest n from `first` on for which
     switch_due(epochs[:n], cfg) holds. None if it is not due yet. Raises as `get_windows`, but for values
     after the switch.
     """
@@ -111,8 +116,38 @@ def find_switch(epochs: list[dict], cfg: Settings) -> int | None:
         check_record(record, cfg.target_modules)
         if count % size == 0:
             windows.append(build_window(epochs[count - size : count], cfg.target_modules))
-        if is_due_after(count, windows, warmup_epochs, cfg):
+        if count >= first and is_due_after(count, windows, warmup_epochs, cfg):
             return count
+    return None
+
+
+def get_spans(events: list[dict]) -> list[tuple[int, dict]]:
+    """(epoch, settings) for each change of CHANGEABLE in a run's events: from that epoch's end on the run was
+    judged by those settings.
+
+    An epoch's end is judged by the process that trains the next epoch. So a start after a whole epoch is the
+    judge of that epoch's end, and one within an epoch of that epoch's own."""
+    spans = []
+    for event in events:
+        if event.get("event") != "start" or "switch_settings" not in event:
+            continue
+        since, settings = event["epoch"], event["switch_settings"]
+        if event["epoch_step"]:
+            since += 1
+        spans = [span for span in spans if span[0] < since]
+        if not spans or spans[-1][1] != settings:
+            spans.append((since, settings))
+    return spans
+
+
+def find_own_switch(epochs: list[dict], cfg: Settings, spans: list[tuple[int, dict]]) -> int | None:
+    """`find_switch` by the settings of `get_spans`, each at the epochs for which it held. `cfg`, a dataclass,
+    says the rest. Before the first span, epochs that a fork shares, nothing was due."""
+    ends = [since for since, _ in spans[1:]]
+    for (since, settings), end in zip(spans, [*ends, len(epochs) + 1]):
+        found = find_switch(epochs[: end - 1], dataclasses.replace(cfg, **settings), first=since)
+        if found is not None:
+            return found
     return None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import UserError
-from files import read_json
+from files import explain_no_run, is_run, read_json
 
 FROZEN = "full, frozen"  # the full phase once its lowest blocks are frozen (mode full with freeze_blocks)
 
@@ -34,8 +34,8 @@ def load_run(run_dir: str | Path) -> Run:
 def read_run(run_dir: str | Path) -> tuple[dict, list[dict]]:
     """config.json, and all events of metrics.jsonl. Raises UserError as `load_run` does."""
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise UserError(f"no run directory {run_dir}")
+    if not (is_run(run_dir) or (run_dir / "config.json").exists()):
+        raise UserError(explain_no_run(run_dir))
     config = read_json(run_dir / "config.json")
     events = read_events(run_dir / "metrics.jsonl")
     if not pick_events(events, "epoch"):

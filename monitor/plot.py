@@ -16,6 +16,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from errors import UserError
+from files import expand_home
 from monitor.arms import get_common_parent, group_runs
 from monitor.compare import compare
 from monitor.figures import change_heatmap, family_figure, get_family, norms_figure, rank_heatmap
@@ -38,15 +39,15 @@ def plot_runs(runs: list[str], family: str | None, out: str | None) -> None:
     anything is written, for a run that can't be read, has no such family, or whose folder can't be made.
     """
     # A run that is named twice is no second seed.
-    paths = list({os.path.realpath(run): Path(run) for run in runs}.values())
+    paths = list({os.path.realpath(run): Path(run) for run in map(expand_home, runs)}.values())
     loaded = [(path, *read_run(path)) for path in paths]
     drawings = [get_drawing(path, events, family) for path, _, events in loaded]
     folders = [path / "figures" for path in paths]
     if len(paths) == 1:
         if out:
-            folders = [Path(out)]
+            folders = [Path(expand_home(out))]
     else:
-        shared = Path(out) if out else get_common_parent(paths) / "figures"
+        shared = Path(expand_home(out)) if out else get_common_parent(paths) / "figures"
         make_folder(shared)
     for folder in folders:
         make_folder(folder)

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from monitor.convergence import CHANGEABLE
 from monitor.logger import RunLogger
 from monitor.perf import peak_flops
 
 
-def get_start_record(s, start, device: torch.device, mesh: DeviceMesh | None, costs: dict) -> dict:
+def get_start_record(cfg, s, start, device: torch.device, mesh: DeviceMesh | None, costs: dict) -> dict:
     """Where a run starts, or goes on, and with what. `start`: the run's Start; `costs`: of the phase."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     return {
         "event": "start",
         "epoch": s.epoch,
         "step": s.step,
+        "epoch_step": s.epoch_step,
         "phase": s.phase,
         "frozen_blocks": s.frozen_blocks,
+        "switch_settings": {name: getattr(cfg, name) for name in CHANGEABLE},
         "device": device.type,
         "world_size": len(start.hosts),
         "hosts": start.hosts,

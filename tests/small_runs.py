@@ -60,6 +60,12 @@ def run(small, run_dir, *more) -> list[dict]:
     return events(run_dir)
 
 
+def get_empty_preset(folder) -> str:
+    """A preset that says nothing: with one, --resume True starts where there is no run."""
+    (folder / "empty_preset.py").write_text("")
+    return str(folder / "empty_preset.py")
+
+
 def resume(run_dir, *more) -> int:
     """The exit status of a run that goes on with what its own config says, but for what `more` says."""
     return train.main(["--run_dir", str(run_dir), "--resume", "True", *map(str, more)])

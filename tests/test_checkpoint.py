@@ -789,5 +789,7 @@ def test_what_a_checkpoint_must_say(tmp_path):
     assert [kept for kept, _ in checkpoint.kept(tmp_path)] == [path]
     with pytest.raises(UserError, match="step_00000002/meta.json is damaged: keys are missing"):
         checkpoint.resolve(tmp_path)
-    with pytest.raises(UserError, match="is neither a run with a checkpoint nor a checkpoint"):
-        checkpoint.resolve(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"checkpoints lies inside the run {tmp_path}: give {tmp_path}"):
+        checkpoint.resolve(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="step_00000009: there are step_00000001, step_00000002"):
+        checkpoint.resolve(tmp_path / "checkpoints/step_00000009")

@@ -3,23 +3,31 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from small_runs import (
     REPO,
     argv,
+    get_empty_preset,
     get_error,
     no_figures,  # noqa: F401 (a fixture)
     run,
 )
 
+import data.beton
 import data.device
 import data.folder
+import evaluate
+import export
+import monitor.plot
+import replay
 import train
 from config.checks import check_config
-from config.cli import load_preset, parse_config, typed_config
+from config.cli import load_preset, parse_config, parse_flags, typed_config
 from errors import UserError
-from launch import distributed
+from files import get_path_names
+from launch import distributed, submit
 
 
 @pytest.mark.parametrize(
@@ -96,17 +104,237 @@ def test_bad_input_is_one_line_before_any_work(small, tmp_path, capsys, bad, rea
     assert not (tmp_path / "run").exists()
 
 
+# ---- what people type instead
+
+NEAR = {
+    "epoch": "epochs",
+    "lrr": "lr",
+    "batchsize": "batch_size",
+    "bach-size": "batch_size",
+    "grad_acum_steps": "grad_accum_steps",
+    "warmup_steps": "lr_warmup_steps",
+    "weight_decy": "weight_decay",
+    "n_workers": "num_workers",
+    "randaugment": "rand_augment",
+    "rundir": "run_dir",
+    "resum": "resume",
+    "init_form": "init_from",
+    "target_module": "target_modules",
+}
+FAR = "gres mem opt momentum output_dir local_rank min_lr patience lora_rank save_steps crop_pct amp".split()
+
+
+@pytest.mark.parametrize("typed", [*NEAR, *FAR])
+def test_only_a_near_spelling_is_suggested(capsys, typed):
+    assert train.main([f"--{typed}", "1"]) == 2
+    suggested = f", did you mean {NEAR[typed]}?" if typed in NEAR else ""
+    assert get_error(capsys) == f"error: unknown flag --{typed}{suggested}\n"
+
+
+FIRST = "one preset, and it stands first: train.py config/debug.py --field value …"
+FORMS = {
+    "--lr 1 config/debug.py": FIRST,
+    "config/exp1.py config/debug.py": FIRST,
+    "config/exp1.py --lr 1 config/debug.py": FIRST,
+    "--target_modules q config/debug.py": FIRST,
+    "--config config/debug.py": "has no flag, train.py config/debug.py --field value …",
+    "--preset=config/debug.py": "has no flag, train.py config/debug.py --field value …",
+    "config/debug": "no such preset: config/debug, did you mean config/debug.py?",
+    "config/debg.py": "no such preset: config/debg.py, did you mean config/debug.py?",
+    "--resume": "--resume needs a value: --resume True",
+    "--resume --lr 1": "--resume needs a value: --resume True",
+    "--compile config/debug.py": "--compile needs a value: --compile True",
+    "--resume true": "--resume takes True or False, not true: --resume True",
+    "--compile=no": "--compile takes True or False, not no: --compile False",
+    "--no-compile": "unknown flag --no-compile: say --compile False",
+    "--run_dir --lr 1": "--run_dir needs a value: --run_dir VALUE",
+    "--lr": "--lr needs a value: --lr VALUE",
+    "-lr 1": "-lr is no flag: say --lr",
+    "--epochs 3 -lr=1": "-lr=1 is no flag: say --lr=1",
+    "–lr 1": "–lr is no flag: say --lr",
+    "—grad-clip=1": "—grad-clip=1 is no flag: say --grad-clip=1",
+    "lr=1": "lr=1 is no flag: say --lr=1",
+    "config/debug.py lr=1": "lr=1 is no flag: say --lr=1",
+    "--target_modules q -lr 1": "-lr is no flag: say --lr",
+    "--epochs 3 4": "4 is neither a flag nor the value of one",
+}
+
+
+@pytest.mark.parametrize("line", FORMS)
+def test_the_right_form_is_said(tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").symlink_to(REPO / "config")
+    assert train.main(line.split()) == 2
+    assert FORMS[line] in get_error(capsys)
+
+
+def test_these_forms_are_right(tmp_path):
+    """The control: what looks like a mistake and is none."""
+    (tmp_path / "lr=1").write_text("lr = 1\n")
+    flags = [
+        "--batch-size=20",
+        "--target_modules",
+        "q",
+        "v",
+        "--run_dir",
+        f"{tmp_path}/x.py",
+        "--lr_warmup_steps",
+        "0",
+    ]
+    cfg, _ = parse_config(train.Config, [str(tmp_path / "lr=1"), *flags])
+    assert (cfg.lr, cfg.batch_size, cfg.target_modules) == (1.0, 20, ("q", "v"))
+    assert cfg.run_dir == f"{tmp_path}/x.py"
+
+
+# ---- paths
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home directory, and a working directory in which nothing may appear."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    yield str(tmp_path / "home")
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_home_in_every_path_of_a_run(home):
+    """In a flag, in a preset and in a stored config."""
+    names = get_path_names(train.Config)
+    assert set(names) == {"run_dir", "data_dir", "stage_dir", "baseline", "fork", "init_from"}
+    for name in names:
+        assert getattr(parse_flags([f"--{name}=~/x@3"], train.Config()), name) == f"{home}/x@3"
+        assert getattr(typed_config(train.Config, {name: "~/x"}, "stored"), name) == f"{home}/x"
+    assert typed_config(train.Config, {"init_from": "timm:~/x"}, "stored").init_from == "timm:~/x"
+    Path(home, "preset.py").write_text("run_dir = '~/runs/a'\n")
+    cfg, _ = parse_config(train.Config, ["~/preset.py", "--lr_warmup_steps=0"])
+    assert cfg.run_dir == f"{home}/runs/a"
+
+
+def test_a_home_in_the_paths_of_the_other_commands(home, capsys):
+    assert evaluate.parse(["~/run", "--data_dir=~/d"])[1].data_dir == f"{home}/d"
+    assert export.parse(["~/run", "--format", "timm", "--out=~/o"])[1].out == f"{home}/o"
+    asked = parse_flags(["--ttest", "~/a", "~/b", "--csv=~/c"], replay.Replay())
+    assert asked.ttest == (f"{home}/a", f"{home}/b") and asked.csv == f"{home}/c"
+    Path(home, "preset.py").write_text("from config.debug import *\nrun_dir = '~/r'\n")
+    launch, (run,) = submit.parse(["~/preset.py", "--folder=~/jobs", "--dry_run", "--gpus_per_node", "1"])
+    assert (launch.folder, run.cfg.run_dir) == (f"{home}/jobs", f"{home}/r")
+    commands = [(command, ["~/nowhere"]) for command in (evaluate.main, export_main, replay.main, plot_main)]
+    commands += [(data.beton.main, ["~/nowhere", "~/x.beton"]), (train.main, ["~/nowhere"])]
+    commands += [(data.beton.main, ["fashion_mnist:train", "x.beton", "--root", "~/nowhere"])]
+    for command, line in commands:
+        assert command(line) != 0
+        assert f"{home}/nowhere" in capsys.readouterr().err
+    Path(home, "file").write_text("")
+    assert data.folder.main(["fashion_mnist", "~/file"]) == 1
+    assert f"{home}/file" in capsys.readouterr().err
+
+
+def plot_main(argv):
+    with pytest.raises(SystemExit) as stop:
+        monitor.plot.main(argv)
+    print(stop.value.code, file=sys.stderr)
+    return 1
+
+
+def export_main(argv):
+    return export.main([*argv, "--format", "timm", "--out", "~/o"])
+
+
+@pytest.mark.parametrize(
+    "argv", ["--run_dir=~nobody-at-all/x", "--init_from ~nobody-at-all/x", "~nobody-at-all/x"]
+)
+def test_a_home_that_nobody_has_is_one_line(home, capsys, argv):
+    assert train.main(argv.split()) == 2
+    assert "no home directory is known for ~nobody-at-all" in get_error(capsys)
+
+
+# ---- what is no run
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/debug/checkpoints/step_00000004", "runs/exp1", "runs/exp2", "runs/figures", "empty"):
+        Path(name).mkdir(parents=True)
+    for name in ("debug", "exp1", "exp2"):
+        Path("runs", name, "metrics.jsonl").write_text("")
+    Path("runs/debug/config.json").write_text("{}")
+    return tmp_path
+
+
+NO_RUN = {
+    "runs/exp": "no run directory runs/exp, the runs in runs are exp2, exp1, debug",
+    "runs/debgu": "no run directory runs/debgu, the runs in runs are debug, exp1, exp2",
+    "runs/figures": "runs/figures is no run, the runs in runs are debug, exp1, exp2",
+    "runs": "runs is no run, it holds the runs debug, exp1, exp2",
+    "runz/debug": "no run directory runz/debug: there is no folder runz",
+    "empty/debug": "no run directory empty/debug: there is no run in empty",
+    "runs/debug/checkpoints": "runs/debug/checkpoints lies inside the run runs/debug: give runs/debug",
+    "runs/debug/figures/x": "runs/debug/figures/x lies inside the run runs/debug: give runs/debug",
+}
+
+
+@pytest.mark.parametrize("path", NO_RUN)
+def test_what_is_no_run_is_answered_with_what_is_one(folders, capsys, path):
+    """Whoever is given it, and nothing is made."""
+    before = sorted(folders.rglob("*"))
+    resume, fork = ["--resume", "True", "--run_dir", path], ["--fork", path, "--run_dir", "new"]
+    baseline = ["--baseline", path, "--run_dir", "new", "--lr_warmup_steps", "0"]
+    commands = [(train.main, resume), (train.main, fork), (train.main, baseline)]
+    commands += [(submit.main, [*resume, "--nodes", "16", "--dry_run"]), (submit.main, [*fork, "--dry_run"])]
+    commands += [(command, [path]) for command in (evaluate.main, export_main, replay.main, plot_main)]
+    for command, line in commands:
+        assert command(line) != 0
+        err = capsys.readouterr().err
+        assert NO_RUN[path] in err and err.count("\n") == 1, (command, line)
+    assert sorted(folders.rglob("*")) == before
+
+
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/step_00000004"])
+@pytest.mark.parametrize("resume", ["True", "False"])
+def test_no_run_begins_among_checkpoints(folders, monkeypatch, capsys, inside, resume):
+    preset = get_empty_preset(folders)
+    for run_dir in (f"runs/debug/{inside}", f"{folders}/runs/debug/{inside}"):
+        assert train.main([preset, "--resume", resume, "--run_dir", run_dir]) == 2
+        run = run_dir.removesuffix(f"/{inside}")
+        assert get_error(capsys) == f"error: run_dir {run_dir} lies inside the run {run}: give {run}\n"
+    monkeypatch.chdir("runs/debug/checkpoints")
+    assert train.main([preset, "--resume", resume, "--run_dir", "step_00000004"]) == 2
+    assert "lies inside the run ..: give .." in get_error(capsys)
+
+
+def test_with_a_preset_a_resumed_run_starts_fresh_and_says_so(folders):
+    preset, flags = get_empty_preset(folders), ["--resume", "True", "--lr_warmup_steps", "0"]
+    for run_dir in ("runs/new", "elsewhere/checkpoints/new", "empty"):  # a folder may be called checkpoints
+        cfg, notes = parse_config(train.Config, [preset, *flags, "--run_dir", run_dir])
+        assert notes == [f"resume: {run_dir} holds no checkpoint yet, this is a fresh start"]
+    _, notes = parse_config(train.Config, [preset, "--lr_warmup_steps", "0", "--run_dir", "runs/new"])
+    assert notes == []  # nobody asked for another
+
+
+def test_a_run_without_its_config_is_no_fresh_start(folders, capsys):
+    assert train.main(["--resume", "True", "--run_dir", "runs/exp1"]) == 2
+    assert get_error(capsys) == (
+        "error: runs/exp1/config.json is missing: give the run's preset before --resume True\n"
+    )
+
+
 @pytest.mark.parametrize("name", ["run_dir", "fork", "init_from", "stage_dir"])
 def test_an_empty_path_is_no_path(small, tmp_path, capsys, name):
-    assert train.main([*argv(small, tmp_path / "run"), f"--{name}", ""]) == 2
-    assert get_error(capsys) == f"error: {name} is empty\n"
+    for resume in ("False", "True"):
+        flags = [*argv(small, tmp_path / "run"), "--resume", resume, f"--{name}", ""]
+        assert train.main([get_empty_preset(tmp_path), *flags]) == 2
+        assert get_error(capsys) == f"error: {name} is empty\n"
 
 
 def test_bad_input_from_a_shell(small, tmp_path):
     command = [sys.executable, "train.py", *argv(small, tmp_path / "run", "--lora_rank", 8)]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: unknown flag --lora_rank, did you mean lora_")
+    assert result.stderr.startswith("error: unknown flag --lora_rank\n")
     assert result.stderr.count("\n") == 1
 
 

@@ -4,6 +4,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,10 @@ from errors import UserError
 from lora.inject import add_lora, init_adapters
 from monitor.convergence import (
     failure_signs,
+    find_own_switch,
     find_switch,
     get_changes,
+    get_spans,
     get_windows,
     partial_convergence_test,
     percent_change,
@@ -270,6 +273,35 @@ def test_what_comes_after_the_switch_does_not_matter():
     assert find_switch(epochs, settings(2, 2)) == 4
     with pytest.raises(FloatingPointError):  # the control: before it does
         find_switch(epochs, settings(4, 2))
+
+
+STRICT, LOOSE = {"tau": 0.1, "zeta": 0.1}, {"tau": 5.0, "zeta": 5.0}
+
+
+@pytest.mark.parametrize(
+    "starts, switch",
+    [
+        ([(0, 0, STRICT)], None),
+        ([(0, 0, LOOSE)], 2),
+        ([(0, 0, STRICT), (4, 0, LOOSE)], 4),  # who trains epoch 5 judges the end of epoch 4
+        ([(0, 0, STRICT), (4, 3, LOOSE)], 5),  # within epoch 5: that was judged already
+        ([(0, 0, LOOSE), (2, 0, STRICT)], None),
+        ([(0, 0, STRICT), (4, 0, LOOSE), (4, 0, STRICT)], None),  # the first of these two trained nothing
+        ([(0, 0, STRICT), (3, 0, STRICT), (5, 0, LOOSE), (6, 1, STRICT)], 5),
+        ([(5, 0, LOOSE)], 5),  # a fork: before it nothing was due
+    ],
+)
+def test_a_run_whose_settings_change_is_judged_by_those_it_had(starts, switch):
+    epochs = log([10 * 1.01**n for n in range(8)])
+    events = [{"event": "start", "epoch": 0}, *epochs]  # one of another version says nothing
+    for epoch, epoch_step, changed in starts:
+        events.append(
+            {"event": "start", "epoch": epoch, "epoch_step": epoch_step, "switch_settings": changed}
+        )
+    cfg = vars(settings(2, 1))
+    cfg = make_dataclass("Settings", cfg)(**cfg)
+    assert find_own_switch(epochs, cfg, get_spans(events)) == switch
+    assert find_own_switch(epochs[:1], cfg, get_spans(events)) is None
 
 
 class OldMonitor:

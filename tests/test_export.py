@@ -578,7 +578,7 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, capsys, flags):
         (["--format", "timm", "--out", "FILLED"], "already there and not empty"),
         (["--format", "timm", "--out", "FILE"], "already there and not empty"),
         (["--format", "timm", "--out", "BELOW"], "can't write "),
-        (["--format", "timm", "--out", "OUT", "NOWHERE"], "neither a run with a checkpoint nor a checkpoint"),
+        (["--format", "timm", "--out", "OUT", "NOWHERE"], "no run directory"),
         (["--format", "timm", "--out", "OUT", "--data_dir", "/nowhere"], "no Fashion-MNIST under /nowhere"),
         (["--format", "timm", "--out", "OUT", "--images", "0"], "images must be above 0"),
         (["FIRST", "--format", "timm", "--out", "OUT"], "the run first"),
@@ -791,7 +791,7 @@ def test_merged_and_unmerged(runs, capsys, monkeypatch):
     "argv, words",
     [
         ([], "evaluate what?"),
-        (["NOWHERE"], "neither a run with a checkpoint nor a checkpoint"),
+        (["NOWHERE"], "no run directory"),
         (["RUN", "--data_dir", "/nowhere"], "no Fashion-MNIST under /nowhere"),
         (["RUN", "--dataset", "imagenet"], "dataset, image_size and num_classes are the run's own"),
         (["RUN", "--image_size", "35"], "dataset, image_size and num_classes are the run's own"),
@@ -1295,9 +1295,10 @@ def test_positions_are_interpolated_as_timm_does(tmp_path):
 # ---- in: training from it
 
 
-def start(tmp_path, source, *flags, run_dir="run", status=0):
+def start(tmp_path, source, *flags, run_dir="run", preset=(), status=0):
     """train.py from weights, one step that changes nothing; what it saved."""
     argv = [
+        *preset,
         "--run_dir",
         tmp_path / run_dir,
         *ONE_STEP,
@@ -1410,9 +1411,9 @@ def test_a_resumed_run_has_its_own_weights(tmp_path, capsys):
 
 def test_an_empty_run_dir_starts_from_weights_under_resume_too(tmp_path):
     save_file(build().state_dict(), tmp_path / "w.safetensors")
-    assert torch.equal(
-        start(tmp_path, tmp_path / "w.safetensors", "--resume", True)["pos_embed"], build().pos_embed
-    )
+    preset = [small_runs.get_empty_preset(tmp_path)]
+    started = start(tmp_path, tmp_path / "w.safetensors", "--resume", True, preset=preset)
+    assert torch.equal(started["pos_embed"], build().pos_embed)
 
 
 @pytest.mark.parametrize(

@@ -381,6 +381,9 @@ def test_a_run_that_cannot_be_read_is_one_line_and_nothing_is_written(tmp_path):
     with pytest.raises(SystemExit, match="empty has no finished epoch"):
         plot.main([str(empty)])
     (empty / "config.json").unlink()
+    with pytest.raises(SystemExit, match=f"empty is no run, the runs in {tmp_path} are good"):
+        plot.main([str(empty)])
+    (empty / "metrics.jsonl").write_text('{"event": "warning"}\n')
     with pytest.raises(SystemExit, match="config.json is missing"):
         plot.main([str(empty)])
     with pytest.raises(SystemExit, match="no family 'dense'"):
@@ -390,7 +393,7 @@ def test_a_run_that_cannot_be_read_is_one_line_and_nothing_is_written(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (
         1,
         "",
-        f"error: no run directory {tmp_path / 'absent'}\n",
+        f"error: no run directory {tmp_path / 'absent'}, the runs in {tmp_path} are empty, good\n",
     )
     assert not (good / "figures").exists()
 

@@ -8,10 +8,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from small_runs import events, no_figures, run  # noqa: F401 (a fixture)
+from small_runs import events, get_error, no_figures, resume, run  # noqa: F401 (a fixture)
 
 import replay
 from errors import UserError
+from model import checkpoint
 from model.variants import VARIANTS
 
 STEPS = 4  # per epoch; test_train.py's runs have more
@@ -65,6 +66,46 @@ def test_replay_agrees_with_what_runs_do(small, baseline, tmp_path, capsys, chos
             base = epochs[0]["trainable_params"]
             added = switches[0]["trainable_params"] - base
             assert added == int(row["adapter_params"]) == pytest.approx(float(row["share"]) / 100 * base)
+
+
+LOOSE = {"tau": 90.0, "zeta": 90.0}
+
+
+@pytest.mark.parametrize(
+    "stopped_at, is_flag, switches",
+    [(5 * STEPS, True, 5), (5 * STEPS + 1, True, 6), (5 * STEPS + 1, False, 6)],
+)
+def test_a_resumed_run_does_what_replay_says(
+    small, baseline, tmp_path, capsys, stopped_at, is_flag, switches
+):
+    """Thresholds under which a run would have switched after epoch 3 come after epoch 5, or within 6: by
+    flags, or by a start that was killed before it saved (its config is there, its log will be cut)."""
+    run_dir, strict = tmp_path / "run", ["--tau", 1e-6, "--zeta", 1e-6]
+    fork = [*SHORT, "--mode", "prelora", "--fork", f"{baseline}@4", *strict]
+    run(small, run_dir, *fork, "--max_steps", stopped_at)
+    assert rows_of(run_dir)[0]["switch_epoch"] == ""
+    if is_flag:
+        flags = [word for name, value in LOOSE.items() for word in (f"--{name}", value)]
+    else:
+        flags, path = [], run_dir / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | LOOSE))
+    capsys.readouterr()
+    assert resume(run_dir, "--switch_epoch", switches - 1) == 2
+    assert f"in the past of {checkpoint.latest(run_dir)}: --switch_epoch {switches} is" in get_error(capsys)
+    assert resume(run_dir, *flags, "--max_steps", 6 * STEPS + 1) == 0
+    (switch,) = events(run_dir, "switch")
+    capsys.readouterr()
+    (row,) = rows_of(run_dir)
+    assert (int(row["switch_epoch"]), json.loads(row["ranks"])) == (switches, switch["ranks"])
+    assert switch["epoch"] == switches
+    note = f"{run_dir} has tau 90.0, zeta 90.0 from the end of epoch {switches} on, and was judged so"
+    assert note in capsys.readouterr().out
+    assert resume(run_dir, "--tau", 1, "--max_steps", 6 * STEPS + 2) == 0  # after the switch it has no say
+    (row,) = rows_of(run_dir)
+    assert (int(row["switch_epoch"]), float(row["tau"])) == (switches, 90)
+    capsys.readouterr()
+    assert rows_of(run_dir, "--tau", 90, "--zeta", 90)[0]["switch_epoch"] == "3"
+    assert "was judged so" not in capsys.readouterr().out
 
 
 def test_the_switch_by_hand(baseline, tmp_path, capsys):

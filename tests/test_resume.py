@@ -29,7 +29,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from small_runs import REPO, assert_same, events, weights, without_times
+from small_runs import REPO, assert_same, events, get_empty_preset, weights, without_times
 from test_parallel import PLAIN, watching
 
 import start
@@ -1013,7 +1013,8 @@ def dying_in(rank, name):
     ],
 )
 def test_a_rank_that_dies_outside_of_a_step(launcher, tmp_path, tiny, rank, name):
-    argv = [*RUN, "--data_dir", tiny, "--run_dir", tmp_path / "run", "--resume", True]
+    preset = get_empty_preset(tmp_path)
+    argv = [preset, *RUN, "--data_dir", tiny, "--run_dir", tmp_path / "run", "--resume", True]
     statuses = launcher.wait(launcher.start(2, tmp_path, argv, dying_in, rank, name))
     consoles = [(tmp_path / f"console_{r}").read_text() for r in range(2)]
     assert statuses == [99 if r == rank else 1 for r in range(2)], consoles
@@ -1135,7 +1136,8 @@ def after_a_kill(run_dir):
 def test_twenty_kills(launcher, tiny, tmp_path):
     """At random moments of the run, every other one in a save. Nothing complete is lost, and what comes out
     is the same to the bit."""
-    argv = [*RUN, *RANDOM, "--data_dir", tiny, "--resume", True, "--run_dir"]
+    preset = get_empty_preset(tmp_path)
+    argv = [preset, *RUN, *RANDOM, "--data_dir", tiny, "--resume", True, "--run_dir"]
     reference, start = tmp_path / "reference", time.monotonic()
     assert launcher.wait(launcher.start(2, tmp_path, [*argv, reference])) == [0, 0]
     seconds, draw, kills, in_save, number = time.monotonic() - start, random.Random(0), 0, 0, 0
@@ -1182,7 +1184,8 @@ def test_killed_and_told_to_stop_under_torchrun(tiny, tmp_path):
         tmp_path / "run",
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "train.py"],
     )
-    argv = [*RUN, *RANDOM, "--data_dir", str(tiny), "--resume", "True", "--run_dir"]
+    preset = get_empty_preset(tmp_path)
+    argv = [preset, *RUN, *RANDOM, "--data_dir", str(tiny), "--resume", "True", "--run_dir"]
 
     def start(path):
         return subprocess.Popen(

@@ -26,6 +26,7 @@ from small_runs import (
     assert_same_run,
     events,
     flip,
+    get_empty_preset,
     get_error,
     get_steps,
     no_figures,  # noqa: F401 (a fixture)
@@ -132,8 +133,9 @@ def test_extended_after_its_last_epoch_in_warmup(small, tmp_path):
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
     """A run of three epochs that began with --resume True in a folder that was not there."""
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    run(small, run_dir, "--epochs", 3, "--resume", True)
+    folder = tmp_path_factory.mktemp("finished")
+    run_dir, preset = folder / "run", get_empty_preset(folder)
+    assert train.main([preset, *argv(small, run_dir, "--epochs", 3, "--resume", True)]) == 0
     return run_dir
 
 
@@ -162,7 +164,15 @@ def longer(finished, tmp_path):
 
 def test_a_resumed_run_takes_the_stored_config_and_explicit_flags(longer, capsys):
     assert resume(longer, "--tau", 70, "--epochs", 4) == 0
-    assert "resume: tau = 70.0 overrides the stored 90.0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "resume: tau = 70.0 overrides the stored 90.0" in said
+    # after the cosine's end: from its last step to where a cosine of four epochs is by then
+    lrs = [step["lr"] for step in get_steps(longer)[17:19]]
+    note = (
+        f"resume: the learning rate was {lrs[0]:.4g} at step 18 and goes on at {lrs[1]:.4g}; the cosine of "
+        "4 epochs ends at step 24"
+    )
+    assert note in said and note in events(longer, "start")[-1]["notes"] and lrs[1] > 10 * lrs[0]
     assert len(events(longer, "epoch")) == 4 and json.loads((longer / "config.json").read_text())["tau"] == 70
     # another model, data set, order: refused
     changed = "seed 5, batch_size 60, mode full, train_samples 110, window_epochs 2, rank_max 16".split(", ")
@@ -172,6 +182,79 @@ def test_a_resumed_run_takes_the_stored_config_and_explicit_flags(longer, capsys
         assert f"was trained with {name} =" in get_error(capsys)
     assert resume(longer, "--epochs", 3) == 2
     assert "is past the end of 3 epochs" in get_error(capsys)
+
+
+def test_the_learning_rate_is_said_where_the_schedule_is_another(small, baseline, tmp_path, capsys):
+    """Of a fork too, and not where nothing changes it."""
+    run_dir, fork = tmp_path / "run", [*FORK, f"{baseline}@2"]
+    for i, flags in enumerate((["--epochs", 9], ["--epochs", 9], ["--epochs", 9, "--lr", 1e-4])):
+        source = ["--resume", True] if i else fork
+        run(small, run_dir, *source, *flags, "--max_steps", 2 * STEPS + 1 + i)
+        lrs = [step["lr"] for step in [*get_steps(baseline)[: 2 * STEPS], *get_steps(run_dir)]]
+        said = capsys.readouterr().err
+        kind, step = ("resume" if i else "fork"), 2 * STEPS + i
+        before, after = (f"{lr:.4g}" for lr in lrs[step - 1 : step + 1])
+        note = f"{kind}: the learning rate was {before} at step {step} and goes on at {after};"
+        assert (note in said) == (i != 1), said
+    assert "the cosine of 9 epochs ends at step 54" in said and lrs[-1] < lrs[-2] / 5
+
+
+PAST = [
+    (
+        SWITCH,
+        "--switch_epoch 2",
+        "switch_epoch 2 is in the past of {}: --switch_epoch 3 is the first that is not",
+    ),
+    (4, "--switch_epoch 5", "{} has switched after epoch 3, switch_epoch can't be 5"),
+    (
+        4,
+        "--lora_warmup_epochs 0",
+        "{} is 1 epochs into its warmup, which lora_warmup_epochs = 0 would have ended",
+    ),
+    (EPOCHS, "--switch_epoch 4", "{} has switched after epoch 3, switch_epoch can't be 4"),
+    (EPOCHS, "--lora_warmup_epochs 3", "{} comes after a warmup of 2 epochs, lora_warmup_epochs can't be 3"),
+]
+
+
+@pytest.mark.parametrize("at, flags, reason", PAST)
+def test_what_a_run_has_behind_it_cannot_be_changed(
+    small, reference, four, tmp_path, capsys, at, flags, reason
+):
+    """Nothing is touched; what fits the past is taken."""
+    run_dir = Path(shutil.copytree(four if at == 4 else reference, tmp_path / "run"))
+    (run_dir / "checkpoints/latest").write_text(f"step_{at * STEPS:08d}")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert resume(run_dir, *flags.split()) == 2
+    assert reason.format(checkpoint.latest(run_dir)) in get_error(capsys)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def four(small, tmp_path_factory):
+    """The reference run's first four epochs: one of them in the warmup."""
+    run_dir = tmp_path_factory.mktemp("four") / "run"
+    run(small, run_dir, "--max_steps", 4 * STEPS)
+    return run_dir
+
+
+def test_what_fits_the_past_is_taken(reference, four, tmp_path, capsys):
+    """The control: the epochs at which the run did switch, by name; a warmup that ends just now."""
+    finished = Path(shutil.copytree(reference, tmp_path / "finished"))
+    assert resume(finished, "--switch_epoch", SWITCH, "--lora_warmup_epochs", 2) == 0
+    at_the_switch = Path(shutil.copytree(reference, tmp_path / "at_the_switch"))
+    (at_the_switch / "checkpoints/latest").write_text(f"step_{SWITCH * STEPS:08d}")
+    flags = ["--switch_epoch", SWITCH, "--max_steps", SWITCH * STEPS + 1]
+    assert resume(at_the_switch, *flags) == 0
+    assert [record["epoch"] for record in events(at_the_switch, "switch")] == [SWITCH]
+    warmed = Path(shutil.copytree(four, tmp_path / "warmed"))
+    assert resume(warmed, "--lora_warmup_epochs", 1, "--max_steps", 4 * STEPS + 1) == 0
+    assert [record["epoch"] for record in events(warmed, "switch")] == [SWITCH, 4]
+
+
+def test_a_fork_after_the_freeze_has_its_warmup(small, reference, tmp_path, capsys):
+    fork = [*FORK, f"{reference}@6", "--lora_warmup_epochs", 1]
+    assert train.main(argv(small, tmp_path / "run", *fork)) == 2
+    assert "comes after a warmup of 2 epochs, lora_warmup_epochs can't be 1" in get_error(capsys)
 
 
 @pytest.mark.parametrize(
@@ -318,8 +401,8 @@ def test_forks_after_the_switch(small, reference, tmp_path, capsys):
 @pytest.mark.parametrize(
     "fork, flags, reason",
     [
-        ("nowhere", "", "no run nowhere to fork from"),
-        ("{}@abc", "", "full@abc to fork from (--fork RUN, or RUN@epoch with a whole number)"),
+        ("nowhere", "", "fork: no run directory nowhere: there is no run in . (--fork RUN,"),
+        ("{}@abc", "", "are full (--fork RUN, or RUN@epoch with a whole number)"),
         ("", "", "fork is empty"),
         ("{}@99", "", "keeps no checkpoint of epoch 99; it keeps those of 1, 2, 3"),
         (

@@ -49,6 +49,14 @@ BAD = {
     "--lrr 2": "unknown flag --lrr, did you mean lr?",
     "--lr fast": "fast",
     "-p gpu": "-p is neither a flag nor a preset",
+    "--gres gpu:4": "unknown flag --gres (sbatch's own options: SITE['extra'] in launch/submit.py)",
+    "--mail-type FAIL": "unknown flag --mail-type (sbatch's own",
+    "--partion gpu": "unknown flag --partion, did you mean partition? (sbatch's own",
+    "-nodes 2": "-nodes is no flag: say --nodes",
+    "lr=2": "lr=2 is no flag: say --lr=2",
+    "--resume": "--resume needs a value: --resume True",
+    "--resume --hours 1": "--resume needs a value: --resume True",
+    "--wait=true": "--wait takes True or False, not true: --wait True",
     "--wait stray": "stray is neither a flag nor a preset",
     "config/nope.py": "no such preset: config/nope.py",
     "--cluster local --nodes 2": "--cluster local has one node, not 2",
@@ -431,6 +439,25 @@ def test_a_dry_run_imports_no_torch(tmp_path):
     status, said, imported = probe(tmp_path, "--nodes", 16)
     assert status == 0 and len(said) == 1 and "train.beton is not there" in said[0]
     assert imported == []
+
+
+def test_what_is_not_there_is_not_resumed(tmp_path):
+    """It would be the paper's 300 epochs, from the beginning. With a preset it starts, and says so; a fork
+    has its source's settings to start with."""
+    resume = ["--resume", "True", "--run_dir", "runs/typo"]
+    reason = (
+        "nothing to resume: no run directory runs/typo: there is no folder runs (a preset, config/x.py, would"
+    )
+    status, said, imported = probe(tmp_path, "--nodes", 16, *resume, "--init_from", "timm:vit")
+    assert (status, imported) == (2, []) and len(said) == 1 and said[0].startswith(f"error: {reason}")
+    argv = ["--dry_run", "--nodes", 16, "--run_dir", tmp_path / "runs/typo", "--resume", "True"]
+    for preset, fork in ((REPO / submit.PAPER, []), (None, ["--fork", tmp_path / "source"])):
+        stored = dataclasses.asdict(load_preset(submit.Config, REPO / submit.PAPER))
+        (tmp_path / "source").mkdir(exist_ok=True)
+        (tmp_path / "source/config.json").write_text(json.dumps(stored))
+        words = [preset] if preset else []
+        _, (run,) = submit.parse([str(word) for word in [*words, *argv, *fork]])
+        assert run.cfg.epochs == 300 and not (tmp_path / "runs").exists()
 
 
 def test_a_dry_run_reads_a_beton_without_torch(tmp_path, small):
