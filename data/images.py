@@ -7,7 +7,6 @@ import hashlib
 import os
 import shutil
 import tarfile
-from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from shlex import quote
@@ -58,8 +57,9 @@ class ImageTree(DatasetFolder):
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """torchvision's method: the names of the class folders, and the label of each."""
         folders, files = self._list(directory)
+        extensions = get_extensions()
         for path in files:
-            is_image = path.lower().endswith(get_extensions())
+            is_image = path.lower().endswith(extensions)
             (self.loose if is_image else self.ignored).append(path)
         classes = [os.path.basename(folder) for folder in folders]
         return classes, {name: label for label, name in enumerate(classes)}
@@ -68,20 +68,23 @@ class ImageTree(DatasetFolder):
         self, directory: str, class_to_idx: dict[str, int], extensions: tuple[str, ...], **_
     ) -> list[tuple[str, int]]:
         """torchvision's method, in its order: (path, label) of every image of the class folders."""
-        samples = []
+        samples, above = [], _get_real_parents(directory)
         for name, label in class_to_idx.items():
-            for path in self._find_files(os.path.join(directory, name)):
+            for path in self._find_files(os.path.join(directory, name), above):
                 if path.lower().endswith(extensions):
                     samples.append((path, label))
                 else:
                     self.ignored.append(path)
         return samples
 
-    def _find_files(self, top: str) -> list[str]:
-        """All files below the folder `top`, through links to folders as well, folder by folder."""
-        found, todo = [], [(top, _get_real_parents(Path(top).absolute().parents))]
+    def _find_files(self, top: str, above: frozenset[Path]) -> list[str]:
+        """All files below the folder `top`, through links to folders as well, folder by folder.
+
+        above: the real paths of all folders that it lies in.
+        """
+        found, todo = [], [(top, above)]
         while todo:
-            folder, above = todo.pop()  # above: the real paths of all folders that it lies in
+            folder, above = todo.pop()
             real = Path(os.path.realpath(folder))
             if real in above:
                 raise UserError(f"{folder} is a link to {real}, a folder that it lies in itself: remove it")
@@ -127,10 +130,10 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _get_real_parents(parents: Iterable[Path]) -> frozenset[Path]:
-    """The real paths of `parents`, and of the folders these lie in."""
-    above = set()
-    for parent in parents:
+def _get_real_parents(folder: str | Path) -> frozenset[Path]:
+    """The real paths of a folder and of all that it lies in, as its path says and as it really does."""
+    above, absolute = set(), Path(folder).absolute()
+    for parent in (absolute, *absolute.parents):
         real = Path(os.path.realpath(parent))
         above |= {real, *real.parents}
     return frozenset(above)

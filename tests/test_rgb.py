@@ -137,13 +137,10 @@ def test_16_bits_are_taken_by_their_upper_8(tmp_path, largest):
         ("nan.tif", np.full(64, np.nan, np.float32), "nan.tif holds floats, "),
         ("large.tif", np.arange(65473, 65537, dtype=np.int32), "holds integers from 65473 to 65536, "),
         ("below.tif", np.arange(-1, 63, dtype=np.int32), "holds integers from -1 to 62, "),
-        ("signed.tif", np.arange(-1, 63, dtype=np.int16), "holds integers from -1 to 62, "),
     ],
 )
 def test_numbers_without_black_and_white_are_refused(tmp_path, name, values, says):
-    image = Image.fromarray(values.astype(np.int32) if name == "signed.tif" else values)
-    image = Image.fromarray(np.array(image).reshape(8, 8))
-    image.save(tmp_path / name)
+    Image.fromarray(values.reshape(8, 8)).save(tmp_path / name)
     with pytest.raises(DataError, match=f"{tmp_path}/.*{says}.*: convert it, by Image.fromarray"):
         read_image(tmp_path / name)
 
