@@ -175,8 +175,8 @@ def write_beton(
     OUT.skipped.txt, instead of stopping at the first. The .beton appears under its name only when whole and
     read back; the .json holds num_samples, the class names and the arguments.
 
-    Raises UserError on arguments, a bad image, a worker that was killed, a full disk, or a file that reads
-    back as something else; RuntimeError with a worker's traceback.
+    Returns what became of the images. Raises UserError on arguments, a bad image, a worker that was killed, a
+    full disk, or a file that reads back as something else; RuntimeError with a worker's traceback.
     """
     return write_betons({Path(path): source}, workers, mode, max_resolution, quality, skip_bad)[0]
 
