@@ -233,6 +233,9 @@ def evaluate(target: str, asked: Evaluation, device: torch.device) -> dict:
             world_rank=world_rank,
             world_size=world_size,
         )
+    if world_rank == 0:
+        for note in loader.notes:
+            print(note)
     with closing(loader):
         if path is None:
             model = train.build_model(cfg, "full", None, device)

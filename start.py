@@ -141,6 +141,7 @@ def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
         once_per_node(stage, cfg.dataset, cfg.data_dir, cfg.stage_dir, get_world_rank() == 0)
     with together():
         start.train_loader, start.val_loader = build_loaders(cfg)
+        start.notes += [*start.train_loader.notes, *start.val_loader.notes]
         images = start.train_loader.num_samples
         if start.checkpoint:
             start.state = read_state(start.meta, start.checkpoint)

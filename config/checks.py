@@ -3,6 +3,7 @@ table."""
 
 from config.ranges import check_ranges
 from data.datasets import DATASETS, get_spec
+from data.order import list_some
 from errors import UserError
 from model.variants import LORA_FAMILIES, VARIANTS
 from monitor.log import load_run
@@ -164,7 +165,13 @@ def check_data(cfg, images: int, classes: list[str] | None, val_classes: list[st
 
 
 def check_same_classes(data_dir: str, classes: list[str], val_classes: list[str]) -> None:
-    """For as many classes, name by name: their numbers alone, which labels are, would fit."""
+    """By name: their numbers alone, which labels are, would fit."""
+    only = []
+    for split, names, others in (("train", classes, val_classes), ("val", val_classes, classes)):
+        if apart := sorted(set(names) - set(others)):
+            only.append(f"only {split} has {list_some(apart)}")
+    if only:
+        raise UserError(f"train and val of {data_dir} do not have the same classes: {'; '.join(only)}")
     for here, there in zip(classes, val_classes):
         if here != there:
             raise UserError(

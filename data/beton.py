@@ -2,6 +2,8 @@
 
 A tree of CLASS/IMAGE files, of any format Pillow reads:
     python -m data.beton /data/flowers/train flowers/train.beton
+One tree, split into train.beton and val.beton of the folder `flowers`:
+    python -m data.beton /data/flowers flowers --split 0.9/0.1
 ILSVRC2012 from its tars and devkit in --root, or from the tree as torchvision unpacks them there, 150 GB:
     python -m data.beton imagenet:train imagenet/train.beton --root /data/imagenet
     python -m data.beton imagenet:val imagenet/val.beton --root /data/imagenet
@@ -16,12 +18,14 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from data.import_ffcv import import_ffcv
-from data.writer import Pixels, disk_errors, write_samples
+from data.order import find_empty, list_some
+from data.writer import Pixels, Written, disk_errors, write_samples
 from errors import UserError
 from files import expand_home
 
@@ -166,7 +170,7 @@ def write_beton(
     max_resolution: int = 500,
     quality: int = 90,
     skip_bad: bool = False,
-) -> dict[int, str]:
+) -> Written:
     """Write a torchvision data set of items (PIL image, label), with `.classes`: a .beton, a .json beside it.
 
     mode: raw pixels (read 2 to 3 × as fast, 5 × as large) or jpg of `quality`. Images with a side above
@@ -174,37 +178,61 @@ def write_beton(
     OUT.skipped.txt, instead of stopping at the first. The .beton appears under its name only when whole and
     read back; the .json holds num_samples, the class names and the arguments.
 
-    Returns {index: reason} of what was left out. Raises UserError on arguments, a bad image, a worker that
-    was killed, a full disk, or a file that reads back as something else; RuntimeError with a worker's
-    traceback.
+    Returns what became of the images. Raises UserError on arguments, a bad image, a worker that was killed, a
+    full disk, or a file that reads back as something else; RuntimeError with a worker's traceback.
     """
-    path, dataset = Path(path), Pixels(source, max_resolution)
+    return write_betons({Path(path): source}, workers, mode, max_resolution, quality, skip_bad)[0]
+
+
+def write_betons(
+    sources: dict[Path, Sequence],
+    workers: int | None,
+    mode: str,
+    max_resolution: int,
+    quality: int,
+    skip_bad: bool,
+) -> list[Written]:
+    """write_beton for each path of `sources`: all of them appear, once the last is written, or none does."""
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    _check_arguments(path, len(dataset), workers, max_resolution, quality)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial_index = path.with_name(f"{path.stem}.json.{os.getpid()}.tmp")
-    with disk_errors():
-        path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        bad = write_samples(partial, path, dataset, min(workers, len(dataset)), mode, quality, skip_bad)
-        _verify(partial, dataset, bad, mode, quality)
-        index = {
-            "num_samples": len(dataset) - len(bad),
-            "classes": list(source.classes),
-            "mode": mode,
-            "max_resolution": max_resolution,
-            "quality": quality,
-            "skipped": len(bad),
-        }
+    for path, source in sources.items():
+        _check_arguments(path, len(source), workers, max_resolution, quality)
         with disk_errors():
-            partial_index.write_text(json.dumps(index, indent=2) + "\n")
-            os.replace(partial, path)
-            os.replace(partial_index, path.with_suffix(".json"))
-            _report(path.with_suffix(".skipped.txt"), bad)
+            path.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    try:
+        for path, source in sources.items():
+            (partial, partial_index), dataset = _get_partials(path), Pixels(source, max_resolution)
+            processes = min(workers, len(dataset))
+            written.append(write_samples(partial, path, dataset, processes, mode, quality, skip_bad))
+            bad = written[-1].skipped
+            _verify(partial, dataset, bad, mode, quality)
+            index = {
+                "num_samples": len(dataset) - len(bad),
+                "classes": list(source.classes),
+                "mode": mode,
+                "max_resolution": max_resolution,
+                "quality": quality,
+                "skipped": len(bad),
+            }
+            with disk_errors():
+                partial_index.write_text(json.dumps(index, indent=2) + "\n")
+        with disk_errors():
+            for path, (bad, _) in zip(sources, written):
+                partial, partial_index = _get_partials(path)
+                os.replace(partial, path)
+                os.replace(partial_index, path.with_suffix(".json"))
+                _report(path.with_suffix(".skipped.txt"), bad)
     finally:
-        partial.unlink(missing_ok=True)
-        partial_index.unlink(missing_ok=True)
-    return bad
+        for path in sources:
+            for partial in _get_partials(path):
+                partial.unlink(missing_ok=True)
+    return written
+
+
+def _get_partials(path: Path) -> tuple[Path, Path]:
+    """Under which names a .beton and its .json are written."""
+    number = os.getpid()
+    return path.with_name(f"{path.name}.{number}.tmp"), path.with_name(f"{path.stem}.json.{number}.tmp")
 
 
 def _check_arguments(path: Path, images: int, workers: int, max_resolution: int, quality: int) -> None:
@@ -254,9 +282,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="a folder of class folders of images; or imagenet:train, imagenet:val, "
         "fashion_mnist:train, fashion_mnist:val in --root",
     )
-    parser.add_argument(
-        "path", metavar="OUT.beton", help="with OUT.json beside it: number of samples, class names"
-    )
+    out = "OUT.beton, with OUT.json beside it: number of samples, class names; with --split a folder"
+    parser.add_argument("path", metavar="OUT", help=out)
     parser.add_argument("--root", help="where a named data set lies (default: datasets/NAME)")
     modes = "how images are kept (default: jpg; fashion_mnist: raw)"
     parser.add_argument("--mode", choices=["jpg", "raw"], help=modes)
@@ -269,14 +296,22 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "instead of stopping at the first"
     )
     parser.add_argument("--skip_bad", action="store_true", help=skip)
+    trust = "read images of any size and PNGs with texts of any length, which someone else's may abuse"
+    parser.add_argument("--trust_images", action="store_true", help=trust)
+    split = (
+        "write train.beton and val.beton into the folder OUT, with these shares of the images; a hash of its "
+        "path in the tree says where an image goes, whatever the other images are"
+    )
+    parser.add_argument("--split", metavar="0.9/0.1", help=split)
     return parser.parse_args(argv)
 
 
-def open_source(source: str, root: str | None, skip_bad: bool) -> Sequence:
+def open_source(source: str, root: str | None, skip_bad: bool, trust_images: bool) -> Sequence:
     """The data set that SRC and --root name.
 
     Raises UserError where it isn't there or, without skip_bad, has classes without images.
     """
+    options = {"allow_empty": skip_bad, "trust_images": trust_images}
     # Here, because importing torchvision takes seconds.
     from data.images import ImageTree, open_dataset, unpack_imagenet
 
@@ -285,25 +320,53 @@ def open_source(source: str, root: str | None, skip_bad: bool) -> Sequence:
         folder = Path(root or f"datasets/{name}")
         if name == "imagenet" and split in ("train", "val"):
             unpack_imagenet(folder, split)
-        images = open_dataset(name, folder, split)
+        images = open_dataset(name, folder, split, **options)
     elif root:
         raise UserError(f"--root belongs to a named data set, imagenet:train say, not to the folder {source}")
     else:
-        images = ImageTree(source)
-    if not isinstance(images, ImageTree):
-        return images
-    if images.ignored:
-        print(
-            f"{len(images.ignored)} files have names of no image format and are left alone, "
-            f"{images.ignored[0]} among them",
-            file=sys.stderr,
-        )
-    if (empty := images.empty_classes()) and not skip_bad:
-        raise UserError(
-            f"{images.root}: class folders without images: {', '.join(empty)} "
-            "(--skip_bad keeps them as empty classes)"
-        )
+        images = ImageTree(source, **options)
+    if isinstance(images, ImageTree):
+        for sentence in images.describe_rest():
+            print(sentence, file=sys.stderr)
     return images
+
+
+def parse_split(split: str) -> Fraction:
+    """The training share of --split TRAIN/VAL. Raises UserError for shares that don't add up to 1."""
+    try:
+        shares = [Fraction(share) for share in split.split("/")]
+    except ValueError:
+        shares = []
+    if len(shares) != 2 or min(shares) <= 0 or sum(shares) != 1:
+        raise UserError(f"--split {split}: expected two shares above 0 that add up to 1, 0.9/0.1 say")
+    return shares[0]
+
+
+def choose_files(source: Sequence, path: Path, share: Fraction | None) -> dict[Path, Sequence]:
+    """Which file each part of `source` is written to: OUT.beton or, split, the two in the folder OUT."""
+    if share is None:
+        return {path: source}
+    from data.images import ImageTree, split_tree
+
+    if not isinstance(source, ImageTree):
+        raise UserError("--split is for a folder of class folders: fashion_mnist has a train and a val")
+    return {path / f"{part}.beton": images for part, images in split_tree(source, share).items()}
+
+
+def describe(path: Path, source: Sequence, written: Written) -> list[str]:
+    """What a person should know of the .beton that was written, in sentences."""
+    sentences, skipped, flat = [], written.skipped, written.single_colour
+    if skipped:
+        report = path.with_suffix(".skipped.txt")
+        sentences.append(f"{len(skipped)} of {len(source)} images were left out: {report}")
+    if empty := find_empty(source.classes, np.delete(np.asarray(source.targets), list(skipped))):
+        sentences.append(f"{path}: no image is of these classes: {list_some(empty)}")
+    if flat:
+        first = source.samples[flat[0]][0] if hasattr(source, "samples") else f"number {flat[0]}"
+        sentences.append(
+            f"{path}: {len(flat)} of {len(source)} images are one single colour, the first {first}"
+        )
+    return sentences
 
 
 def main(argv: list[str]) -> int:
@@ -311,18 +374,20 @@ def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     mode = args.mode or ("raw" if args.source.startswith("fashion_mnist:") else "jpg")
     try:
-        args.source, args.path = expand_home(args.source), expand_home(args.path)
+        args.source, args.path = expand_home(args.source), Path(expand_home(args.path))
         args.root = args.root and expand_home(args.root)
-        source = open_source(args.source, args.root, args.skip_bad)
-        bad = write_beton(
-            source, args.path, args.workers, mode, args.max_resolution, args.quality, args.skip_bad
-        )
+        share = None if args.split is None else parse_split(args.split)
+        if share and args.path.suffix == ".beton":
+            raise UserError(f"with --split OUT is a folder, for train.beton and val.beton: not {args.path}")
+        source = open_source(args.source, args.root, args.skip_bad, args.trust_images)
+        files = choose_files(source, args.path, share)
+        written = write_betons(files, args.workers, mode, args.max_resolution, args.quality, args.skip_bad)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if bad:
-        report = Path(args.path).with_suffix(".skipped.txt")
-        print(f"{len(bad)} of {len(source)} images were left out: {report}", file=sys.stderr)
+    for (path, part), what in zip(files.items(), written):
+        for sentence in describe(path, part, what):
+            print(sentence, file=sys.stderr)
     return 0
 
 

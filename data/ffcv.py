@@ -41,6 +41,7 @@ class FFCVLoader:
     """
 
     backend = "ffcv"
+    notes = ()
 
     def __init__(self, options: LoaderOptions) -> None:
         self.options = o = options
@@ -51,8 +52,8 @@ class FFCVLoader:
         self.num_samples = len(self.indices)
         num_workers = get_num_workers(o.num_workers, least=1)
         self.classes = read_classes(self.path)
-        check_classes(self.path, self.classes, o.num_classes)
         labels = samples[:, 5]
+        check_classes(self.path, self.classes, o.num_classes, labels)
         if labels.min() < 0 or labels.max() >= o.num_classes:
             raise UserError(
                 f"{self.path}: labels go from {labels.min()} to {labels.max()}, "

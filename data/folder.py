@@ -29,7 +29,7 @@ from torchvision.transforms.functional import (
 from data.augment import get_choice, get_flip, get_jitters, get_random_crop, get_shift
 from data.batch import empty_batch, to_batch
 from data.datasets import LoaderOptions
-from data.images import open_dataset, prepare_fashion_mnist
+from data.images import ImageTree, open_dataset, prepare_fashion_mnist
 from data.order import (
     DataError,
     check_classes,
@@ -97,6 +97,10 @@ AUGMENTATIONS = {
 
 # ---- the loader
 
+WAY_OUT = (
+    "replace or remove the file, or train from a .beton, where data.beton --skip_bad leaves out such files"
+)
+
 
 class EpochImages(Dataset):
     """An epoch's images, (uint8 (S, S, 3), label), cropped, resized and augmented."""
@@ -111,6 +115,7 @@ class EpochImages(Dataset):
         try:
             image, label = self.source[index]
         except DataError as error:
+            error = DataError(f"{error}; {WAY_OUT}")
             return error, index  # for the main process to raise: on its way an exception collects tracebacks
         spec, key = self.options.spec, (self.options.seed, self.epoch, index)
         side = [spec.image_size] * 2
@@ -189,7 +194,8 @@ class FolderLoader:
         self.train, self.batch_size, self.num_classes = o.train, o.batch_size, o.num_classes
         self.source = open_dataset(o.dataset, o.data_dir, o.split)
         self.classes = list(self.source.classes)
-        check_classes(f"{o.split} of {o.data_dir}", self.classes, o.num_classes)
+        check_classes(f"{o.split} of {o.data_dir}", self.classes, o.num_classes, self.source.targets)
+        self.notes = self.source.describe_rest() if isinstance(self.source, ImageTree) else []
         self.indices = get_indices(len(self.source), o.train, o.batch_size, o.num_samples, o.world_size)
         self.num_samples = len(self.indices)
         self.num_workers = get_num_workers(o.num_workers, least=0)

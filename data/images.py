@@ -1,107 +1,206 @@
-"""Raw images: any format Pillow reads, trees of class folders, Fashion-MNIST's and ILSVRC2012's own files."""
+"""Raw images: trees of class folders, Fashion-MNIST's and ILSVRC2012's own files."""
 
-import contextlib
+import copy
+import functools
 import gzip
+import hashlib
 import os
 import shlex
 import shutil
 import tarfile
-from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
+from shlex import quote
 
-import numpy as np
-from PIL import Image, ImageOps
-from torchvision.datasets import FashionMNIST, ImageFolder, imagenet
+from torchvision.datasets import DatasetFolder, FashionMNIST, imagenet
 
-from data.order import DataError
+from data.order import find_empty, list_some
+from data.rgb import get_extensions, read_image
 from errors import UserError
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
-# ---- one image
+# ---- trees of class folders
 
 
-@contextlib.contextmanager
-def _only_pillow(path: str | Path) -> Iterator[None]:
-    """For Pillow's calls and nothing else: its plugins raise what they like on a damaged file.
+class ImageTree(DatasetFolder):
+    """torchvision's data set of a tree of class folders, of every format that Pillow reads, by read_image.
 
-    OSError, SyntaxError, ValueError, struct.error, … all become a DataError that names the file.
+    Left alone and listed are `loose`, images beside the class folders, and `ignored`: files whose names are
+    of no such format, hidden files and folders, and macOS's __MACOSX.
+    trust_images: see read_image. allow_empty: also class folders without images.
+    Raises UserError without the folder or without images, for a folder that lies within itself by a link, and
+    for classes without images.
     """
+
+    def __init__(self, root: str | Path, allow_empty: bool = False, trust_images: bool = False) -> None:
+        self.ignored: list[str] = []
+        self.loose: list[str] = []
+        if not Path(root).is_dir():
+            raise UserError(f"there is no folder {root}: expected {root}/CLASS/IMAGE.jpg")
+        try:
+            loader = functools.partial(read_image, trust_images=trust_images)
+            super().__init__(root, loader, get_extensions(), allow_empty=True)
+        except OSError as error:  # a folder that can't be opened
+            raise UserError(str(error)) from None
+        self.ignored.sort()
+        if not self.samples:
+            raise UserError(_explain_no_images(self))
+        empty = find_empty(self.classes, self.targets)
+        if empty and not allow_empty:
+            raise UserError(
+                f"{root}: class folders without images: {list_some(empty)}: remove them or fill them "
+                "(data.beton --skip_bad keeps them as empty classes)"
+            )
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """torchvision's method: the names of the class folders, and the label of each."""
+        folders, files = self._list(directory)
+        extensions = get_extensions()
+        for path in files:
+            is_image = path.lower().endswith(extensions)
+            (self.loose if is_image else self.ignored).append(path)
+        classes = [os.path.basename(folder) for folder in folders]
+        return classes, {name: label for label, name in enumerate(classes)}
+
+    def make_dataset(
+        self, directory: str, class_to_idx: dict[str, int], extensions: tuple[str, ...], **_
+    ) -> list[tuple[str, int]]:
+        """torchvision's method, in its order: (path, label) of every image of the class folders."""
+        samples, above = [], _get_real_parents(directory)
+        for name, label in class_to_idx.items():
+            for path in self._find_files(os.path.join(directory, name), above):
+                if path.lower().endswith(extensions):
+                    samples.append((path, label))
+                else:
+                    self.ignored.append(path)
+        return samples
+
+    def _find_files(self, top: str, above: frozenset[Path]) -> list[str]:
+        """All files below the folder `top`, through links to folders as well, folder by folder.
+
+        above: the real paths of all folders that it lies in.
+        """
+        found, todo = [], [(top, above)]
+        while todo:
+            folder, above = todo.pop()
+            real = Path(os.path.realpath(folder))
+            if real in above:
+                raise UserError(f"{folder} is a link to {real}, a folder that it lies in itself: remove it")
+            folders, files = self._list(folder)
+            found.append((folder, files))
+            above = above | {real, *real.parents}
+            todo += [(inner, above) for inner in folders]
+        return [path for _, files in sorted(found) for path in files]
+
+    def _list(self, folder: str) -> tuple[list[str], list[str]]:
+        """(folders, files) in `folder`, sorted. Its hidden entries go to `ignored`."""
+        folders, files = [], []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    self.ignored.append(entry.path)
+                elif _is_folder(entry):
+                    folders.append(entry.path)
+                else:
+                    files.append(entry.path)
+        return sorted(folders), sorted(files)
+
+    def describe_rest(self) -> list[str]:
+        """What of the tree is left alone, in sentences."""
+        sentences = []
+        if self.ignored:
+            sentences.append(
+                f"{self.root}: left alone, hidden or with a name of no image format: "
+                f"{len(self.ignored)} files or folders, the first {self.ignored[0]}"
+            )
+        if self.loose:
+            sentences.append(
+                f"{self.root}: left alone, beside the class folders and in none of them: "
+                f"{len(self.loose)} images, the first {self.loose[0]}"
+            )
+        return sentences
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
     try:
-        yield
-    except Exception as error:
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
+        return entry.is_dir()
+    except OSError:  # a link to itself: a file, which can't be read
+        return False
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """A file of any format that Pillow reads as an RGB image. Raises DataError, naming the file.
+def _get_real_parents(folder: str | Path) -> frozenset[Path]:
+    """The real paths of a folder and of all that it lies in, as its path says and as it really does."""
+    above, absolute = set(), Path(folder).absolute()
+    for parent in (absolute, *absolute.parents):
+        real = Path(os.path.realpath(parent))
+        above |= {real, *real.parents}
+    return frozenset(above)
 
-    It is upright, because EXIF's orientation is applied, and an alpha channel is dropped.
+
+def _explain_no_images(tree: ImageTree) -> str:
+    """Why there is nothing in `tree`, as far as it can be seen, and the way out."""
+    root = tree.root
+    tars = [path for path in tree.ignored if path.lower().endswith(".tar")]
+    if tree.loose:
+        first = tree.loose[0]
+        what = f"{root} holds {len(tree.loose)} images, the first {first}, and no class folders with images"
+        if os.path.basename(first).startswith("ILSVRC2012_val_"):
+            archives = "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which knows their classes,"
+            return f"{what}: {_unpack_anew(root, 'val', archives)}"
+        return f"{what}: put those of each class into a folder of its name, {root}/CLASS/IMAGE.jpg"
+    if tars:
+        return (
+            f"{root} holds {len(tars)} .tar files, the first {tars[0]}, and no images: unpack each into a "
+            f"folder of its own, {root}/CLASS/IMAGE.jpg, or, where they are ILSVRC2012's, "
+            f"{_unpack_anew(root, 'train', 'ILSVRC2012_img_train.tar')}"
+        )
+    return f"no images under {root}: expected {root}/CLASS/IMAGE.jpg"
+
+
+def _unpack_anew(root: str | Path, split: str, archives: str) -> str:
+    above = os.path.dirname(os.path.abspath(root))
+    command = f"python -m data.beton imagenet:{split} {split}.beton --root {quote(above)}"
+    return f"move {root} away, put {archives} into {above} and run `{command}`, which unpacks them"
+
+
+def split_tree(tree: ImageTree, share: Fraction) -> dict[str, ImageTree]:
+    """{"train": about `share` of the images, "val": the others}, each with all classes.
+
+    Where an image goes is a hash of its path within the tree, as in TensorFlow's image_retraining: images
+    that are added or removed move no other, nor does the tree's place; a larger share only takes from val.
+    Raises UserError where one of the two gets no image.
     """
-    with _only_pillow(path), Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)  # a copy
-    if image.mode.startswith("I"):
-        image = _drop_lower_bits(image)
-    with _only_pillow(path):
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # Pillow warns otherwise
-        return image.convert("RGB")
-
-
-def _drop_lower_bits(image: Image.Image) -> Image.Image:
-    """An image of 16 bits as one of 8: Pillow would cut off the upper ones."""
-    pixels = np.asarray(image)  # (H, W)
-    if pixels.max() <= 255:
-        return image
-    return Image.fromarray((pixels >> 8).clip(0, 255).astype(np.uint8))
+    samples = {"train": [], "val": []}
+    limit = int(share * 2**64)
+    for path, label in tree.samples:
+        name = os.fsencode(os.path.relpath(path, tree.root))
+        number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")  # below 2**64
+        samples["train" if number < limit else "val"].append((path, label))
+    parts = {}
+    for part, chosen in samples.items():
+        if not chosen:
+            raise UserError(f"{tree.root}: with these shares {part} gets none of {len(tree)} images")
+        parts[part] = copy.copy(tree)
+        parts[part].samples, parts[part].targets = chosen, [label for _, label in chosen]
+    return parts
 
 
 # ---- data sets
 
 
-class ImageTree(ImageFolder):
-    """torchvision's ImageFolder of every format that Pillow reads, by read_image.
-
-    `ignored`: files whose names are of no such format. Raises UserError without the folder or without images.
-    """
-
-    def __init__(self, root: str | Path) -> None:
-        extensions = tuple(Image.registered_extensions())
-        self.ignored: list[str] = []
-
-        def is_image(path: str) -> bool:
-            if path.lower().endswith(extensions):
-                return True
-            self.ignored.append(path)
-            return False
-
-        if not Path(root).is_dir():
-            raise UserError(f"there is no folder {root}: expected {root}/CLASS/IMAGE.jpg")
-        try:
-            super().__init__(root, loader=read_image, is_valid_file=is_image, allow_empty=True)
-        except OSError as error:  # no class folders in it, or one that can't be opened
-            raise UserError(str(error)) from None
-        if not self.samples:
-            raise UserError(f"no images under {root}: expected {root}/CLASS/IMAGE.jpg")
-        self.is_valid_file = None  # else it could not be sent to processes
-
-    def empty_classes(self) -> list[str]:
-        """Names of the class folders without an image."""
-        return [self.classes[label] for label in sorted(set(range(len(self.classes))) - set(self.targets))]
-
-
-def open_dataset(dataset: str, root: str | Path, split: str) -> ImageTree | FashionMNIST:
+def open_dataset(dataset: str, root: str | Path, split: str, **options) -> ImageTree | FashionMNIST:
     """torchvision's data set of `split` ("train" or "val") under `root`: (PIL image, label), `.classes`.
 
-    Of ImageNet the tree root/split/CLASS/IMAGE. Raises UserError for an unknown name, or where the files are
-    not there or damaged.
+    Of ImageNet the tree root/split/CLASS/IMAGE, with ImageTree's `options`. Raises UserError for an unknown
+    name, or where the files are not there or damaged.
     """
     if split not in ("train", "val"):
         raise UserError(f"unknown split {split!r}: expected train or val")
     if dataset == "imagenet":
-        return ImageTree(Path(root) / split)
+        return ImageTree(Path(root) / split, **options)
     if dataset != "fashion_mnist":
         raise UserError(f"unknown data set {dataset!r}: expected fashion_mnist or imagenet")
     return _open_fashion_mnist(root, split)

@@ -1,7 +1,7 @@
 """build_loader: a data set's batches by any of three loaders, and prefetch: their way to the GPU."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,7 @@ class Loader(Protocol):
     num_samples: int  # images of an epoch, of all processes and of the subset if there is one
     num_classes: int
     classes: list[str] | None  # their names, where they are known
+    notes: Sequence[str]  # what a person should know of the files, in sentences
 
     def __len__(self) -> int:
         """Batches of an epoch, as many in every process: training drops what fills none, evaluation pads."""

@@ -1,6 +1,7 @@
 """What an epoch is: which images, in which order, in which process's batches; the same in all loaders."""
 
 import os
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -54,12 +55,31 @@ def get_indices(
     return indices
 
 
-def check_classes(where: object, classes: list[str] | None, num_classes: int) -> None:
-    """Raise UserError for class names (None: not known) that are not num_classes."""
-    if classes is not None and len(classes) != num_classes:
-        raise UserError(
-            f"{where} has {len(classes)} classes, expected {num_classes}: say --num_classes {len(classes)}"
-        )
+def find_empty(classes: Sequence[str], labels: Iterable[int]) -> list[str]:
+    """Names of the classes that none of the images' `labels` is of."""
+    present = set(np.unique(np.asarray(labels)).tolist())
+    return [name for label, name in enumerate(classes) if label not in present]
+
+
+def list_some(names: Sequence[str], most: int = 10) -> str:
+    """The names in a row, and behind the first `most` how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def check_classes(where: object, classes: list[str] | None, num_classes: int, labels: Iterable[int]) -> None:
+    """Raise UserError for class names (None: not known) that are not num_classes.
+
+    It lists them, first those that none of the images' `labels` is of: they may be no classes at all.
+    """
+    if classes is None or len(classes) == num_classes:
+        return
+    empty = find_empty(classes, labels)
+    names = [f"{name} (no image)" for name in empty] + sorted(set(classes) - set(empty))
+    raise UserError(
+        f"{where} has {len(classes)} classes, expected {num_classes}: say --num_classes {len(classes)} "
+        f"if all of these are meant: {list_some(names)}"
+    )
 
 
 def count_batches(num_samples: int, train: bool, batch_size: int, world_size: int = 1) -> int:

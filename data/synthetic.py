@@ -22,6 +22,7 @@ class SyntheticLoader:
 
     backend = "synthetic"
     classes = None
+    notes = ()
 
     def __init__(self, options: LoaderOptions) -> None:
         self.options = options

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,13 @@ from tqdm import tqdm
 from data.import_ffcv import import_ffcv
 from data.order import DataError
 from errors import UserError
+
+
+class Written(NamedTuple):
+    """What became of a data set's images."""
+
+    skipped: dict[int, str]  # index of what was left out -> reason
+    single_colour: list[int]  # indices, in order, of images that are one single colour
 
 
 class Pixels:
@@ -35,6 +42,12 @@ class Pixels:
         if max(image.size) > self.max_resolution:
             image.thumbnail((self.max_resolution,) * 2, Image.Resampling.LANCZOS)
         return np.array(image), int(label)
+
+
+def is_single_colour(pixels: np.ndarray) -> bool:
+    """Whether all pixels of an image, uint8 (H, W, 3), are the same."""
+    values = pixels.reshape(-1)
+    return bool((values[3:] == values[:-3]).all())
 
 
 @contextlib.contextmanager
@@ -78,7 +91,7 @@ def _work(
     from ffcv.writer import handle_sample
 
     metadata = np.frombuffer(metadata_memory.buf, metadata_type)
-    bad = []
+    bad, single_colour = [], []
     with disk_errors():
         allocator.__enter__()  # opens the file
     while (chunk := todo.get()) is not None:
@@ -90,13 +103,15 @@ def _work(
                     raise DataError(f"{error} (--skip_bad leaves out such files)") from error
                 bad.append((index, str(error)))
                 continue
+            if is_single_colour(sample[0]):
+                single_colour.append(index)
             with disk_errors():
                 handle_sample(sample, index, metadata_type.names, metadata, allocator, fields)
         with done.get_lock():
             done.value += len(chunk)
     with disk_errors():
         allocator.__exit__(None, None, None)  # writes the last page
-    results.put((allocator.allocations, bad))
+    results.put((allocator.allocations, bad, single_colour))
 
 
 # ---- the main process
@@ -104,10 +119,10 @@ def _work(
 
 def write_samples(
     partial: Path, path: Path, dataset: Pixels, workers: int, mode: str, quality: int, skip_bad: bool
-) -> dict[int, str]:
+) -> Written:
     """Write all of `dataset` to `partial`, which is to become `path`.
 
-    Returns the bad images that were left out, {index: reason}. Raises UserError for a bad image without
+    Leaves out bad images, with skip_bad. Raises UserError for a bad image without
     skip_bad, a killed worker and a full disk; RuntimeError with a worker's traceback for a bug in it.
     """
     ffcv = import_ffcv()
@@ -121,10 +136,12 @@ def write_samples(
     with disk_errors():
         writer.prepare()
     try:
-        allocations, bad = _run_workers(writer, path, dataset, skip_bad)
-        good = np.setdiff1d(np.arange(len(dataset)), list(bad))
+        allocations, written = _run_workers(writer, path, dataset, skip_bad)
+        good = np.setdiff1d(np.arange(len(dataset)), list(written.skipped))
         if len(good) == 0:
-            raise UserError(f"{path}: none of {len(dataset)} images can be read, the first: {bad[0]}")
+            raise UserError(
+                f"{path}: none of {len(dataset)} images can be read, the first: {written.skipped[0]}"
+            )
         table = np.array(allocations, dtype=ffcv.types.ALLOC_TABLE_TYPE)
         table["sample_id"] = np.searchsorted(good, table["sample_id"])
         # A copy, because an error would keep the shared memory mapped.
@@ -134,13 +151,11 @@ def write_samples(
     finally:
         writer.metadata_sm.unlink()
         writer.metadata_sm.close()
-    return bad
+    return written
 
 
-def _run_workers(
-    writer: Any, path: Path, dataset: Pixels, skip_bad: bool
-) -> tuple[list[tuple], dict[int, str]]:
-    """Have worker processes write all images, and return the allocation table's rows and the bad images.
+def _run_workers(writer: Any, path: Path, dataset: Pixels, skip_bad: bool) -> tuple[list[tuple], Written]:
+    """Have worker processes write all images; the allocation table's rows, and what became of the images.
 
     FFCV's own DatasetWriter waits for ever for a worker that failed or was killed.
     """
@@ -170,9 +185,9 @@ def _run_workers(
         raise
     finally:
         todo.cancel_join_thread()  # after a failure nobody reads it, and exit would wait for that
-    allocations = [row for rows, _ in answers for row in rows]
-    bad = dict(row for _, rows in answers for row in rows)
-    return allocations, bad
+    allocations = [row for rows, _, _ in answers for row in rows]
+    skipped = dict(row for _, rows, _ in answers for row in rows)
+    return allocations, Written(skipped, sorted(index for *_, indices in answers for index in indices))
 
 
 def _wait(path: Path, processes: list, results: Any, errors: Any, done: Any, total: int) -> list[tuple]:

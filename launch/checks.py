@@ -3,10 +3,11 @@ at.
 """
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from config.checks import check_data
-from data.beton import check_beton, find_beton, read_classes
+from data.beton import find_beton, read_classes, read_samples
 from data.datasets import DATASETS
 from data.order import check_classes, get_indices
 from errors import UserError
@@ -25,11 +26,11 @@ def check_run(cfg, world_size: int) -> None:
     micro_batch = cfg.batch_size // (cfg.grad_accum_steps * world_size)
     for split in ("train", "val"):
         is_train = split == "train"
-        total, classes[split] = look_at(cfg, split)
+        labels, classes[split] = look_at(cfg, split)
         expected = cfg.num_classes or DATASETS[cfg.dataset].num_classes
-        check_classes(f"{split} of {cfg.data_dir}", classes[split], expected)
+        check_classes(f"{split} of {cfg.data_dir}", classes[split], expected, labels)
         subset = cfg.train_samples if is_train else None
-        images[split] = len(get_indices(total, is_train, micro_batch, subset, world_size))
+        images[split] = len(get_indices(len(labels), is_train, micro_batch, subset, world_size))
     check_data(cfg, images["train"], classes["train"], classes["val"])
 
 
@@ -49,17 +50,17 @@ def check_start(cfg) -> None:
         start.load_init(cfg, train.build_net(cfg))
 
 
-def look_at(cfg, split: str) -> tuple[int, list[str] | None]:
-    """(number of images, names of the classes or None) of the data, from a .beton's header or the list of a
-    folder's files.
+def look_at(cfg, split: str) -> tuple[Sequence[int], list[str] | None]:
+    """(labels of the images, names of the classes or None) of the data, from a .beton's header or the list of
+    a folder's files.
     """
     if cfg.loader == "ffcv":
         path = find_beton(cfg.dataset, cfg.data_dir, split)
-        return check_beton(path), read_classes(path)
+        return read_samples(path)[:, 5], read_classes(path)
     from data.images import open_dataset  # torchvision's: this needs torch
 
     source = open_dataset(cfg.dataset, cfg.data_dir, split)
-    return len(source), list(source.classes)
+    return source.targets, list(source.classes)
 
 
 def check_writable(folder: Path) -> None:

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import beton, folder
+from data import beton, folder, rgb
 from data import images as raw_images
 from data.augment import random_bits, random_flip, random_shift, random_uniform, splitmix64
 from data.beton import check_beton, write_beton
@@ -599,13 +599,13 @@ def test_a_runtime_error_is_no_lost_worker(data, monkeypatch, num_workers):
 
 def test_a_bug_in_reading_is_no_damaged_image(tmp_path, monkeypatch):
     Image.fromarray(np.full((4, 4), 60_000, np.uint16)).save(tmp_path / "deep.png")
-    monkeypatch.setattr(raw_images, "_drop_lower_bits", unpack)
+    monkeypatch.setattr(rgb, "_drop_lower_bits", unpack)
     with pytest.raises(ValueError, match="too many values") as info:
-        raw_images.read_image(tmp_path / "deep.png")
+        rgb.read_image(tmp_path / "deep.png")
     assert not isinstance(info.value, UserError)
     (tmp_path / "deep.png").write_bytes(b"\x89PNG")
     with pytest.raises(DataError, match="deep.png cannot be read as an image: [^\n]*$"):
-        raw_images.read_image(tmp_path / "deep.png")
+        rgb.read_image(tmp_path / "deep.png")
 
 
 LIGHT = """
