@@ -40,12 +40,18 @@ def parse_config(Config: type, argv: list[str], description: str = "") -> tuple[
     notes = []
     if is_resumed(cfg):
         cfg, notes = resume_config(Config, cfg, flags, preset)
-    elif not cfg.resume and any(Path(cfg.run_dir, name).exists() for name in RUN_FILES):
+    else:
+        check_empty(cfg)
+    check_config(cfg)
+    return cfg, notes
+
+
+def check_empty(cfg) -> None:
+    """Raise UserError for a new run whose folder already holds one."""
+    if not cfg.resume and any(Path(cfg.run_dir, name).exists() for name in RUN_FILES):
         raise UserError(
             f"{cfg.run_dir} already holds a run: continue it with --resume True or choose another --run_dir"
         )
-    check_config(cfg)
-    return cfg, notes
 
 
 def is_resumed(cfg) -> bool:
