@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -64,7 +63,8 @@ def test_a_second_process_is_refused_and_a_killed_ones_run_goes_on(small, tmp_pa
         assert first.poll() is None
     finally:
         first.send_signal(signal.SIGKILL)
-    assert (run_dir / "lock").exists()  # of a process that nobody has reaped yet
+    wait(lambda: lock.get_start_time(first.pid) is None, 60)  # ended, though nobody has reaped it yet
+    assert (run_dir / "lock").exists()
     done = events(run_dir, "epoch")[-1]["epoch"]
     assert resume(run_dir, "--max_steps", 6 * (done + 2)) == 0
     first.communicate()
@@ -230,36 +230,29 @@ def test_without_hard_links(tmp_path, monkeypatch):
 # ---- the race
 
 
-def take_at_once(run_dir, barrier, answers):
-    barrier.wait()
-    try:
-        lock.take(run_dir)
-        answers.put("took")
-    except UserError as error:
-        answers.put(str(error))
-    barrier.wait()  # nobody dies before all have tried
+def take_at_once(folder, count, begin):
+    """Of each of `count` runs, at the same time as the others. What each of these attempts said."""
+    said = []
+    for number in range(count):
+        time.sleep(max(0, begin + number * 0.05 - time.time()))
+        try:
+            lock.take(folder / str(number))
+            said.append("took")
+        except UserError as error:
+            said.append(str(error))
+    return said
 
 
-@pytest.mark.parametrize("is_dead", [True, False])
-def test_of_many_takers_one_has_it(tmp_path, is_dead):
+def test_of_many_takers_one_has_it(on_ranks, tmp_path):
     """Of a run without a lock, and of one whose holder is gone."""
-    context, takers = multiprocessing.get_context("fork"), 8
-    for number in range(8):
-        run_dir = tmp_path / str(number)
-        if is_dead:
-            write_lock(run_dir, pid=get_dead_pid())
-        barrier, answers = context.Barrier(takers), context.SimpleQueue()
-        processes = [
-            context.Process(target=take_at_once, args=(run_dir, barrier, answers)) for _ in range(takers)
-        ]
-        for process in processes:
-            process.start()
-        said = [answers.get() for _ in processes]
-        for process in processes:
-            process.join()
-        assert said.count("took") == 1
+    ranks, count = 4, 40
+    for number in range(count // 2):
+        write_lock(tmp_path / str(number), pid=get_dead_pid())
+    attempts = on_ranks(ranks, take_at_once, tmp_path, count, time.time() + 1)
+    for number, said in enumerate(zip(*attempts)):
+        assert said.count("took") == 1, said
         assert all("in use by process" in text for text in said if text != "took")
-        assert [path.name for path in run_dir.iterdir()] == ["lock"]
+        assert [path.name for path in (tmp_path / str(number)).iterdir()] == ["lock"]
 
 
 def test_a_slow_taker_does_not_replace_a_new_holder(tmp_path, monkeypatch):
