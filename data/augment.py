@@ -10,8 +10,8 @@ Pillow, image by image.
 import math
 
 import numpy as np
-from numba import njit, prange
 
+from data.compiled import njit, prange
 from data.randaugment import OPERATIONS, SIGNED, apply_operations, get_arguments
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -10,11 +10,13 @@ Fashion-MNIST:
 """
 
 import argparse
+import contextlib
+import glob
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import numpy as np
 from data.import_ffcv import import_ffcv
 from data.writer import Pixels, disk_errors, write_samples
 from errors import UserError
+from files import remove_leftovers, temporary
 
 # The layout of a .beton, version 2 (ffcv/types.py): header, field descriptors, metadata, pages of data,
 # allocation table.
@@ -178,11 +181,13 @@ def write_beton(
     path, dataset = Path(path), Pixels(source, max_resolution)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _check_arguments(path, len(dataset), workers, max_resolution, quality)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial_index = path.with_name(f"{path.stem}.json.{os.getpid()}.tmp")
+    index_path = path.with_suffix(".json")
     with disk_errors():
         path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    for name in (path.name, index_path.name):
+        for leftover in remove_leftovers(path.parent, f"{glob.escape(name)}.*.tmp"):
+            print(f"removed {leftover}, which a process that was killed had left", file=sys.stderr)
+    with _temporaries(path, index_path) as (partial, partial_index):
         bad = write_samples(partial, path, dataset, min(workers, len(dataset)), mode, quality, skip_bad)
         _verify(partial, dataset, bad, mode, quality)
         index = {
@@ -196,12 +201,18 @@ def write_beton(
         with disk_errors():
             partial_index.write_text(json.dumps(index, indent=2) + "\n")
             os.replace(partial, path)
-            os.replace(partial_index, path.with_suffix(".json"))
+            os.replace(partial_index, index_path)
             _report(path.with_suffix(".skipped.txt"), bad)
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_index.unlink(missing_ok=True)
     return bad
+
+
+@contextlib.contextmanager
+def _temporaries(*paths: Path) -> Iterator[list[Path]]:
+    """`temporary` of each of the paths. Raises UserError where the disk refuses to make one."""
+    with contextlib.ExitStack() as stack:
+        with disk_errors():
+            partials = [stack.enter_context(temporary(path)) for path in paths]
+        yield partials
 
 
 def _check_arguments(path: Path, images: int, workers: int, max_resolution: int, quality: int) -> None:
@@ -304,7 +315,8 @@ def open_source(source: str, root: str | None, skip_bad: bool) -> Sequence:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0; 1 with one line on stderr for a user's mistake; 2, by argparse, for wrong flags."""
+    """Exit status: 0; 1 with one line on stderr for a user's mistake; 2, by argparse, for wrong flags; 130
+    for Ctrl-C."""
     args = parse_arguments(argv)
     mode = args.mode or ("raw" if args.source.startswith("fashion_mnist:") else "jpg")
     try:
@@ -315,6 +327,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing is written", file=sys.stderr)
+        return 130
     if bad:
         report = Path(args.path).with_suffix(".skipped.txt")
         print(f"{len(bad)} of {len(source)} images were left out: {report}", file=sys.stderr)
