@@ -1,4 +1,4 @@
-"""Processes that are killed, the writer's and the loaders', and what they leave; a cache that can't be written."""
+"""Processes that are killed, the writer's and the loaders', what they leave; a cache that can't be written."""
 
 import os
 import shutil
@@ -62,7 +62,8 @@ def writing(tmp_path):
     yield start
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stderr.close()
 
 
 @needs_ffcv
@@ -167,8 +168,9 @@ def locked(tmp_path):
     )
 
     def run(**environment):
-        variables = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
-        variables |= {"HOME": "/proc/none", "XDG_CACHE_HOME": "", "TMPDIR": str(tmp_path / "tmp")}
+        others = ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "RANK")
+        variables = {key: value for key, value in os.environ.items() if key not in others}
+        variables |= {"HOME": "/proc/none", "TMPDIR": str(tmp_path / "tmp")}
         command = [sys.executable, "-c", program]
         return subprocess.run(
             command, cwd=tmp_path / "code", env=variables | environment, capture_output=True, text=True
