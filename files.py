@@ -63,10 +63,11 @@ def temporary(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, pattern: str) -> list[Path]:
+def remove_leftovers(folder: Path, pattern: str, patience: float = ABANDONED) -> list[Path]:
     """Delete, and return, the files of that pattern that `temporary` made and nobody holds any more.
 
-    Not all file systems tell one machine what another one holds: what another one made must be a day old.
+    Not all shared file systems tell one machine what another one holds: what another one made must be
+    `patience` seconds old, 0 for a folder on a local disk.
     """
     removed = []
     for leftover in sorted(folder.glob(pattern)):
@@ -74,7 +75,7 @@ def remove_leftovers(folder: Path, pattern: str) -> list[Path]:
         with contextlib.suppress(OSError), open(leftover, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             age = time.time() - leftover.stat().st_mtime
-            if f".{socket.gethostname()}." in leftover.name or age > ABANDONED:
+            if f".{socket.gethostname()}." in leftover.name or age >= patience:
                 leftover.unlink()
                 removed.append(leftover)
     return removed

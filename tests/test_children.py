@@ -1,4 +1,4 @@
-"""Processes that are killed, the writer's and the loaders', what they leave; a cache that can't be written."""
+"""Processes that are killed, what they leave, and a cache that can't be written."""
 
 import os
 import shutil
