@@ -1,10 +1,16 @@
-"""A run's JSON files, whole or absent, and a sentence where one is damaged; paths as a person writes them;
-and what is said of a path that is no run's."""
+"""Files that are whole or absent, and a sentence where one is damaged; paths as a person writes them; and
+what is said of a path that is no run's."""
 
+import contextlib
 import difflib
+import fcntl
 import json
 import os
+import secrets
+import socket
+import time
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +18,7 @@ from errors import UserError
 
 PATH = "a path"
 PathStr = Annotated[str, PATH]  # a dataclass's field that `expand_paths` looks at
+ABANDONED = 24 * 3600  # seconds after which another machine's temporary, which nobody holds, is a leftover
 
 
 def write_json(path: Path, value) -> None:
@@ -24,6 +31,8 @@ def write_json(path: Path, value) -> None:
         partial.write_text(json.dumps(value, indent=1) + "\n")
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"{path} can't be written: {error.strerror or error}") from None
 
 
@@ -40,6 +49,42 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: not a JSON object")
     return value
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """The name of a new, empty file beside `path`, to write and then to rename; what still stands there at
+    the end is deleted.
+
+    Inside, this process holds the file by an flock, which ends with the process however that ends: what
+    nobody holds is a leftover. Raises OSError where the machine refuses.
+    """
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{secrets.token_hex(4)}.tmp")
+    with open(partial, "xb") as file:
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: its leftovers stay
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str, patience: float = ABANDONED) -> list[Path]:
+    """Delete, and return, the files of that pattern that `temporary` made and nobody holds any more.
+
+    Not all shared file systems tell one machine what another one holds: what another one made must be
+    `patience` seconds old, 0 for a folder on a local disk.
+    """
+    removed = []
+    for leftover in sorted(folder.glob(pattern)):
+        # Some process holds it, or was faster to remove it, or it is another user's.
+        with contextlib.suppress(OSError), open(leftover, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            age = time.time() - leftover.stat().st_mtime
+            if f".{socket.gethostname()}." in leftover.name or age >= patience:
+                leftover.unlink()
+                removed.append(leftover)
+    return removed
 
 
 # ---- paths

@@ -2,8 +2,9 @@
 found wrong before work.
 
 `begin` is called by train.py once, on all processes together. What it finds wrong is a UserError, and then no
-file has been written."""
+file is left that was not there."""
 
+import contextlib
 import dataclasses
 import tempfile
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from config.checks import check_data
-from config.cli import split_fork, typed_config
+from config.cli import check_empty, split_fork, typed_config
 from data.datasets import get_spec
 from data.loader import Loader, build_loader
 from data.staging import get_staged_dir, stage
@@ -27,6 +28,7 @@ from launch.distributed import (
     once_per_node,
     together,
 )
+from launch.lock import Lock, take
 from lora.inject import drop_ranks, match_families, rank_costs
 from lora.ranks import Ranks, choose_ranks
 from model import checkpoint
@@ -103,6 +105,7 @@ class Start:
     passed_over: list[str] = field(default_factory=list)  # damaged checkpoints, in sentences
     hosts: list[str] = field(default_factory=list)  # of each process
     baseline: list[dict] | None = None  # epoch records of the run to warn of a plateau above
+    lock: Lock | None = None  # on the run, on process 0
     train_loader: Loader | None = None
     val_loader: Loader | None = None
     log: RunLogger | None = None
@@ -115,19 +118,38 @@ class Start:
         return weights
 
     def close(self) -> None:
-        for opened in (self.clock, self.train_loader, self.val_loader, self.log):
-            if opened is not None:
-                opened.close()
+        """Close what is open, the lock last, whatever goes wrong on the way."""
+        with contextlib.ExitStack() as stack:
+            for opened in (self.lock, self.log, self.val_loader, self.train_loader, self.clock):
+                if opened is not None:
+                    stack.callback(opened.close)
 
 
 def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
-    """Find where the run of `cfg` begins, and make its folder. `net`: its model without adapters, on meta.
-    `notes`: to put first.
+    """Take the run's lock, find where the run of `cfg` begins, and make its folder. `net`: its model without
+    adapters, on meta. `notes`: to put first.
 
-    All processes together. Raises UserError on all of them for a machine that can't compile what `cfg` wants
-    compiled, data that is missing, damaged or too small for a batch, a schedule that ends in its warmup, and
-    a checkpoint that is damaged or of another run than `cfg` describes."""
+    All processes together. Raises UserError on all of them where another process works on the run, for a
+    machine that can't compile what `cfg` wants compiled, data that is missing, damaged or too small for a
+    batch, a schedule that ends in its warmup, and a checkpoint that is damaged or of another run than `cfg`
+    describes. The lock is given back then."""
     start = Start(notes=list(notes), hosts=gather(get_host()))
+    lock = on_process_0(take, Path(cfg.run_dir))
+    start.notes += lock.notes
+    if get_world_rank() == 0:
+        start.lock = lock
+    try:
+        find_start(cfg, net, start)
+    except BaseException:
+        start.close()
+        raise
+    return start
+
+
+def find_start(cfg, net: nn.Module, start: Start) -> None:
+    """`begin`, once the run is locked: fills `start` in."""
+    with together():
+        check_empty(cfg)  # again: another process may have come and gone before the lock was taken
     if cfg.baseline:
         start.baseline = on_process_0(load_run, cfg.baseline).epochs
     if cfg.resume:
@@ -158,7 +180,6 @@ def begin(cfg, net: nn.Module, notes: list[str]) -> Start:
             start.notes += remarks
     with together():  # now that no process has found anything wrong
         make_writable(Path(cfg.run_dir))
-    return start
 
 
 def make_writable(run_dir: Path) -> None:

@@ -67,11 +67,8 @@ def check_fresh(cfg, preset: str | None) -> None:
         Path(os.path.abspath(above), "checkpoints")
     ):
         raise UserError(f"run_dir {explain_no_run(cfg.run_dir)}")
+    check_empty(cfg)
     holds = [name for name in RUN_FILES if Path(cfg.run_dir, name).exists()]
-    if holds and not cfg.resume:
-        raise UserError(
-            f"{cfg.run_dir} already holds a run: continue it with --resume True or choose another --run_dir"
-        )
     if preset or cfg.fork or not cfg.resume:
         return
     if holds:
@@ -79,6 +76,14 @@ def check_fresh(cfg, preset: str | None) -> None:
     raise UserError(
         f"nothing to resume: {explain_no_run(cfg.run_dir)} (a preset, config/x.py, would start a new one)"
     )
+
+
+def check_empty(cfg) -> None:
+    """Raise UserError for a new run whose folder already holds one."""
+    if not cfg.resume and any(Path(cfg.run_dir, name).exists() for name in RUN_FILES):
+        raise UserError(
+            f"{cfg.run_dir} already holds a run: continue it with --resume True or choose another --run_dir"
+        )
 
 
 def is_resumed(cfg) -> bool:

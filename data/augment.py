@@ -11,8 +11,8 @@ import itertools
 import math
 
 import numpy as np
-from numba import njit, prange
 
+from data.compiled import njit, prange
 from data.randaugment import (
     BRIGHTNESS,
     COLOR,

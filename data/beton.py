@@ -12,12 +12,14 @@ Fashion-MNIST:
 """
 
 import argparse
+import contextlib
+import glob
 import json
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from data.import_ffcv import import_ffcv
 from data.order import find_empty, list_some
 from data.writer import Pixels, Written, disk_errors, write_samples
 from errors import UserError
-from files import expand_home
+from files import expand_home, remove_leftovers, temporary
 
 # The layout of a .beton, version 2 (ffcv/types.py): header, field descriptors, metadata, pages of data,
 # allocation table.
@@ -198,10 +200,15 @@ def write_betons(
         _check_arguments(path, len(source), workers, max_resolution, quality)
         with disk_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
+    names = [name for path in sources for name in (path, path.with_suffix(".json"))]
+    for name in names:
+        for leftover in remove_leftovers(name.parent, f"{glob.escape(name.name)}.*.tmp"):
+            print(f"removed {leftover}, which a process that was killed had left", file=sys.stderr)
     written = []
-    try:
+    with _temporaries(*names) as temporaries:
+        partials = dict(zip(names, temporaries))
         for path, source in sources.items():
-            (partial, partial_index), dataset = _get_partials(path), Pixels(source, max_resolution)
+            partial, dataset = partials[path], Pixels(source, max_resolution)
             processes = min(workers, len(dataset))
             written.append(write_samples(partial, path, dataset, processes, mode, quality, skip_bad))
             bad = written[-1].skipped
@@ -215,24 +222,22 @@ def write_betons(
                 "skipped": len(bad),
             }
             with disk_errors():
-                partial_index.write_text(json.dumps(index, indent=2) + "\n")
+                partials[path.with_suffix(".json")].write_text(json.dumps(index, indent=2) + "\n")
         with disk_errors():
-            for path, (bad, _) in zip(sources, written):
-                partial, partial_index = _get_partials(path)
-                os.replace(partial, path)
-                os.replace(partial_index, path.with_suffix(".json"))
-                _report(path.with_suffix(".skipped.txt"), bad)
-    finally:
-        for path in sources:
-            for partial in _get_partials(path):
-                partial.unlink(missing_ok=True)
+            for name in names:
+                os.replace(partials[name], name)
+            for path, what in zip(sources, written):
+                _report(path.with_suffix(".skipped.txt"), what.skipped)
     return written
 
 
-def _get_partials(path: Path) -> tuple[Path, Path]:
-    """Under which names a .beton and its .json are written."""
-    number = os.getpid()
-    return path.with_name(f"{path.name}.{number}.tmp"), path.with_name(f"{path.stem}.json.{number}.tmp")
+@contextlib.contextmanager
+def _temporaries(*paths: Path) -> Iterator[list[Path]]:
+    """`temporary` of each of the paths. Raises UserError where the disk refuses to make one."""
+    with contextlib.ExitStack() as stack:
+        with disk_errors():
+            partials = [stack.enter_context(temporary(path)) for path in paths]
+        yield partials
 
 
 def _check_arguments(path: Path, images: int, workers: int, max_resolution: int, quality: int) -> None:
@@ -370,7 +375,8 @@ def describe(path: Path, source: Sequence, written: Written) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0; 1 with one line on stderr for a user's mistake; 2, by argparse, for wrong flags."""
+    """Exit status: 0; 1 with one line on stderr for a user's mistake; 2, by argparse, for wrong flags; 130
+    for Ctrl-C."""
     args = parse_arguments(argv)
     mode = args.mode or ("raw" if args.source.startswith("fashion_mnist:") else "jpg")
     try:
@@ -385,6 +391,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing is written", file=sys.stderr)
+        return 130
     for (path, part), what in zip(files.items(), written):
         for sentence in describe(path, part, what):
             print(sentence, file=sys.stderr)

@@ -12,7 +12,8 @@ import math
 
 import llvmlite.binding
 import numpy as np
-from numba import njit, prange, types
+
+from data.compiled import njit, prange, types
 
 RAW = 1  # how a .beton holds an image; else JPEG
 TJPF_RGB = 0  # of turbojpeg.h

@@ -6,7 +6,6 @@ python -m data.folder fashion_mnist DIR     # prepares the raw files: from Debia
 import argparse
 import atexit
 import multiprocessing
-import signal
 import sys
 import weakref
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from torchvision.transforms.functional import (
 
 from data.augment import get_choice, get_flip, get_jitters, get_random_crop, get_shift
 from data.batch import empty_batch, to_batch
+from data.children import become_child, signals_held
 from data.datasets import LoaderOptions
 from data.images import ImageTree, open_dataset, prepare_fashion_mnist
 from data.order import (
@@ -139,24 +139,14 @@ def _collate(samples: list[tuple]) -> tuple[np.ndarray, np.ndarray] | DataError:
     return np.stack(images), np.array(labels)  # (n, S, S, 3), (n,)
 
 
-# Meant for the main process, which saves and then ends its workers; a scheduler sends them to every process
-# of the job, and a terminal's Ctrl-C does.
-FOR_MAIN_PROCESS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
-
-
 def _init_worker(worker: int) -> None:
-    for number in FOR_MAIN_PROCESS:
-        signal.signal(number, signal.SIG_IGN)  # and forget it, if it came since the fork
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_MAIN_PROCESS)
+    become_child()
 
 
 def _start_workers(loader: DataLoader) -> Iterator[Any]:
-    """iter(loader). Its workers are born with the signals blocked: before _init_worker one would end them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_MAIN_PROCESS)
-    try:
+    """iter(loader). torch's own workers look for their parent every five seconds, and only between images."""
+    with signals_held():
         return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _stop_workers(batches: Iterator[Any]) -> None:
@@ -263,6 +253,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

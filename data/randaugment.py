@@ -9,7 +9,8 @@ nothing compiled here calls what is compiled there, nor the other way round.
 import math
 
 import numpy as np
-from numba import njit, prange
+
+from data.compiled import njit, prange
 
 # fmt: off
 OPERATIONS = (

@@ -1,16 +1,14 @@
 """Copying .beton files to a node's local disk at the start of a run."""
 
-import contextlib
-import fcntl
 import os
 import shutil
-import socket
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.beton import check_beton, find_beton
 from errors import UserError
+from files import remove_leftovers, temporary
 
 
 def get_staged_dir(data_dir: str | Path, stage_dir: str | Path) -> Path:
@@ -32,7 +30,7 @@ def stage(dataset: str, data_dir: str | Path, stage_dir: str | Path, show: bool 
         files += [path, path.with_suffix(".json")]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        remove_leftovers(target, "*.tmp", patience=0)
         files = [file for file in files if _get_identity(file) != _get_identity(target / file.name)]
         total = sum(file.stat().st_size for file in files if file.exists())
         free = shutil.disk_usage(target).free
@@ -58,32 +56,18 @@ def _get_identity(path: Path) -> tuple[int, int] | None:
     return path.stat().st_size, int(path.stat().st_mtime)
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Half-made copies of processes that were killed, unless one still holds them."""
-    for leftover in target.glob("*.tmp"):
-        # Some process holds it, or another one was faster to remove it.
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), open(leftover, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
-
-
 def _copy(file: Path, target: Path, bar: tqdm) -> None:
     """Copy a file into the folder `target` under a temporary name, and only then under its own."""
-    partial = target / f"{file.name}.{socket.gethostname()}.{os.getpid()}.tmp"
-    try:
-        with open(file, "rb") as source, open(partial, "wb") as copy:
-            fcntl.flock(copy, fcntl.LOCK_EX)
-            before = os.fstat(source.fileno())
-            while piece := source.read(1 << 24):
-                copy.write(piece)
-                bar.update(len(piece))
-            after = os.fstat(source.fileno())
-            if (copy.tell(), after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                raise UserError(f"{file} was changed while it was copied")
-            copy.flush()
-            # Or a crash could leave a file of the right size and time without its content.
-            os.fsync(copy.fileno())
-            os.utime(partial, ns=(before.st_atime_ns, before.st_mtime_ns))
-            os.replace(partial, target / file.name)
-    finally:
-        partial.unlink(missing_ok=True)
+    with temporary(target / file.name) as partial, open(file, "rb") as source, open(partial, "wb") as copy:
+        before = os.fstat(source.fileno())
+        while piece := source.read(1 << 24):
+            copy.write(piece)
+            bar.update(len(piece))
+        after = os.fstat(source.fileno())
+        if (copy.tell(), after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise UserError(f"{file} was changed while it was copied")
+        copy.flush()
+        # Or a crash could leave a file of the right size and time without its content.
+        os.fsync(copy.fileno())
+        os.utime(partial, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.replace(partial, target / file.name)

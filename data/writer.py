@@ -5,6 +5,7 @@ import ctypes
 import multiprocessing
 import os
 import queue
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data.children import become_child, describe_kill, signals_held
 from data.import_ffcv import import_ffcv
 from data.order import DataError
 from errors import UserError
@@ -64,6 +66,7 @@ def disk_errors() -> Iterator[None]:
 
 def _run_worker(errors: Any, *args) -> None:
     """_work(*args). What ends it goes into `errors`: (whether it is a user's mistake, the text to show)."""
+    become_child()
     try:
         _work(*args)
     except UserError as error:
@@ -71,8 +74,6 @@ def _run_worker(errors: Any, *args) -> None:
         sys.exit(1)
     except Exception:
         errors.put((False, traceback.format_exc()))
-        sys.exit(1)
-    except (KeyboardInterrupt, SystemExit):  # the main process hears of it, too
         sys.exit(1)
 
 
@@ -122,8 +123,8 @@ def write_samples(
 ) -> Written:
     """Write all of `dataset` to `partial`, which is to become `path`.
 
-    Leaves out bad images, with skip_bad. Raises UserError for a bad image without
-    skip_bad, a killed worker and a full disk; RuntimeError with a worker's traceback for a bug in it.
+    Leaves out bad images, with skip_bad. Raises UserError for a bad image without skip_bad, a killed worker,
+    a full disk or /dev/shm; RuntimeError with a worker's traceback for a bug in it.
     """
     ffcv = import_ffcv()
     fields = {
@@ -136,6 +137,7 @@ def write_samples(
     with disk_errors():
         writer.prepare()
     try:
+        _check_shared_memory(writer.metadata_sm.size)
         allocations, written = _run_workers(writer, path, dataset, skip_bad)
         good = np.setdiff1d(np.arange(len(dataset)), list(written.skipped))
         if len(good) == 0:
@@ -152,6 +154,17 @@ def write_samples(
         writer.metadata_sm.unlink()
         writer.metadata_sm.close()
     return written
+
+
+def _check_shared_memory(size: int) -> None:
+    """Raise UserError where /dev/shm has no room for so many bytes, which are taken as they are written:
+    what writes beyond that is killed."""
+    free = shutil.disk_usage("/dev/shm").free
+    if free < size:
+        raise UserError(
+            f"/dev/shm has {free / 1e6:,.0f} MB free, the metadata of the images needs {size / 1e6:,.0f} MB: "
+            "give the container more (docker run --shm-size=1g)"
+        )
 
 
 def _run_workers(writer: Any, path: Path, dataset: Pixels, skip_bad: bool) -> tuple[list[tuple], Written]:
@@ -175,8 +188,9 @@ def _run_workers(writer: Any, path: Path, dataset: Pixels, skip_bad: bool) -> tu
         multiprocessing.Process(target=_run_worker, args=args, daemon=True) for _ in range(writer.num_workers)
     ]
     try:
-        for process in processes:
-            process.start()
+        with signals_held():
+            for process in processes:
+                process.start()
         answers = _wait(path, processes, results, errors, done, len(dataset))
     except BaseException:
         for process in processes:
@@ -198,15 +212,17 @@ def _wait(path: Path, processes: list, results: Any, errors: Any, done: Any, tot
             try:
                 answers.append(results.get(timeout=0.1))
             except queue.Empty:
-                if any(process.exitcode for process in processes):
-                    _raise_worker_error(path, errors)
+                if failed := [process.exitcode for process in processes if process.exitcode]:
+                    _raise_worker_error(path, errors, failed[0])
             bar.update(done.value - bar.n)
     return answers
 
 
-def _raise_worker_error(path: Path, errors: Any) -> None:
+def _raise_worker_error(path: Path, errors: Any, exitcode: int) -> None:
+    if exitcode < 0:
+        raise UserError(f"{path}: a worker {describe_kill(exitcode)}")
     if errors.empty():
-        raise UserError(f"{path}: a worker was killed")
+        raise RuntimeError(f"{path}: a worker left with status {exitcode}")
     mistake, text = errors.get()
     if mistake:
         raise UserError(f"{path}: {text}")

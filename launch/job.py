@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: train.py is one up
 
 from errors import UserError
+from launch.logs import get_job_id
 
 MAX_REQUEUES = 50
 LOCAL_REQUEUE = 144  # the exit status on which submitit's local executor starts a job again
@@ -193,14 +194,6 @@ def requeue(signals: list[int]) -> int:
         reason = asked.stderr.strip()
     print(f"error: job {job} is saved but not requeued: {reason}", file=sys.stderr, flush=True)
     return os.EX_TEMPFAIL
-
-
-def get_job_id(env: Mapping[str, str]) -> str:
-    """As submitit names it. Of an array never the plain number: one of the tasks has the array's own, which
-    means all of them.
-    """
-    task = env.get("SLURM_ARRAY_TASK_ID")
-    return f"{env['SLURM_ARRAY_JOB_ID']}_{task}" if task else env["SLURM_JOB_ID"]
 
 
 class Job:

@@ -4,13 +4,20 @@ this.
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-
-from launch.job import get_job_id
 
 START = re.compile(r"^rank (\d+) of \d+ on (.+): start \d+$", re.MULTILINE)  # launch/job.py's first line
 ERROR = re.compile(r"^(?:rank \d+: )?error: (.*)$", re.MULTILINE)
 SRUN_ERROR = re.compile(r"srun: error: \S+: tasks? \d.*$", re.MULTILINE)
+
+
+def get_job_id(env: Mapping[str, str]) -> str:
+    """As submitit names it. Of an array never the plain number: one of the tasks has the array's own, which
+    means all of them.
+    """
+    task = env.get("SLURM_ARRAY_TASK_ID")
+    return f"{env['SLURM_ARRAY_JOB_ID']}_{task}" if task else env["SLURM_JOB_ID"]
 
 
 def get_failures(folder: Path, job: str) -> list[str]:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def build_executor(launch, runs: list, folder: Path, site: Mapping) -> submitit.
         slurm_constraint=launch.constraint,
         slurm_exclude=launch.exclude,
         slurm_signal_delay_s=min(site["signal_seconds"], minutes * 15),
-        slurm_comment=os.pathsep.join(run.cfg.run_dir for run in runs),
+        slurm_comment=get_comment(runs),
         slurm_additional_parameters=options,
         slurm_srun_args=get_srun_args(launch.cpus_per_task),
         slurm_setup=get_setup(launch, folder, site),
@@ -196,13 +197,20 @@ def check_with_slurm(launch, runs: list, script: str) -> str:
     return answer
 
 
+def get_comment(runs: list) -> str:
+    """A job's comment, which names its runs: their real paths as in a URL, because a name may have any
+    character, and sbatch and squeue have their own ideas of most."""
+    paths = [os.fsencode(os.path.realpath(run.cfg.run_dir)) for run in runs]
+    return ":".join(map(urllib.parse.quote, paths))
+
+
 def check_queue(runs: list) -> None:
     """Raise UserError for a run that is in the queue already: a job's comment names its runs."""
     queue = ask("squeue", "-h", "-u", getpass.getuser(), "-o", "%i|%k").stdout.splitlines()
     for line in queue:
         job, comment = line.split("|", 1)
         for run in runs:
-            if run.cfg.run_dir in comment.split(os.pathsep):
+            if get_comment([run]) in comment.split(":"):
                 raise UserError(
                     f"job {job} is already waiting or running on {run.cfg.run_dir}: scancel {job}, "
                     "or choose another --run_dir"

@@ -78,13 +78,23 @@ def read_lines(path: Path, length: int = -1) -> list[tuple[int, str]]:
 
 
 def parse_lines(path: Path, lines: list[tuple[int, str]]) -> list[dict]:
-    """Raises UserError, naming the file, for a line that is no JSON object."""
-    events = []
+    """Raises UserError, naming file and line, for one that is no JSON object, and where epochs, or in
+    steps.jsonl steps, don't rise by one."""
+    events, last = [], None
     for number, line in lines:
         event = parse_line(line)
         if event is None:
             raise UserError(f"{path}: line {number} is not a JSON object")
         events.append(with_nan(event) if event.get("event") == "epoch" else event)
+        kind = event.get("event", "step")  # a line of steps.jsonl says no event
+        if kind not in ("epoch", "step"):
+            continue
+        if last is not None and event.get(kind) != last + 1:
+            raise UserError(
+                f"{path}: line {number} has {kind} {event.get(kind)} after {kind} {last}: two processes have "
+                "written this log at once, or lines are lost, so begin the run anew in another --run_dir"
+            )
+        last = event.get(kind)
     return events
 
 

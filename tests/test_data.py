@@ -28,6 +28,7 @@ from data import beton, folder, rgb
 from data import images as raw_images
 from data.augment import random_bits, random_flip, random_shift, random_uniform, splitmix64
 from data.beton import check_beton, write_beton
+from data.children import FOR_MAIN_PROCESS
 from data.datasets import DATASETS, get_spec
 from data.device import normalise
 from data.images import FILES, open_dataset, prepare_fashion_mnist
@@ -734,7 +735,7 @@ def test_missing_ffcv(data, monkeypatch):
     assert len(list(build(data, "folder", num_workers=0).epoch(1))) == 9
 
 
-@pytest.mark.parametrize("number", folder.FOR_MAIN_PROCESS)
+@pytest.mark.parametrize("number", FOR_MAIN_PROCESS)
 def test_a_signal_that_meets_a_worker_at_its_start(data, monkeypatch, number):
     """Between the fork and the moment from which it ignores them."""
     small = {"num_samples": 2 * BATCH}

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from slurm_cluster import SlurmCluster, is_installed, wait
 from small_runs import assert_same, events, weights, without_times
 from test_submit import DEBUG, REPO, RUN, left
 
-from launch import logs, snapshot, submit
+from launch import lock, logs, snapshot, submit
 
 slow = pytest.mark.slow
 # 20 steps, where nothing has to happen in between: full 1-3, warmup 4, lora 5.
@@ -195,7 +196,7 @@ def test_goes_on_by_itself(send, cluster, torchrun, fault):
     wait(lambda: sent.restarts() == 1, 60)
     sent.wait()
     assert sent.restarts() == 1 and "start 1" in sent.log()
-    assert ("requeueing job" in sent.log()) == by_rank_0
+    assert ("requeueing job" in sent.log()) == by_rank_0 and not (sent.run_dir / "lock").exists()
     assert_same_as(torchrun(ranks), sent.run_dir)
 
 
@@ -237,6 +238,28 @@ def test_goes_on_when_slurmd_dies(send, cluster, preset, torchrun):
     cluster.start_node(node)
     sent.wait(timeout=400)
     assert sent.restarts() == 1 and "requeueing job" not in sent.log()
+    assert_same_as(torchrun(2), sent.run_dir)
+
+
+@slow
+def test_a_job_that_is_started_again_gets_its_lock_back(send, cluster, torchrun):
+    """On another node, after its process 0 was killed. Until then Slurm says whether the job is there."""
+    sent = send(*ONE_EACH)
+    sent.wait_for_epoch(2)
+    holder = json.loads((sent.run_dir / "lock").read_text())
+    assert (holder["job"], holder["restarts"], holder["host"]) == (sent.id, "0", sent.nodes()[0])
+    elsewhere = lock.describe_self({}) | {"boot": "another machine's"}
+    assert lock.is_alive(holder, elsewhere) is True
+    os.kill(holder["pid"], signal.SIGKILL)
+    sent.wait("FAILED")
+    assert lock.is_alive(holder, elsewhere) is False
+    (sent.run_dir / "lock").write_text(json.dumps(holder | {"boot": "another machine's"}))
+    cluster(f"scontrol requeue {sent.id}")
+    wait(lambda: sent.restarts() == 1, 60)
+    sent.wait()
+    left_by = f"process {holder['pid']} on {holder['host']} of job {sent.id}"
+    assert f"lock was left by {left_by}, which is gone: taken over" in sent.log()
+    assert not (sent.run_dir / "lock").exists()
     assert_same_as(torchrun(2), sent.run_dir)
 
 
@@ -464,13 +487,14 @@ def test_slurm_refuses_what_it_has_not(cluster, tmp_path, monkeypatch, capsys, s
     assert left(tmp_path) == []
 
 
-def test_a_run_is_submitted_once_at_a_time(cluster, send, capsys, small):
+@pytest.mark.parametrize("name", ["run", "b=1:c=2,3 'ä%41'"])
+def test_a_run_is_submitted_once_at_a_time(cluster, send, capsys, small, name):
     cluster("scontrol update partitionname=main state=down")
     try:
-        first = send()
+        first = send(run_dir=name)
         before = left(first.run_dir.parent)
         assert (
-            submit.main(["--gpus_per_node", "2", DEBUG, *RUN, "--data_dir", str(small), "--run_dir", "run"])
+            submit.main(["--gpus_per_node", "2", DEBUG, *RUN, "--data_dir", str(small), "--run_dir", name])
             == 2
         )
         assert (

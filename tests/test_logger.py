@@ -4,12 +4,13 @@ back to.
 
 import json
 import math
+import re
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from errors import UserError
-from monitor.log import check_logs, load_run, phase_table, read_events
+from monitor.log import check_logs, load_run, phase_table, read_events, read_events_until
 from monitor.logger import RunLogger
 
 LOSSES = [1 / 3, 0.1 + 0.2, 1e-300, 12345.678901234567]  # none of them is short in decimal
@@ -221,6 +222,30 @@ def test_damage_before_the_checkpoint_is_an_error(stopped, name):
     path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(UserError, match=f"{name}: line 1 is not a JSON object"):
         RunLogger(run_dir, 3, 10, metrics_bytes, steps_bytes)
+
+
+TWICE = [5, 7, 6, 8, 7, 8]  # epochs of two processes that wrote one log
+
+
+@pytest.mark.parametrize("numbers", [TWICE, [1, 2, 2, 3], [1, 3], [1, 2, 1]])
+def test_a_log_of_two_writers_is_refused_wherever_it_is_read(tmp_path, numbers):
+    """A warning in between, or an epoch that a fork begins with, is none."""
+    files = {
+        "metrics.jsonl": [{"event": "epoch", "epoch": n, "step": n} for n in numbers],
+        "steps.jsonl": [{"step": n, "loss": 1.0} for n in numbers],
+    }
+    at = next(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1)
+    for (name, records), kind in zip(files.items(), ("epoch", "step")):
+        records.insert(1, {"event": "warning", "epoch": 9})
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        says = f"{path}: line {at + 2} has {kind} {numbers[at]} after {kind} {numbers[at - 1]}: two processes"
+        with pytest.raises(UserError, match=re.escape(says)):
+            read_events(path)
+        with pytest.raises(UserError, match=re.escape(says)):
+            read_events_until(path, path.stat().st_size)
+        path.write_text("".join(json.dumps(record) + "\n" for record in records[: at + 1]))
+        assert len(read_events(path)) == at + 1  # the control: up to there it is one writer's
 
 
 def write_metrics(logger):

@@ -396,6 +396,11 @@ def test_a_run_that_cannot_be_read_is_one_line_and_nothing_is_written(tmp_path):
         f"error: no run directory {tmp_path / 'absent'}, the runs in {tmp_path} are empty, good\n",
     )
     assert not (good / "figures").exists()
+    epochs, switches = make_records(layers=1)
+    twice = write_run(tmp_path / "twice", epochs, switches, json.dumps(epochs[-1]) + "\n")
+    with pytest.raises(SystemExit, match="metrics.jsonl: line 20 has epoch 16 after epoch 16: two processes"):
+        plot.main([str(twice)])
+    assert not (twice / "figures").exists()
 
 
 def test_a_figure_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -200,6 +201,15 @@ def test_a_log_with_a_nan_is_the_users_error_and_a_bug_is_not(baseline, monkeypa
     monkeypatch.setattr(replay, "find_switch", lambda *args: int("a bug"))
     with pytest.raises(ValueError, match="a bug"):
         replay.main([str(baseline)])
+
+
+def test_a_log_of_two_writers_is_refused(baseline, tmp_path, capsys):
+    shutil.copytree(baseline, tmp_path / "twice")
+    path = tmp_path / "twice/metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines + lines[-1:]))
+    assert replay.main([str(tmp_path / "twice")]) == 2
+    assert f"{path}: line {len(lines) + 1} has epoch" in capsys.readouterr().err
 
 
 def test_a_table_that_cannot_be_written_is_one_line(baseline, tmp_path, capsys):

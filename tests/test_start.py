@@ -437,7 +437,7 @@ def test_a_fork_of_a_damaged_run_is_one_line(small, source, tmp_path, capsys):
     damaged = [
         # the start and two epochs
         ("metrics.jsonl", "".join(metrics[:3]), "does not hold the epochs 1 to 3"),
-        ("metrics.jsonl", "".join(metrics[:2] + metrics[3:]), "does not hold the epochs 1 to 3"),
+        ("metrics.jsonl", "".join(metrics[:2] + metrics[3:]), "line 3 has epoch 3 after epoch 1"),
         ("metrics.jsonl", unnamed, "has no weight norms of q, k, v"),
         ("metrics.jsonl", not_a_number, "training loss are not finite"),
         ("checkpoints/step_00000018/meta.json", "{}", "keeps no checkpoint of epoch 3;"),

@@ -1,0 +1,74 @@
+"""numba's decorators, for functions that are kept compiled on disk. All of data/ takes them from here.
+
+numba keeps them in __pycache__ beside the source or in the user's cache folder, and raises on import where
+neither can be written: a shared installation, a container, no home. Then they go into a folder of this user's
+under the system's for temporary files, which this says.
+"""
+
+import os
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+import numba
+from numba import njit, prange, types
+
+from errors import UserError
+
+__all__ = ["njit", "prange", "types"]
+
+
+def ensure_cache() -> None:
+    """See above. A NUMBA_CACHE_DIR of the user's stays as it is. Raises UserError where that can't be
+    written, or there is no folder for temporary files."""
+    try:
+        if folder := os.environ.get("NUMBA_CACHE_DIR"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return
+        if has_cache():
+            return
+        folder = str(make_own_folder())
+    except OSError as error:
+        raise UserError(
+            f"numba can't keep its compiled functions ({error}): set NUMBA_CACHE_DIR to a folder that can be "
+            "written"
+        ) from None
+    os.environ["NUMBA_CACHE_DIR"] = folder  # for processes that this one starts
+    numba.config.reload_config()
+    if os.environ.get("RANK", "0") == "0":
+        here = Path(__file__).parent / "__pycache__"
+        print(
+            f"note: neither {here} nor numba's cache in the home folder can be written: functions are kept "
+            f"compiled in {folder} (NUMBA_CACHE_DIR chooses another)",
+            file=sys.stderr,
+        )
+
+
+def has_cache() -> bool:
+    """Whether numba finds a place by itself for what is compiled in this folder: it says so by raising."""
+    try:
+        njit(cache=True)(lambda: None)
+    except RuntimeError:
+        return False
+    return True
+
+
+def make_own_folder() -> Path:
+    """A folder that nobody else can write, because numba unpickles what it finds there: the same one each
+    time or, if another user has taken its name, a new one."""
+    folder = Path(tempfile.gettempdir(), f"prelora-numba-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    found = folder.lstat()
+    is_private = found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077
+    if not (is_private and stat.S_ISDIR(found.st_mode)):
+        return Path(tempfile.mkdtemp(prefix="prelora-numba-"))
+    tempfile.TemporaryFile(dir=folder).close()
+    return folder
+
+
+ensure_cache()
