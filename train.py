@@ -92,9 +92,9 @@ class Config:
     lr_warmup_steps: NonNegativeInt = 10_000  # linear, up to the peak
     weight_decay: NonNegativeFloat = 0.1  # torch's, times lr; of Linear and Conv weights and adapters only
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 = off
+    ema_decay: Fraction = 0.0  # of a moving average of the weights, evaluated beside them; 0 = off
     rand_augment: NonNegativeInt = 0  # M of RandAugment(2, M), where 10 is the nominal maximum; 0 = off
     mixup: NonNegativeFloat = 0.0  # alpha of Beta(alpha, alpha); 0 = off
-    ema_decay: Fraction = 0.0  # of a moving average of the weights, evaluated beside them; 0 = off
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the compute; masters and optimiser stay float32
     residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of the stream between blocks
     compile: bool = True  # torch.compile, one region per block
