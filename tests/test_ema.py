@@ -424,13 +424,13 @@ def test_the_averages_of_init_from_start_from_its_weights(averaged, small, tmp_p
 
 
 def test_a_step_that_is_not_finite_leaves_the_last_averages_saved(small, averaged, tmp_path, monkeypatch):
-    mixup = train.mixup
+    mix = train.mix
 
-    def poisoned(images, labels, alpha, seed, number):
-        return mixup(images * torch.nan if number == 20 else images, labels, alpha, seed, number)
+    def poisoned(images, labels, mixup, cutmix, seed, number):
+        return mix(images * torch.nan if number == 20 else images, labels, mixup, cutmix, seed, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "mixup", poisoned)
+        patch.setattr(train, "mix", poisoned)
         assert train.main(argv(small, tmp_path / "run", *ON)) == 1
     assert checkpoint.latest(tmp_path / "run").name == "step_00000018"
     assert_same(weights(tmp_path / "run"), saved_at(averaged, 18))

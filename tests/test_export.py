@@ -1355,7 +1355,7 @@ def test_a_run_of_another_image_size_out_and_in_again(tmp_path, capsys):
     weights = {name: torch.randn_like(t) / 10 for name, t in build().state_dict().items()}
     save_file(weights, tmp_path / "w.safetensors")
     got = start(tmp_path, tmp_path / "w.safetensors", "--image_size", 42)
-    expected = pretrained.interpolate_positions(weights["pos_embed"], 6)
+    expected = pretrained.interpolate_positions(weights["pos_embed"], (4, 4), 6)
     torch.testing.assert_close(got["pos_embed"], expected, rtol=0, atol=0)
     assert "positions interpolated from 4 × 4 to 6 × 6" in "\n".join(get_notes(tmp_path / "run"))
 

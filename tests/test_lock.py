@@ -15,6 +15,7 @@ from small_runs import (
     REPO,
     argv,
     events,
+    get_empty_preset,
     get_error,
     no_figures,  # noqa: F401 (a fixture)
     resume,
@@ -78,7 +79,8 @@ def test_a_second_process_is_refused_and_a_killed_ones_run_goes_on(small, tmp_pa
 @pytest.mark.parametrize("flags", [[], ["--resume", "True"]])
 def test_a_fresh_start_is_refused_too_and_touches_nothing(small, tmp_path, capsys, flags):
     write_lock(tmp_path / "run", pid=os.getppid(), started=lock.get_start_time(os.getppid()), job="7")
-    assert train.main(argv(small, tmp_path / "run", *flags)) == 2
+    preset = get_empty_preset(tmp_path)
+    assert train.main([preset, *argv(small, tmp_path / "run", *flags)]) == 2
     assert f"is in use by process {os.getppid()} on " in (said := get_error(capsys)) and " of job 7, " in said
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 

@@ -644,10 +644,10 @@ def full_disk(rank, step, what):
     save, write_json = checkpoint.save, checkpoint.write_json
     fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
 
-    def saving(run_dir, model, optimizer, meta, pinned):
+    def saving(run_dir, model, optimizer, meta, *others):
         if what == "shards" and meta["state"]["step"] == step:
             fill()
-        return save(run_dir, model, optimizer, meta=meta, pinned=pinned)
+        return save(run_dir, model, optimizer, meta, *others)
 
     def writing(path, value):
         if what == "meta.json" and path.name == what and value["state"]["step"] == step:
