@@ -544,11 +544,12 @@ def test_control_a_wrong_weight_is_refused(runs, tmp_path, monkeypatch, capsys, 
 )
 def test_a_full_disk_leaves_nothing(runs, tmp_path, capsys, flags):
     """The real thing, by a limit on file sizes."""
+    run_dir = runs.at("plain", "lora")  # trained before the disk is full
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         status, _, err = run_main(
-            export.main, [runs.at("plain", "lora"), *flags, "--out", tmp_path / "new/folder/out"], capsys
+            export.main, [run_dir, *flags, "--out", tmp_path / "new/folder/out"], capsys
         )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
