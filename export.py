@@ -9,12 +9,13 @@ validation images, before it appears under its name. Adapters are merged into th
     python export.py runs/debug/checkpoints/step_00001250 --format hf --out exported/step_1250
     python export.py runs/debug --ema True --format timm --out exported/ema      averaged weights (ema_decay)
 
-Nothing is left behind if that fails; of a process that is killed, a hidden folder .OUT.PID.tmp beside DIR.
+Nothing is left behind if that fails; what a killed process leaves, the next export to DIR removes.
 --format hf needs transformers, --adapters_only peft too: pip install -r requirements-dev.txt
 """
 
 import contextlib
 import copy
+import glob
 import importlib.util
 import os
 import shutil
@@ -37,7 +38,7 @@ from data.device import normalise
 from data.loader import build_loader
 from errors import UserError
 from evaluate import build_checkpoint, load_checkpoint
-from files import PathStr, expand_home
+from files import PathStr, expand_home, remove_leftovers, temporary
 from formats import load_back, write_adapter, write_huggingface, write_timm
 from launch import failures
 from lora.inject import get_adapter_names, merge_lora, use_reference
@@ -93,16 +94,26 @@ def writing(out: str) -> Iterator[None]:
 @contextlib.contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
     """The name of a hidden folder beside `out`. What stands there in the end is deleted, and the parents that
-    were made for it, where they are empty."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    new_parents = [folder for folder in out.parents if not folder.exists()]
-    try:
+    were made for it, where they are empty. Raises UserError where the disk refuses.
+
+    A file of the folder's name and .tmp is held meanwhile: without one it is a killed process's, and deleted.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in reversed([folder for folder in out.parents if not folder.exists()]):
+            stack.callback(remove_empty, folder)
+        with writing(str(out)):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in remove_leftovers(out.parent, f".{glob.escape(out.name)}.*.tmp"):
+                shutil.rmtree(leftover.with_suffix(""), ignore_errors=True)
+            held = stack.enter_context(temporary(out.with_name(f".{out.name}")))
+        partial = held.with_suffix("")
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
         yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in new_parents:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+
+
+def remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torchvision.datasets import DatasetFolder, FashionMNIST, imagenet
 from data.order import find_empty, list_some
 from data.rgb import get_extensions, read_image
 from errors import UserError
+from files import remove_leftovers, temporary
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -257,11 +258,12 @@ def prepare_fashion_mnist(root: str | Path) -> None:
 
 def _copy_fashion_mnist(raw: Path) -> None:
     raw.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(raw, "*-ubyte.*.tmp")
     for name in FILES:
-        partial = raw / f"{name}.{os.getpid()}.tmp"  # a half-written file must not look like a finished one
-        with gzip.open(DEBIAN / f"{name}.gz") as source, open(partial, "wb") as target:
-            shutil.copyfileobj(source, target)
-        os.replace(partial, raw / name)
+        with temporary(raw / name) as partial:  # a half-written file must not look like a finished one
+            with gzip.open(DEBIAN / f"{name}.gz") as source, open(partial, "wb") as target:
+                shutil.copyfileobj(source, target)
+            os.replace(partial, raw / name)
 
 
 def unpack_imagenet(root: Path, split: str) -> None:

@@ -4,6 +4,7 @@ every file that is refused."""
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import io
 import itertools
 import json
@@ -11,6 +12,7 @@ import os
 import pickle
 import resource
 import shutil
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -559,6 +561,19 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, capsys, flags):
         and str(tmp_path / "new/folder/out") in err
         and os.listdir(tmp_path) == []
     )
+
+
+def test_what_a_killed_export_left_is_removed(runs, tmp_path):
+    """A hidden folder whose file nobody holds; the one of an export that goes on stays."""
+    dead, alive = [tmp_path / f".out.{socket.gethostname()}.{name}" for name in ("dead", "alive")]
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half of it")
+        folder.with_name(f"{folder.name}.tmp").touch()
+    with open(alive.with_name(f"{alive.name}.tmp")) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        make(runs.at("plain", "lora"), tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == [alive.name, f"{alive.name}.tmp", "out"]
 
 
 @pytest.mark.parametrize(
