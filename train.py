@@ -147,7 +147,7 @@ def build_net(cfg: Config) -> nn.Module:
 
 def get_loss(cfg: Config, logits: Tensor, targets: list[tuple[Tensor, float]], reduction="mean") -> Tensor:
     """Cross-entropy of logits (B, C), in training and in evaluation. `targets`: labels (B,), -1 for padding,
-    and their share; mixup makes two such pairs, whose shares add up to 1."""
+    and their share; mixing makes two such pairs, whose shares add up to 1."""
     options = dict(ignore_index=-1, reduction=reduction)
     loss = 0.0
     for labels, share in targets:
@@ -156,7 +156,9 @@ def get_loss(cfg: Config, logits: Tensor, targets: list[tuple[Tensor, float]], r
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, model: nn.Module, batches: Iterator, device: torch.device) -> dict[str, float]:
+def evaluate(
+    cfg: Config, model: nn.Module, batches: Iterator, device: torch.device, prefix="val"
+) -> dict[str, float]:
     """Loss, top-1 and top-5 in % over the batches of all processes together."""
     data = get_spec(cfg.dataset, cfg.image_size)
     model.eval()
@@ -170,7 +172,8 @@ def evaluate(cfg: Config, model: nn.Module, batches: Iterator, device: torch.dev
         totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])
     parallel.reshard(model)
     loss, top1, top5, count = distributed.sum_over_processes(totals).tolist()
-    return {"val_loss": loss / count, "val_top1": 100 * top1 / count, "val_top5": 100 * top5 / count}
+    shares = {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    return {f"{prefix}_{name}": value for name, value in shares.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -391,8 +394,10 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         record = get_epoch_record(cfg, s, device, processes, costs, lr, log.take_step_losses())
         record |= get_norms(model, families, frozen=log.epochs[-1:] if s.phase == "lora" else [])
         if s.epoch % cfg.eval_every == 0 or s.step >= last_step:
-            evaluate_model = lambda: evaluate(cfg, model, start.val_loader.epoch(0), device)  # noqa: B023
-            record |= evaluate_model() | ema.evaluate(model, evaluate_model)
+            record |= evaluate(cfg, model, start.val_loader.epoch(0), device)
+            if cfg.ema_decay:
+                with ema.swapped_in(model):
+                    record |= evaluate(cfg, model, start.val_loader.epoch(0), device, prefix="val_ema")
         log.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
         s.begin_epoch()
         phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)

@@ -15,7 +15,7 @@ parameter; of a base that is frozen and whole on every process, each still holds
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -102,14 +102,6 @@ class Ema:
             for name, p in model.named_parameters():
                 if name in weights:
                     copy_into(p, weights[name])
-
-    def evaluate(self, model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What `evaluate` says of `model` with the averages: its val_loss as val_ema_loss, and so on."""
-        if not self.decay:
-            return {}
-        with self.swapped_in(model):
-            metrics = evaluate()
-        return {name.replace("val_", "val_ema_"): value for name, value in metrics.items()}
 
     # ---- in a checkpoint: ema.NAME, and ema_share
 

@@ -109,7 +109,6 @@ def test_without_decay_there_is_nothing():
     before, ema = copy.deepcopy(dict(net.state_dict())), Ema(net, 0.0)
     ema.update(), ema.follow(net), ema.put_into(net)
     assert not ema.averages and not ema.get_tensors()
-    assert ema.evaluate(net, lambda: pytest.fail("it was evaluated")) == {}
     assert_same(dict(net.state_dict()), before)
 
 
