@@ -36,7 +36,7 @@ from benchmarks.roofline import roofline  # noqa: E402
 from benchmarks.step import MODES, PEERS, step  # noqa: E402
 from benchmarks.switch import switch  # noqa: E402
 from benchmarks.wire import wire  # noqa: E402
-from errors import UserError  # noqa: E402
+from errors import UserError, exit_with  # noqa: E402
 
 COMMANDS = {
     "step": step,
@@ -74,4 +74,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main, sys.argv[1:])

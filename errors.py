@@ -1,5 +1,8 @@
-"""What a user did wrong, told apart from a bug: the one exception that ends a command with a sentence, not a
-traceback."""
+"""How a command ends where it can't go on: what a user did wrong is one exception and a sentence, told apart
+from a bug, which is a traceback; a Ctrl-C is a line."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(ValueError):
@@ -13,3 +16,14 @@ class UserError(ValueError):
 class SharedError(UserError):
     """A UserError that every process of a run raises, whichever of them met it: process 0 alone need print
     it."""
+
+
+def exit_with(main: Callable[[list[str]], int | None], argv: list[str]) -> None:
+    """Run a command's `main` and leave with its status; with one line and 130 after a Ctrl-C.
+
+    For a command of one process: those of several leave by launch/distributed.py's `exit`."""
+    try:
+        sys.exit(main(argv))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

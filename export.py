@@ -36,7 +36,7 @@ from config.ranges import PositiveInt, check_ranges
 from data.datasets import get_spec
 from data.device import normalise
 from data.loader import build_loader
-from errors import UserError
+from errors import UserError, exit_with
 from evaluate import build_checkpoint, load_checkpoint
 from files import PathStr, expand_home, remove_leftovers, temporary
 from formats import load_back, write_adapter, write_huggingface, write_timm
@@ -259,4 +259,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main, sys.argv[1:])

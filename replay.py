@@ -28,7 +28,7 @@ from scipy import stats
 import train
 from config.checks import check_config
 from config.cli import parse_flags, typed_config
-from errors import UserError
+from errors import UserError, exit_with
 from files import PathStr, expand_home
 from lora.ranks import Ranks, count_parameters
 from monitor.convergence import find_own_switch, find_switch, get_spans
@@ -330,4 +330,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main, sys.argv[1:])

@@ -39,7 +39,7 @@ from data.order import (
     get_num_workers,
 )
 from data.randaugment import BRIGHTNESS, COLOR, CONTRAST, GREY, OPERATIONS, get_arguments
-from errors import UserError
+from errors import UserError, exit_with
 from files import expand_home
 
 # ---- augmentations, each what data/augment.py's of that name is, on one Pillow image
@@ -253,11 +253,8 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main, sys.argv[1:])

@@ -11,11 +11,12 @@ figure5.png and figure6.png (warmup windows), figure7.png (time, images/s, memor
 import argparse
 import os
 import shlex
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from errors import UserError
+from errors import UserError, exit_with
 from files import expand_home
 from monitor.arms import get_common_parent, group_runs
 from monitor.compare import compare
@@ -23,7 +24,7 @@ from monitor.figures import change_heatmap, family_figure, get_family, norms_fig
 from monitor.log import get_ranks, pick_events, read_run
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """The command of the module's docstring. A run that can't be read is one line and exit status 1, nothing
     written.
     """
@@ -66,7 +67,7 @@ def make_folder(path: Path) -> None:
         raise UserError(f"can't make the folder {path}: {error.strerror}") from None
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m monitor.plot",
         description="Write the paper's figures of each run, and of several runs compared.",
@@ -134,4 +135,4 @@ def write_figures(figures: dict[str, Figure | str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main, sys.argv[1:])
