@@ -24,6 +24,8 @@ ABANDONED = 24 * 3600  # seconds after which another machine's temporary, which 
 def write_json(path: Path, value) -> None:
     """Write JSON through a temporary name, so that a killed process leaves the old file or the new one.
 
+    That name is always the same, so that the next write takes it again: for a file with one writer.
+
     Raises UserError, naming the file, where the disk refuses.
     """
     partial = path.with_name(path.name + ".tmp")

@@ -70,7 +70,7 @@ class State:
 
     phase: str = "full"  # full, warmup or lora
     ranks: dict[str, list[int]] | None = None  # family -> rank of each layer, with adapters; 0: none
-    base: dict[str, str] | None = None  # lora: "checkpoint" and "id" of this run's that has the frozen base
+    base: dict[str, str] | None = None  # lora: "checkpoint", "id" of this run's that has the frozen base
     frozen_blocks: int = 0  # of the lowest, which need no gradient, nor does what lies below them
     epoch: int = 0  # completed
     step: int = 0  # optimiser steps taken
@@ -120,7 +120,7 @@ class Start:
     def close(self) -> None:
         """Close what is open, the lock last, whatever goes wrong on the way."""
         with contextlib.ExitStack() as stack:
-            for opened in (self.lock, self.log, self.val_loader, self.train_loader, self.clock):
+            for opened in (self.lock, self.log, self.val_loader, self.train_loader, self.clock):  # backwards
                 if opened is not None:
                     stack.callback(opened.close)
 
@@ -179,10 +179,10 @@ def find_start(cfg, net: nn.Module, start: Start) -> None:
             start.weights, remarks = load_init(cfg, net)
             start.notes += remarks
     with together():  # now that no process has found anything wrong
-        make_writable(Path(cfg.run_dir))
+        make_run_folder(Path(cfg.run_dir))
 
 
-def make_writable(run_dir: Path) -> None:
+def make_run_folder(run_dir: Path) -> None:
     """Make the run's folder, and the processes' logs' where there are several. Raises UserError if that can't
     be done, or nothing can be written there."""
     try:
@@ -344,10 +344,11 @@ def read_state(meta: dict, path: Path) -> State:
 
 
 def choose_base(cfg, s: State, steps: int) -> dict[str, str] | None:
-    """The base that the checkpoint after the next `steps` steps names. None: it is whole.
+    """The base that the checkpoint after the next `steps` steps names. None: that checkpoint is whole.
 
     Where a lora phase has no base yet, it is this run's checkpoint at s.step: the freeze's or, where the run
-    had none there (mode lora, a fork), the first one of the phase. That is replaced if no steps are left.
+    had none there (mode lora, a fork), the first one of the phase. With no steps left the next checkpoint has
+    the same step and takes that one's place, so it can't name it.
     """
     if s.phase != "lora" or s.base or not steps:
         return s.base

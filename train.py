@@ -9,6 +9,8 @@ In this order: configuration, task, build and switch, one step, the loop. This t
     python launch/submit.py --nodes 16 config/x.py          a Slurm cluster
     python train.py --run_dir runs/debug --resume True      go on from its last checkpoint, on any GPUs
     python train.py config/x.py --init_from w.safetensors   start from weights
+
+A folder holds one run: give each a --run_dir of its own, or go on with --resume True.
 """
 
 import dataclasses
@@ -62,7 +64,7 @@ class Config:
     run_dir: PathStr = "runs/default"  # where everything of this run goes
     resume: bool = False  # go on from run_dir's last checkpoint; with a preset, an empty run_dir starts fresh
     seed: NonNegativeInt = 0  # of weights, data order, augmentation, mixup, dropout
-    max_steps: PositiveInt | None = None  # stop, and save, after so many steps; the schedule stays epochs'
+    max_steps: PositiveInt | None = None  # stop, and save, after this step; lr still follows epochs
     keep_every: NonNegativeInt = 0  # keep every so many epochs' checkpoint, besides last two and switches'
     eval_every: PositiveInt = 1  # evaluate after every so many epochs, and after the last
     baseline: PathStr | None = None  # run directory of a mode=full run, to warn of a loss plateau above it
@@ -107,22 +109,22 @@ class Config:
     reshard_after_forward: bool = True  # free a block's gathered weights between forward and backward
     frozen_base: Literal["replicate", "shard"] = "replicate"  # lora phase: base whole on each GPU, or not
     # PreLoRA
-    mode: Literal["prelora", "full", "lora"] = "prelora"  # full: the baseline; lora: static LoRA from epoch 0
+    mode: Literal["prelora", "full", "lora"] = "prelora"  # full: baseline; lora: static LoRA, adapters+rest
     tau: PositiveFloat = 0.5  # Algorithm 1: threshold on the weight norms' change between windows, in %
     zeta: PositiveFloat = 2.5  # Algorithm 1: threshold on the training loss's change between windows, in %
     num_windows: int = 3  # Algorithm 1: k, consecutive windows that must agree
     window_epochs: PositiveInt = 3  # Algorithm 1: m, epochs per window
     switch_epoch: PositiveInt | None = None  # switch after so many epochs instead of by the test
     lora_warmup_epochs: NonNegativeInt = 10  # w: epochs in which base and adapters train together
-    rank_min: PowerOfTwo = 8  # Algorithm 2
-    rank_max: PowerOfTwo = 64  # Algorithm 2
-    rank_rule: Literal["minmax", "uniform", "budget"] = "minmax"  # Algorithm 2; one for all; as the change
+    rank_min: PowerOfTwo = 8  # smallest rank of a layer (Algorithm 2)
+    rank_max: PowerOfTwo = 64  # largest; mode lora: of every layer
+    rank_rule: Literal["minmax", "uniform", "budget"] = "minmax"  # Algorithm 2; one for all; by the change
     rank_budget: PositiveFloat | None = None  # uniform, budget: adapters' share of the base; None = minmax's
     lora_alpha: PositiveFloat | None = None  # adapters are scaled by alpha / rank; None = by 1
     lora_scaling: Literal["alpha", "rslora"] = "alpha"  # rslora: by alpha / sqrt(rank) (arXiv 2312.03732)
-    target_modules: tuple[str, ...] = tuple(LORA_FAMILIES)  # the paper's alpha; of model/variants.py
+    target_modules: tuple[str, ...] = tuple(LORA_FAMILIES)  # the Linears of adapters, ranks and the test
     lora_trainable: Literal["adapters", "adapters+rest"] = "adapters"  # rest: head, norms, embeddings
-    freeze_blocks: NonNegativeInt = 0  # lowest blocks without adapters or gradient; full: after switch_epoch
+    freeze_blocks: NonNegativeInt = 0  # lowest blocks, and embeddings, frozen: in lora; full: at switch_epoch
     optimizer_at_switch: Literal["keep", "reset"] = "keep"  # reset: fresh at both switches, as the authors'
     lora_rewarm_steps: NonNegativeInt = 0  # after the freeze lr rises from 0 again (the authors': 100 steps)
 
@@ -214,11 +216,12 @@ def build_on_meta(cfg: Config, phase="full", ranks: Ranks | None = None, frozen_
 
 def switch_phase(
     cfg: Config, model, optimizer, phase: str, ranks: Ranks, mesh: DeviceMesh | None = None, frozen_blocks=0
-) -> tuple:
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Rebuild the model in its next phase, and move weights and optimiser state over by name. Returns both.
 
     Insertion: the base keeps its moments and step counts, adapters start fresh with B = 0, so the function is
-    unchanged. Freeze: the adapters keep theirs, the base's go with the old optimiser.
+    unchanged. Freeze: the adapters keep theirs, the base's go with the old optimiser. (optimizer_at_switch
+    "reset" keeps nothing of the old optimiser.)
 
     Sharded, each process copies its own shards: same mesh, same cut, no traffic. Only a base that is
     replicated from here on is gathered, one parameter at a time. Moments are handed over, not copied.
@@ -237,13 +240,14 @@ def switch_phase(
     return new, new_optimizer
 
 
-def enter_phase(cfg: Config, s: State, model: nn.Module, optimizer, device: torch.device) -> dict:
-    """What a phase costs, for the log. Its graphs are compiled now, so that no epoch's time has the stall in
-    it: by a training step and an evaluation of black images, which leave no trace in model or optimiser."""
+def compile_phase(cfg: Config, s: State, model: nn.Module, optimizer, device: torch.device) -> dict:
+    """Compile a phase's graphs, so that no epoch's time has the stall in it, and return what the phase costs,
+    for the log. A training step and an evaluation of black images compile them, and leave no trace in model
+    or optimiser."""
     batch_size = cfg.batch_size // (cfg.grad_accum_steps * distributed.get_world_size())
     images, labels = build_black_batch(batch_size, get_spec(cfg.dataset, cfg.image_size).image_size, device)
     failed = torch.ones((), dtype=torch.bool, device=device)  # so that nothing is updated
-    black = ((images, labels) for _ in itertools.count())
+    black = itertools.repeat((images, labels))
     train_once = lambda: train_step(cfg, model.train(), optimizer, black, 0, 0.0, failed)
     evaluate_once = lambda: evaluate(cfg, model, ((images, labels) for _ in range(1)), device)
     with distributed.stop_signals_held():  # a scheduler sends them to the compilers, too
@@ -300,7 +304,7 @@ def get_next_phase(cfg: Config, s: State, epochs: list[dict]) -> tuple[str, Rank
     phase, ranks, frozen_blocks = s.phase, s.ranks, s.frozen_blocks
     if s.epoch_step:  # resumed within an epoch, which ends in its phase whatever settings are new
         return phase, ranks, frozen_blocks
-    due = phase == "full" and switch_due(epochs, cfg)  # mode full asks, too: norms must be finite
+    due = phase == "full" and switch_due(epochs, cfg)  # asked in mode full, too: it raises for norms of nan
     if due and cfg.mode == "prelora":
         phase, ranks = "warmup", decide_ranks(cfg, build_net(cfg), epochs)
     elif due:  # mode full stays in its phase
@@ -323,7 +327,8 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     last_step = min(cfg.max_steps or total_steps, total_steps)
     schedule = dict(peak=cfg.lr, warmup_steps=cfg.lr_warmup_steps, total_steps=total_steps)
     lr_at = partial(get_lr, **schedule, rewarm_steps=cfg.lora_rewarm_steps)
-    if s.step >= last_step and s.epoch_step < steps_per_epoch:  # else an epoch is still to be evaluated
+    # A run that was stopped between an epoch's last step and its evaluation still has that to do.
+    if s.step >= last_step and s.epoch_step < steps_per_epoch:
         return say_done(cfg, s, total_steps)
 
     model = build_model(cfg, s.phase, s.ranks, device, mesh, s.frozen_blocks)
@@ -337,10 +342,12 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     ema = Ema(model, cfg.ema_decay, mesh)
     if start.checkpoint:
         ema.load(start.checkpoint, model)
-    log = open_log(cfg, start, last_step)  # which cuts the run's logs back: nothing was found wrong
+    log = open_log(cfg, start, last_step)  # last, because it cuts the run's logs back to the checkpoint
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
     phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
-    costs = enter_phase(cfg, s, model, optimizer, device) if s.is_in(phase, frozen_blocks) else {}
+    costs = {}
+    if s.is_in(phase, frozen_blocks):  # a phase that is left at once is not compiled
+        costs = compile_phase(cfg, s, model, optimizer, device)
     log.write(get_start_record(cfg, s, start, device, mesh, costs))
 
     look_every = 1 if device.type == "cpu" else 20  # steps: a look at a GPU's results waits for them
@@ -355,7 +362,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             ema.follow(model)
             gc.collect()  # compiled blocks stand in reference cycles, and hold the old model
             peak_bytes = distributed.max_over_processes(peak_memory(device), device)
-            costs = enter_phase(cfg, s, model, optimizer, device)
+            costs = compile_phase(cfg, s, model, optimizer, device)
             record = get_switch_record(s, previous, peak_bytes, costs, time.perf_counter() - began)
             log.switch(record, rank_signs(cfg, ranks) if previous == "full" and ranks else [])
 

@@ -111,7 +111,7 @@ def run_phases(model: str, ranks: RankChoice, dtype: str, batch_size: int, way: 
                 net, optimizer = train.switch_phase(cfg, net, optimizer, phase, wanted)
                 gc.collect()
             torch._dynamo.config.recompile_limit = 256  # static ranks need more than train.py allows
-            costs = train.enter_phase(cfg, State(phase, wanted), net, optimizer, device)
+            costs = train.compile_phase(cfg, State(phase, wanted), net, optimizer, device)
             record = {"phase": phase, "stall": time.perf_counter() - start}
             record["compiling"] = calculate_time_spent()["total_wall_time"] - compiling
             record["graphs"] = costs["graphs_compiled"] + costs["eval_graphs_compiled"]

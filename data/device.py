@@ -1,8 +1,9 @@
 """What is done to a batch on the device: normalise, then mixup or CutMix, then random erasing.
 
-The random numbers are drawn on the host, each a pure function of the seed and the micro-batch's number in the
-run, so that nothing waits for the device. The order is timm's, whose loader mixes as it collates and erases
-on the device (unless it is told --no-prefetcher): what is erased is the mixed image.
+The random numbers are drawn on the host, except for the noise that erases: the device draws that, from a seed
+of the host's, and a CPU's noise is another than a GPU's. Each is a pure function of the seed and the
+micro-batch's number in the run, and nothing waits for the device. The order is timm's, whose loader mixes as
+it collates and erases on the device (unless it is told --no-prefetcher): what is erased is the mixed image.
 """
 
 import functools
@@ -27,7 +28,7 @@ def _get_constants(
     """255·mean and 1/(255·std), cached because a tensor made from Python numbers waits for the device."""
 
     def constant(values: list[float]) -> torch.Tensor | float:
-        if len(set(values)) == 1:
+        if len(set(values)) == 1:  # one for all channels: a number needs no tensor
             return values[0]
         return torch.tensor(values, dtype=torch.float64).float().view(1, 3, 1, 1).to(device)
 
@@ -61,7 +62,7 @@ def mix(
     seed: int,
     number: int,
 ) -> tuple[torch.Tensor, Targets]:
-    """mixup or CutMix of a micro-batch, in which each image meets its mirror: the last one the first.
+    """mixup or CutMix of a micro-batch, in which each image has a partner: the first one the last, and so on.
 
     images: float (B, C, H, W), which CutMix changes in place; labels: (B,). λ ~ Beta(alpha, alpha) is one for
     the batch, a Python float. Where both alphas are above 0, the batch has CutMix with probability 1/2 and
@@ -82,14 +83,14 @@ def mix(
 
 
 def mixup(images: torch.Tensor, labels: torch.Tensor, lam: float) -> tuple[torch.Tensor, Targets]:
-    """λ·images + (1-λ)·mirrored, and the targets (Zhang et al. 2018, arXiv:1710.09412)."""
+    """λ·images + (1-λ)·partners, and the targets (Zhang et al. 2018, arXiv:1710.09412)."""
     return torch.lerp(images.flip(0), images, lam), [(labels, lam), (labels.flip(0), 1 - lam)]
 
 
 def cutmix(
     images: torch.Tensor, labels: torch.Tensor, lam: float, y: int, x: int
 ) -> tuple[torch.Tensor, Targets]:
-    """A box around pixel (y, x) from the mirrored image, in place (Yun et al. 2019, arXiv:1905.04899).
+    """A box around pixel (y, x) from the partner, in place (Yun et al. 2019, arXiv:1905.04899).
 
     The box has the images' aspect and 1-λ of their area, before it is cut off at the border. The targets'
     shares are those of the pixels after that.
@@ -123,9 +124,9 @@ def erase(images: torch.Tensor, probability: float, seed: int, number: int) -> t
     top, bottom, left, right = boxes.view(count, 4, 1, 1).unbind(1)  # (B, 1, 1) each
     y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
     inside = (top <= y) & (y < bottom) & (left <= x) & (x < right)  # (B, H, W)
-    noise = torch.Generator(device).manual_seed(int(generator.integers(2**63)))
-    pixels = torch.randn(count, height, width, channels, generator=noise, device=device, dtype=images.dtype)
-    return torch.where(inside[:, None], pixels.permute(0, 3, 1, 2), images)
+    rng = torch.Generator(device).manual_seed(int(generator.integers(2**63)))
+    noise = torch.randn(count, height, width, channels, generator=rng, device=device, dtype=images.dtype)
+    return torch.where(inside[:, None], noise.permute(0, 3, 1, 2), images)
 
 
 def get_boxes(

@@ -5,10 +5,9 @@ import functools
 import gzip
 import hashlib
 import os
-import shlex
 import shutil
 import tarfile
-from fractions import Fraction
+from fractions import Fraction as Ratio
 from pathlib import Path
 from shlex import quote
 
@@ -167,7 +166,7 @@ def _unpack_anew(root: str | Path, split: str, archives: str) -> str:
     return f"move {root} away, put {archives} into {above} and run `{command}`, which unpacks them"
 
 
-def split_tree(tree: ImageTree, share: Fraction) -> dict[str, ImageTree]:
+def split_tree(tree: ImageTree, share: Ratio) -> dict[str, ImageTree]:
     """{"train": about `share` of the images, "val": the others}, each with all classes.
 
     Where an image goes is a hash of its path within the tree, as in TensorFlow's image_retraining: images
@@ -211,7 +210,7 @@ def _open_fashion_mnist(root: str | Path, split: str) -> FashionMNIST:
     if not all((Path(root) / "FashionMNIST" / "raw" / name).exists() for name in FILES):
         raise UserError(
             f"no Fashion-MNIST under {root}: make it with "
-            f"`python -m data.folder fashion_mnist {shlex.quote(str(root))}`"
+            f"`python -m data.folder fashion_mnist {quote(str(root))}`"
         )
     try:  # only torchvision runs in here, which raises ValueError or RuntimeError on a file cut short
         source = FashionMNIST(root, train=split == "train")

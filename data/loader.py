@@ -60,10 +60,10 @@ def build_loader(
     """The loader of `split` ("train" or "val") of a data set in DATASETS.
 
     backend: "ffcv" reads data_dir/{split}.beton, "folder" the raw files in data_dir; both yield the same
-    batches, to the bit where the .beton holds the same pixels. "synthetic" makes images of that size up and
-    reads nothing. num_samples: train on a random subset. batch_size is one process's: the batches of all
-    processes together are the micro-batch. image_size: pixels, see get_spec. With both, color_jitter comes
-    after RandAugment.
+    batches where the .beton holds the same pixels, to the bit but for RandAugment's Rotate. "synthetic" makes
+    images of that size up and reads nothing. num_samples: train on a random subset. batch_size is one
+    process's: the batches of all processes together are the micro-batch. image_size: pixels, see get_spec.
+    With both, color_jitter comes after RandAugment.
 
     Raises UserError: no data (with how to make it), a damaged .beton, no FFCV (with what to install),
     numbers that don't fit together.

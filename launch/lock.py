@@ -40,8 +40,8 @@ class Lock:
     notes: list[str] = field(default_factory=list)  # from whom it was taken over
 
     def close(self) -> None:
-        """Give it back, and take away the folders that were made for it and have nothing in them. One that
-        is another's by now, because somebody deleted this one, stays."""
+        """Give it back, and take away the folders that were made for it and have nothing in them. Where
+        somebody deleted the file and another process has locked the run since, that lock stays."""
         try:
             if read_holder(self.path).get("id") == self.id:
                 self.path.unlink()
@@ -67,10 +67,13 @@ def take(run_dir: Path) -> Lock:
                 file.flush()
                 os.fsync(file.fileno())  # or a crash could leave a name without its content
             while not create(partial, path):
-                with contextlib.suppress(FileNotFoundError):  # given back just now
-                    if note := take_over(partial, path, own):
-                        lock.notes.append(note)
-                        break
+                try:
+                    note = take_over(partial, path, own)
+                except FileNotFoundError:  # given back just now: there is none to take over
+                    continue
+                if note:  # else another process has taken it over: ask again, about that one
+                    lock.notes.append(note)
+                    break
     except BaseException:
         remove_folders(made)
         raise
@@ -116,7 +119,7 @@ def take_over(partial: Path, path: Path, own: dict) -> str | None:
     it; the others then see that the file under that name is another."""
     with open(path, "r+b") as file:
         holder = read_holder(path)
-        refuse(path, holder, own)
+        check_gone(path, holder, own)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
@@ -131,11 +134,12 @@ def take_over(partial: Path, path: Path, own: dict) -> str | None:
 
 
 def read_holder(path: Path) -> dict:
-    """Raises UserError for what is no lock, FileNotFoundError where there is none."""
+    """What a lock says of its holder. Raises UserError for what is no lock, FileNotFoundError where there is
+    none."""
     try:
         holder = read_json(path)
     except UserError:
-        path.stat()  # it may have been given back
+        path.stat()  # which raises FileNotFoundError if it was given back
         raise UserError(
             f"{path} is damaged, so nobody knows whose it is: delete it if no other process works on the run"
         ) from None
@@ -151,8 +155,8 @@ def describe(holder: Mapping) -> str:
 # whether its holder is alive
 
 
-def refuse(path: Path, holder: Mapping, own: Mapping) -> None:
-    """Raise UserError, unless the holder is known to be gone."""
+def check_gone(path: Path, holder: Mapping, own: Mapping) -> None:
+    """Raise UserError unless the lock's holder is known to be gone."""
     alive = is_alive(holder, own)
     who = f"{describe(holder)}, since {holder.get('since')}"
     if alive:

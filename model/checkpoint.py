@@ -83,7 +83,7 @@ def save(
             tensors.pop(f"ema.{name}", None)
     elif state.get("phase") == "lora":
         pinned = True
-    on_process_0(remove_leftovers, final.parent)
+    on_process_0(remove_unfinished, final.parent)
     checksums = write_tensors(tmp, tensors, str(final))
     on_process_0(complete, tmp, final, meta | {"pinned": pinned}, checksums)
     return final
@@ -215,7 +215,7 @@ def on_process_0(function: Callable, *args):
 # ---- directories
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     for leftover in folder.glob("step_*.tmp"):  # of a killed process or a full disk
         shutil.rmtree(leftover)
     for old in folder.glob("step_*.old"):

@@ -15,14 +15,18 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
-from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from errors import UserError
 
 EAGER = "--compile False does without"
-PROBE = "#include <Python.h>\nint probe() { return 0; }\n"  # what both compile is a module of Python's
+# What both compile is a module of Python's; inductor's has OpenMP, too.
+PROBES = {
+    "c": "#include <Python.h>\nint probe() { return 0; }\n",
+    "cpp": "#include <Python.h>\n#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n",
+}
 
 
 def check_compiler(compiled: bool, adapters: bool) -> list[str]:
@@ -115,17 +119,14 @@ def try_compiler(compiler: str, language: str, folder: Path) -> str:
         return f"finds no Python.h in {include}, which the headers of this Python have (python3-dev)"
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         source, library = Path(scratch, f"probe.{language}"), Path(scratch, "probe.so")
-        command = [
-            *shlex.split(compiler),
-            "-shared",
-            "-fPIC",
-            f"-I{include}",
-            str(source),
-            "-o",
-            str(library),
-        ]
+        if language == "cpp":  # inductor's own flags: an old compiler knows no C++20, clang may lack OpenMP
+            builder = CppBuilder("probe", str(source), CppTorchOptions(compiler=compiler), scratch)
+            command, library = shlex.split(builder.get_command_line()), Path(builder.get_target_file_path())
+        else:
+            command = shlex.split(compiler)
+            command += ["-shared", "-fPIC", f"-I{include}", str(source), "-o", str(library)]
         try:
-            source.write_text(PROBE)
+            source.write_text(PROBES[language])
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         except OSError as error:
             return f"can't run {compiler} in {folder} ({error.strerror})"

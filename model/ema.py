@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from model.checkpoint import get_base, on_process_0, read
-from model.parallel import reshard, to_plain
+from model.parallel import copy_over, reshard
 from model.tensors import get_stored
 
 
@@ -50,8 +50,8 @@ class Ema:
         frozen_so_far = self.averages.keys() - self.trained.keys()
         self.trained = {}
         for name, p in model.named_parameters():
-            if name in frozen_so_far:
-                self.averages[name] = self.get_frozen(name, get_part(p, self.averages[name]))
+            if name in frozen_so_far:  # n begins anew here, for all that is frozen
+                self.averages[name] = self.get_frozen_average(name, get_part(p, self.averages[name]))
             if p.requires_grad:
                 self.trained[name] = p
                 self.averages.setdefault(name, p.detach().clone())
@@ -59,7 +59,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """An optimiser step has been taken. (One that was skipped ends the run before anything is saved.)"""
+        """Move the averages towards the weights after an optimiser step. (A step that was skipped ends the
+        run before anything is saved.)"""
         if not self.decay:
             return
         # FSDP may replace a parameter's local tensor, so that it is asked for anew.
@@ -68,7 +69,7 @@ class Ema:
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
         self.share *= self.decay
 
-    def get_frozen(self, name: str, weights: Tensor) -> Tensor:
+    def get_frozen_average(self, name: str, weights: Tensor) -> Tensor:
         """The average of a frozen parameter as it is now. `weights`: the parameter, placed as its average."""
         return torch.lerp(weights, self.averages[name], self.share)
 
@@ -76,8 +77,8 @@ class Ema:
     def put_into(self, model: nn.Module) -> dict[str, Tensor]:
         """The averages in the place of the weights. Returns copies of these, by name, placed as the averages.
 
-        A frozen parameter without an average is its own. All processes together: shards of what is whole in
-        the model are gathered, one parameter at a time.
+        A frozen parameter without an average keeps its value. All processes together: shards of what is whole
+        in the model are gathered, one parameter at a time.
         """
         reshard(model)
         weights = {}
@@ -85,7 +86,9 @@ class Ema:
             if name in self.averages:
                 average = self.averages[name]
                 weights[name] = get_part(p, average)
-                copy_into(p, average if name in self.trained else self.get_frozen(name, weights[name]))
+                if name not in self.trained:
+                    average = self.get_frozen_average(name, weights[name])
+                copy_over(average, p)
         return weights
 
     @contextlib.contextmanager
@@ -101,7 +104,7 @@ class Ema:
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if name in weights:
-                    copy_into(p, weights[name])
+                    copy_over(weights[name], p)
 
     # ---- in a checkpoint: ema.NAME, and ema_share
 
@@ -155,8 +158,3 @@ def get_part(p: nn.Parameter, like: Tensor) -> Tensor:
     if isinstance(like, DTensor) and not isinstance(weights, DTensor):
         weights = distribute_tensor(weights, like.device_mesh, like.placements, src_data_rank=None)
     return weights.clone()
-
-
-def copy_into(p: nn.Parameter, values: Tensor) -> None:
-    """Set a parameter in place; gathered first if the parameter is whole (every process must call)."""
-    p.copy_(values if isinstance(p, DTensor) else to_plain(values))

@@ -261,7 +261,7 @@ def reshard(model: nn.Module) -> None:
 
 @torch.no_grad()
 def copy_over(weight: Tensor, target: Tensor) -> None:
-    """Copy a parameter to the one of that name in another phase's model, on the same mesh.
+    """Copy a tensor into a parameter of the same name, on the same mesh: another phase's, say.
 
     Sharded, each process copies its own shards; where the target is whole, all processes gather it together.
     """

@@ -238,7 +238,7 @@ def check_record(record: dict, families: Sequence[str]) -> None:
     if bad:
         raise FloatingPointError(f"epoch {record['epoch']}: the weight norms of {bad} are not finite")
     if not math.isfinite(record["train_loss"]):
-        raise FloatingPointError(f"epoch {record['epoch']}: the training loss are not finite")
+        raise FloatingPointError(f"epoch {record['epoch']}: the training loss is not finite")
 
 
 def get_signs(cfg, s, epochs: list[dict], baseline: list[dict] | None, next_phase: str) -> list[str]:

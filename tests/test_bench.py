@@ -214,7 +214,7 @@ def test_an_edited_step_is_what_is_timed(tiny_step, monkeypatch):
     model = train.build_model(small, "full", None, CPU)
     optimizer = train.build_optimizer(model, 0.0)
     with torch.compiler.set_stance("force_eager"):
-        train.enter_phase(small, State(), model, optimizer, CPU)
+        train.compile_phase(small, State(), model, optimizer, CPU)
     assert taken == [model]
 
 
@@ -310,7 +310,7 @@ def test_a_run_counts_its_own_micro_batch(monkeypatch):
     model = train.build_model(small, "warmup", TINY_RANKS, CPU)
     optimizer = train.build_optimizer(model, 0.0)
     with torch.compiler.set_stance("force_eager"):
-        costs = train.enter_phase(small, State("warmup", TINY_RANKS), model, optimizer, CPU)
+        costs = train.compile_phase(small, State("warmup", TINY_RANKS), model, optimizer, CPU)
     counted = [flops.count_phases(small, TINY_RANKS, images)["warmup"] for images in (4, 12)]
     assert costs["flops_per_image"] == counted[0] != counted[1]
 

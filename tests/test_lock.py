@@ -260,14 +260,14 @@ def test_of_many_takers_one_has_it(on_ranks, tmp_path):
 def test_a_slow_taker_does_not_replace_a_new_holder(tmp_path, monkeypatch):
     """It has seen that the holder is gone, and comes to act after another one has."""
     write_lock(tmp_path, pid=get_dead_pid())
-    refuse, others = lock.refuse, []
+    check_gone, others = lock.check_gone, []
 
-    def refuse_slowly(*args):
-        refuse(*args)
-        monkeypatch.setattr(lock, "refuse", refuse)
+    def check_slowly(*args):
+        check_gone(*args)
+        monkeypatch.setattr(lock, "check_gone", check_gone)
         others.append(lock.take(tmp_path))
 
-    monkeypatch.setattr(lock, "refuse", refuse_slowly)
+    monkeypatch.setattr(lock, "check_gone", check_slowly)
     with pytest.raises(UserError, match="in use by"):
         lock.take(tmp_path)
     assert json.loads((tmp_path / "lock").read_text())["id"] == others[0].id

@@ -875,7 +875,7 @@ compiler = "kill -TERM 0; kill -USR1 0; kill -USR2 0; echo compiled"
 train.train_step = lambda *args: subprocess.run(["sh", "-c", compiler], check=True)
 train.evaluate = lambda *args: None
 model = torch.nn.Linear(1, 1)
-train.enter_phase(train.Config(), State(), model, torch.optim.SGD(model.parameters()), torch.device("cpu"))
+train.compile_phase(train.Config(), State(), model, torch.optim.SGD(model.parameters()), torch.device("cpu"))
 assert sorted(received) == sorted(distributed.StopRequest.SIGNALS)
 """
     options = {"cwd": REPO, "start_new_session": True, "capture_output": True, "text": True}

@@ -349,7 +349,7 @@ def test_the_old_model_is_gone_before_the_new_phase_starts(small, tmp_path, monk
     """In a compiled run, whose blocks stand in reference cycles: without the collection in train.py they stay
     for many steps."""
     compile_with(monkeypatch, "eager")
-    switch_phase, enter_phase = train.switch_phase, train.enter_phase
+    switch_phase, compile_phase = train.switch_phase, train.compile_phase
     old, alive = {}, []
 
     def switching(cfg, model, *rest):
@@ -358,10 +358,10 @@ def test_the_old_model_is_gone_before_the_new_phase_starts(small, tmp_path, monk
 
     def entering(*args):
         alive.append(sum(p() is not None for p in old.values()))
-        return enter_phase(*args)
+        return compile_phase(*args)
 
     monkeypatch.setattr(train, "switch_phase", switching)
-    monkeypatch.setattr(train, "enter_phase", entering)
+    monkeypatch.setattr(train, "compile_phase", entering)
     monkeypatch.setitem(VARIANTS, "tiny-debug", dict(VARIANTS["tiny-debug"], depth=2))
     short = "--compile True --lora_warmup_epochs 1 --switch_epoch 2 --ema_decay 0.9".split()
     run(small, tmp_path / "run", *short, "--max_steps", 3 * STEPS + 1)
@@ -498,7 +498,7 @@ def test_running_statistics_through_three_phases(small, tmp_path, monkeypatch):
     def get_statistics(model):
         return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
-    switch_phase, enter_phase = train.switch_phase, train.enter_phase
+    switch_phase, compile_phase = train.switch_phase, train.compile_phase
     entered, switched = [], []
 
     def switching(cfg, model, *rest):
@@ -509,14 +509,14 @@ def test_running_statistics_through_three_phases(small, tmp_path, monkeypatch):
 
     def entering(cfg, s, model, *rest):
         before = get_statistics(model)
-        costs = enter_phase(cfg, s, model, *rest)
+        costs = compile_phase(cfg, s, model, *rest)
         entered.append((before, get_statistics(model)))
         return costs
 
     monkeypatch.setattr(train, "build_net", build_net)
     monkeypatch.setitem(LORA_FAMILIES, "fc1", ("blocks.*.fc", 0, 1))
     monkeypatch.setattr(train, "switch_phase", switching)
-    monkeypatch.setattr(train, "enter_phase", entering)
+    monkeypatch.setattr(train, "compile_phase", entering)
     monkeypatch.setattr(train, "count_flops", lambda *args: 1)  # on one image, which has no variance
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: None)  # the dry run is what counts
     flags = "--compile True --target_modules fc1 --switch_epoch 2 --lora_warmup_epochs 1 --epochs 4".split()
