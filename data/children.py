@@ -8,6 +8,8 @@ import signal
 from collections.abc import Iterator
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+# Forked from their parent: Python 3.14's own way forks them from a server, which outlives the parent.
+FORK = multiprocessing.get_context("fork")
 # Meant for the main process, which saves and then ends its children; a scheduler sends them to every process
 # of the job, and a terminal's Ctrl-C does.
 FOR_MAIN_PROCESS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT
@@ -25,7 +27,7 @@ def signals_held() -> Iterator[None]:
 
 
 def become_child() -> None:
-    """To be called first in a process that multiprocessing has started. The kernel kills it when its parent
+    """To be called first in a process that FORK has started. The kernel kills it when its parent
     ends, however that ends and whatever this one is in: numba's code, FFCV's, a wait for a queue."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != multiprocessing.parent_process().pid:  # it has ended before that

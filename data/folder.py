@@ -27,7 +27,7 @@ from torchvision.transforms.functional import (
 
 from data.augment import get_choice, get_flip, get_jitters, get_random_crop, get_shift
 from data.batch import empty_batch, to_batch
-from data.children import become_child, signals_held
+from data.children import FORK, become_child, signals_held
 from data.datasets import LoaderOptions
 from data.images import ImageTree, open_dataset, prepare_fashion_mnist
 from data.order import (
@@ -217,6 +217,7 @@ class FolderLoader:
             batch_sampler=batches,
             collate_fn=_collate,
             num_workers=self.num_workers,
+            multiprocessing_context=FORK if self.num_workers else None,  # torch takes none without workers
             worker_init_fn=_init_worker,
             generator=torch.Generator(),  # else it draws from the global one, which dropout uses
         )

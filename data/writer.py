@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import queue
 import shutil
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.children import become_child, describe_kill, signals_held
+from data.children import FORK, become_child, describe_kill, signals_held
 from data.import_ffcv import import_ffcv
 from data.order import DataError
 from errors import UserError
@@ -174,8 +173,8 @@ def _run_workers(writer: Any, path: Path, dataset: Pixels, skip_bad: bool) -> tu
     """
     from ffcv.writer import MemoryAllocator
 
-    todo, results = multiprocessing.Queue(), multiprocessing.Queue()
-    errors, done = multiprocessing.SimpleQueue(), multiprocessing.Value(ctypes.c_uint64, 0)
+    todo, results = FORK.Queue(), FORK.Queue()
+    errors, done = FORK.SimpleQueue(), FORK.Value(ctypes.c_uint64, 0)
     step = max(1, min(100, len(dataset) // writer.num_workers))
     for start in range(0, len(dataset), step):
         todo.put(range(start, min(start + step, len(dataset))))
@@ -184,9 +183,7 @@ def _run_workers(writer: Any, path: Path, dataset: Pixels, skip_bad: bool) -> tu
     allocator = MemoryAllocator(writer.fname, writer.data_region_start, writer.page_size)
     metadata = writer.metadata_sm, writer.metadata_type
     args = (errors, todo, *metadata, writer.fields, allocator, done, results, dataset, skip_bad)
-    processes = [
-        multiprocessing.Process(target=_run_worker, args=args, daemon=True) for _ in range(writer.num_workers)
-    ]
+    processes = [FORK.Process(target=_run_worker, args=args, daemon=True) for _ in range(writer.num_workers)]
     try:
         with signals_held():
             for process in processes:

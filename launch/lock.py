@@ -7,12 +7,13 @@ process leaves behind is taken over by the next start, where the holder is known
     a process of this machine    /proc has no such process, or another one under a pid that is used again
     this job, started again      the scheduler ends a start before it begins the next one
     another job                  squeue or qstat has none of that number that waits or runs
-    before a reboot              this host's boot id is another by now
+    before a reboot              this machine's boot id is another by now
 
 Nothing else tells, so all other starts are refused: a person may know, and delete the file.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -28,6 +29,9 @@ from errors import UserError
 from files import read_json, remove_leftovers, temporary
 from launch.distributed import get_host
 from launch.logs import get_job_id
+
+NO_LINKS = errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK
+HOST_PIDS = 4026531836  # inode of the pid namespace that a machine begins with: PROC_PID_INIT_INO of Linux
 
 
 @dataclass
@@ -99,14 +103,19 @@ def create(partial: Path, path: Path) -> bool:
         return True
     except FileExistsError:
         return False
-    except OSError:  # a file system without hard links
-        pass
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+    # A file system without hard links. For a moment the lock is empty there.
     text = partial.read_text()
     try:
         with open(path, "x") as file:
             file.write(text)
     except FileExistsError:
         return False
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
@@ -117,7 +126,12 @@ def take_over(partial: Path, path: Path, own: dict) -> str | None:
 
     Of several processes that find the same one, the first to have an flock on the dead holder's file replaces
     it; the others then see that the file under that name is another."""
-    with open(path, "r+b") as file:
+    try:
+        file = open(path, "r+b")
+    except PermissionError:  # another user's
+        check_gone(path, read_holder(path), own)
+        raise
+    with file:
         holder = read_holder(path)
         check_gone(path, holder, own)
         try:
@@ -136,14 +150,16 @@ def take_over(partial: Path, path: Path, own: dict) -> str | None:
 def read_holder(path: Path) -> dict:
     """What a lock says of its holder. Raises UserError for what is no lock, FileNotFoundError where there is
     none."""
-    try:
-        holder = read_json(path)
-    except UserError:
-        path.stat()  # which raises FileNotFoundError if it was given back
-        raise UserError(
-            f"{path} is damaged, so nobody knows whose it is: delete it if no other process works on the run"
-        ) from None
-    return holder
+    for is_last in (False, True):
+        try:
+            return read_json(path)
+        except UserError:
+            path.stat()  # which raises FileNotFoundError if it was given back
+            if not is_last:
+                time.sleep(1)  # `create` may be writing it
+    raise UserError(
+        f"{path} is damaged, so nobody knows whose it is: delete it if no other process works on the run"
+    )
 
 
 def describe(holder: Mapping) -> str:
@@ -183,6 +199,7 @@ def describe_self(env: Mapping[str, str]) -> dict:
         "pid": os.getpid(),
         "started": get_start_time(os.getpid()),
         "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "machine": get_machine_id(),
         "pid_namespace": os.stat("/proc/self/ns/pid").st_ino,  # a container's pids are its own
         "scheduler": scheduler,
         "job": job,
@@ -191,6 +208,17 @@ def describe_self(env: Mapping[str, str]) -> dict:
         "since": time.strftime("%F %T"),
         "id": secrets.token_hex(8),
     }
+
+
+def get_machine_id() -> str | None:
+    """What tells this machine from others, whatever their host names; None where nothing does, as in a
+    container, whose /etc is its image's."""
+    if os.stat("/proc/self/ns/pid").st_ino != HOST_PIDS:
+        return None
+    try:
+        return Path("/etc/machine-id").read_text().strip() or None
+    except OSError:
+        return None
 
 
 def get_start_time(pid: int) -> int | None:
@@ -204,17 +232,28 @@ def get_start_time(pid: int) -> int | None:
     return None if state in "ZX" else int(fields[18])  # field 22 of proc(5)
 
 
+def is_hidden(pid: int) -> bool:
+    """Whether there is such a process of another user's, and /proc does not show it (its option hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return not Path(f"/proc/{pid}").exists()
+    return False
+
+
 def is_alive(holder: Mapping, own: Mapping) -> bool | None:
     """Whether a lock's holder is alive, as the process that `own` describes can know it. None: it can't."""
     same = lambda *names: all(holder.get(name) == own[name] for name in names)
     if same("boot", "pid_namespace"):
-        return get_start_time(holder.get("pid")) == holder.get("started")
+        return is_hidden(holder["pid"]) or get_start_time(holder["pid"]) == holder["started"]
     if holder.get("job"):
         if not same("scheduler", "cluster", "job"):
             return is_active(holder)
         # Within one start of a job it is another of its steps, which may run beside this one.
         return None if same("restarts") else False
-    if same("host") and not same("boot"):
+    if same("host", "machine") and own["machine"] and not same("boot"):
         return False
     return None
 

@@ -81,14 +81,14 @@ def test_no_cache_folder_is_one_line_before_the_run(monkeypatch, tmp_path, capsy
 def test_a_compiler_without_what_inductor_asks_of_it(tmp_path, refused):
     """g++ 9 knows no C++20; clang may be installed without OpenMP."""
     real = shutil.which("g++")
-    script = f"case \"$*\" in *{refused}*) echo 'error: {refused}' >&2; exit 1;; esac; exec {real} \"$@\""
+    script = f'case "$*" in *{refused}*) echo \'error: {refused}\' >&2; exit 1;; esac; exec {real} "$@"'
     with torch._inductor.config.patch({"cpp.cxx": (None, pretend_compiler(tmp_path, script))}):
         with pytest.raises(UserError, match=f"can't compile with .*error: {re.escape(refused)}.*: {EAGER}"):
             check_compiler(compiled=True, adapters=False)
 
 
 def test_control_a_compiler_that_does_all(tmp_path):
-    script = f"exec {shutil.which('g++')} \"$@\""
+    script = f'exec {shutil.which("g++")} "$@"'
     with torch._inductor.config.patch({"cpp.cxx": (None, pretend_compiler(tmp_path, script))}):
         assert check_compiler(compiled=True, adapters=False) == []
 

@@ -1,6 +1,8 @@
 """The lock on a run: who gets it, who is refused, and what is left by the killed."""
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import signal
@@ -148,7 +150,9 @@ def in_group(run_dir):
         (dict(started=OWN["started"] - 1), {}, False),  # its pid is used again
         (dict(JOB, pid=None), JOB, False),  # killed in this very start of this job
         (dict(pid_namespace=1), {}, None),  # another container
-        (dict(boot="another"), {}, False),  # before a reboot
+        (dict(boot="another", machine="one"), dict(machine="one"), False),  # before a reboot
+        (dict(boot="another", machine="two"), dict(machine="one"), None),  # another machine of that name
+        (dict(boot="another", machine=None), dict(machine=None), None),  # containers of that name
         (ELSEWHERE, {}, None),
         (dict(JOB, **ELSEWHERE, restarts="0"), JOB, False),  # requeued
         (dict(JOB, **ELSEWHERE), JOB, None),  # another step of it, perhaps beside this one
@@ -160,6 +164,25 @@ def test_whether_a_holder_is_alive(monkeypatch, holder, own, alive):
     if "pid" in holder:
         holder = holder | {"pid": get_dead_pid()}
     assert lock.is_alive(OWN | holder, OWN | own) is alive
+
+
+def test_another_users_process_that_proc_hides_is_alive(monkeypatch):
+    """A /proc mounted with hidepid: no entry, and no signal may be sent."""
+    pid = get_dead_pid()
+    assert lock.is_alive(OWN | {"pid": pid}, OWN) is False  # control
+    monkeypatch.setattr(os, "kill", lambda *args: (_ for _ in ()).throw(PermissionError()))
+    assert lock.is_alive(OWN | {"pid": pid}, OWN) is True
+
+
+def test_a_lock_that_may_not_be_written_says_whose_it_is(tmp_path, monkeypatch):
+    write_lock(tmp_path)
+    monkeypatch.setattr("builtins.open", lambda *args: deny(*args) if args[1] == "r+b" else open_file(*args))
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+        lock.take(tmp_path)
+
+
+def deny(*args):
+    raise PermissionError(errno.EACCES, "Permission denied", *args[:1])
 
 
 SLURM = "ClusterName             = lab\n"
@@ -220,13 +243,49 @@ def test_a_lock_that_is_anothers_by_now_stays(tmp_path):
     mine.close()  # gone already
 
 
+def refuse_link(*args):
+    raise PermissionError(errno.EPERM, "no hard links here")
+
+
 def test_without_hard_links(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(PermissionError()))
+    monkeypatch.setattr(os, "link", refuse_link)
     mine = lock.take(tmp_path)
     with pytest.raises(UserError, match="in use by"):
         lock.take(tmp_path)
     mine.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_hard_links_a_lock_that_is_being_written_is_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr(time, "sleep", lambda seconds: write_lock(tmp_path))
+    with pytest.raises(UserError, match="in use by"):
+        lock.take(tmp_path)
+
+
+def test_what_the_disk_refuses_leaves_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *args: fill_disk())
+    with pytest.raises(OSError, match="No space left"):
+        lock.take(tmp_path)
+    monkeypatch.setattr(os, "link", refuse_link)
+    monkeypatch.setattr(
+        "builtins.open", lambda *args: FullFile(*args) if args[1] == "x" else open_file(*args)
+    )
+    with pytest.raises(OSError, match="No space left"):
+        lock.take(tmp_path)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
+def fill_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class FullFile(io.FileIO):
+    write = fill_disk
+
+
+open_file = open
 
 
 # ---- the race
