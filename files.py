@@ -61,21 +61,33 @@ def temporary(path: Path) -> Iterator[Path]:
     Inside, this process holds the file by an flock, which ends with the process however that ends: what
     nobody holds is a leftover. Raises OSError where the machine refuses.
     """
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{secrets.token_hex(4)}.tmp")
-    with open(partial, "xb") as file:
+    file, partial = hold_new_file(path)
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+        file.close()
+
+
+def hold_new_file(path: Path) -> tuple[typing.BinaryIO, Path]:
+    """A new file beside `path` with an flock on it, and its name."""
+    while True:
+        partial = path.with_name(f"{path.name}.{socket.gethostname()}.{secrets.token_hex(4)}.tmp")
+        file = open(partial, "xb")
         try:
-            with contextlib.suppress(OSError):  # a file system without locks: its leftovers stay
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield partial
-        finally:
-            partial.unlink(missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: its leftovers stay
+            return file, partial
+        if partial.exists():
+            return file, partial
+        file.close()  # `remove_leftovers` of another process came before the lock
 
 
-def remove_leftovers(folder: Path, pattern: str, patience: float = ABANDONED) -> list[Path]:
+def remove_leftovers(folder: Path, pattern: str) -> list[Path]:
     """Delete, and return, the files of that pattern that `temporary` made and nobody holds any more.
 
     Not all shared file systems tell one machine what another one holds: what another one made must be
-    `patience` seconds old, 0 for a folder on a local disk.
+    ABANDONED seconds old.
     """
     removed = []
     for leftover in sorted(folder.glob(pattern)):
@@ -83,7 +95,7 @@ def remove_leftovers(folder: Path, pattern: str, patience: float = ABANDONED) ->
         with contextlib.suppress(OSError), open(leftover, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             age = time.time() - leftover.stat().st_mtime
-            if f".{socket.gethostname()}." in leftover.name or age >= patience:
+            if f".{socket.gethostname()}." in leftover.name or age >= ABANDONED:
                 leftover.unlink()
                 removed.append(leftover)
     return removed

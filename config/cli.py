@@ -15,6 +15,7 @@ import sys
 import types
 import typing
 from pathlib import Path
+from shlex import quote
 
 import tyro
 
@@ -25,6 +26,7 @@ from files import expand_home, expand_paths, explain_no_run, find_run_above, rea
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoints")  # any of them makes a folder a run's
 HYPHENS = "-‐‑‒–—−"  # and what word processors and web pages make of them
+WITH_PRESETS = ("train.py", "launch/submit.py")
 NEAR = 0.8  # of difflib's ratio: lrr is lr and batchsize batch_size, gres is not resume
 
 
@@ -231,7 +233,7 @@ def check_words(argv: list[str], default, prog: str) -> None:
             name, has_value, value = word.partition("=")
             name = get_name(name)
             if name not in hints:
-                raise UserError(f"unknown flag {word}{explain_unknown(word, following, default)}")
+                raise UserError(f"unknown flag {word}{explain_unknown(word, following, prog, type(default))}")
             check_value(name, hints[name], value if has_value else following)
             kinds = (hints[name], *typing.get_args(hints[name]))
             takes_many = any(typing.get_origin(kind) is tuple for kind in kinds)
@@ -266,15 +268,16 @@ def check_value(name: str, hint, value: str | None) -> None:
         raise UserError(f"--{name} takes True or False, not {value}: --{name} {not means_no}")
 
 
-def explain_unknown(word: str, following: str | None, default) -> str:
-    """What comes after "unknown flag …"."""
-    name, fields = get_name(word), {field.name: field.type for field in dataclasses.fields(default)}
+def explain_unknown(word: str, following: str | None, prog: str, *kinds: type) -> str:
+    """What comes after "unknown flag …" of a command whose flags are the fields of dataclasses."""
+    name = get_name(word)
+    fields = {field.name: field.type for kind in kinds for field in dataclasses.fields(kind)}
     if name.startswith("no_") and fields.get(name[3:]) is bool:
         return f": say --{name[3:]} False"
     value = word.partition("=")[2] or following
-    if value and value.endswith(".py"):
-        return f": a preset stands first and has no flag, train.py {value} --field value …"
-    return suggest(name, type(default))
+    if value and value.endswith(".py") and prog in WITH_PRESETS:
+        return f": a preset stands first and has no flag, {prog} {quote(value)} --field value …"
+    return suggest(name, *kinds)
 
 
 def explain_stray(word: str, default, prog: str) -> str:
@@ -283,7 +286,7 @@ def explain_stray(word: str, default, prog: str) -> str:
     if meant:
         return f"{word} is no flag: say {meant}"
     if prog == "train.py" and word.endswith(".py"):
-        return f"{word}: one preset, and it stands first: train.py {word} --field value …"
+        return f"{word}: one preset, and it stands first: train.py {quote(word)} --field value …"
     return f"{word} is neither a flag nor the value of one (--field value)"
 
 

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -135,16 +136,22 @@ def check_beton(path: str | Path) -> int:
     return len(read_samples(path))
 
 
-def read_classes(path: str | Path) -> list[str] | None:
-    """The class names that write_beton put beside a .beton, or None where there is no such file.
+class About(NamedTuple):
+    """What write_beton put beside a .beton."""
 
-    Raises UserError on a damaged one.
-    """
+    classes: list[str] | None = None
+    max_resolution: int | None = None  # of the images, pixels a side
+
+
+def read_about(path: str | Path) -> About:
+    """What the .json beside a .beton says; nothing where there is no such file. Raises UserError on a damaged
+    one."""
     index = Path(path).with_suffix(".json")
     try:
-        return list(json.loads(index.read_text())["classes"])
+        about = json.loads(index.read_text())
+        return About(list(about["classes"]), about.get("max_resolution"))
     except FileNotFoundError:
-        return None
+        return About()
     except OSError as error:
         raise UserError(f"{index} can't be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -2,7 +2,7 @@
 
 numba keeps them in __pycache__ beside the source or in the user's cache folder, and raises on import where
 neither can be written: a shared installation, a container, no home. Then they go into a folder of this user's
-under the system's for temporary files, which this says.
+under the system's for temporary files, which this says; so too where NUMBA_CACHE_DIR can't be written.
 """
 
 import os
@@ -20,15 +20,15 @@ __all__ = ["njit", "prange", "types"]
 
 
 def ensure_cache() -> None:
-    """See above. A NUMBA_CACHE_DIR of the user's stays as it is. Raises UserError where that can't be
-    written, or there is no folder for temporary files."""
+    """See above. Raises UserError where there is no folder for temporary files either."""
+    asked = os.environ.get("NUMBA_CACHE_DIR")
+    why = explain_folder(asked) if asked else ""
+    if (asked and not why) or (not asked and has_cache()):
+        return
+    if not asked:
+        here = Path(__file__).parent / "__pycache__"
+        why = f"neither {here} nor numba's cache in the home folder can be written"
     try:
-        if folder := os.environ.get("NUMBA_CACHE_DIR"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            return
-        if has_cache():
-            return
         folder = str(make_own_folder())
     except OSError as error:
         raise UserError(
@@ -38,12 +38,18 @@ def ensure_cache() -> None:
     os.environ["NUMBA_CACHE_DIR"] = folder  # for processes that this one starts
     numba.config.reload_config()
     if os.environ.get("RANK", "0") == "0":
-        here = Path(__file__).parent / "__pycache__"
-        print(
-            f"note: neither {here} nor numba's cache in the home folder can be written: functions are kept "
-            f"compiled in {folder} (NUMBA_CACHE_DIR chooses another)",
-            file=sys.stderr,
-        )
+        chooses = "" if asked else " (NUMBA_CACHE_DIR chooses another)"
+        print(f"note: {why}: functions are kept compiled in {folder}{chooses}", file=sys.stderr)
+
+
+def explain_folder(folder: str) -> str:
+    """Why the folder that NUMBA_CACHE_DIR names can't be written; "" where it can."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return f"NUMBA_CACHE_DIR={folder} can't be written ({error.strerror})"
+    return ""
 
 
 def has_cache() -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from data.augment import color_jitter, get_random_crops, rand_augment, random_flip, random_shift
 from data.batch import empty_batch, to_batch
-from data.beton import find_beton, read_classes, read_samples
+from data.beton import find_beton, read_about, read_samples
 from data.datasets import LoaderOptions
 from data.decode import decode_batch, load_turbojpeg
 from data.import_ffcv import import_ffcv
@@ -41,7 +41,6 @@ class FFCVLoader:
     """
 
     backend = "ffcv"
-    notes = ()
 
     def __init__(self, options: LoaderOptions) -> None:
         self.options = o = options
@@ -51,7 +50,13 @@ class FFCVLoader:
         self.indices = get_indices(len(samples), o.train, o.batch_size, o.num_samples, o.world_size)
         self.num_samples = len(self.indices)
         num_workers = get_num_workers(o.num_workers, least=1)
-        self.classes = read_classes(self.path)
+        self.classes, largest = read_about(self.path)
+        self.notes = []
+        if largest and largest < o.spec.short_side:
+            self.notes.append(
+                f"{self.path} holds images of {largest} pixels a side at most, which are enlarged: "
+                f"evaluation at {o.spec.image_size} takes them at {o.spec.short_side} (data.beton --max_resolution)"
+            )
         labels = samples[:, 5]
         check_classes(self.path, self.classes, o.num_classes, labels)
         if labels.min() < 0 or labels.max() >= o.num_classes:

@@ -19,6 +19,8 @@ from errors import UserError
 from files import remove_leftovers, temporary
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+# Folders that macOS's archives, Synology's storage and Windows put among a user's own.
+LEFT_BY_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
@@ -29,7 +31,7 @@ class ImageTree(DatasetFolder):
     """torchvision's data set of a tree of class folders, of every format that Pillow reads, by read_image.
 
     Left alone and listed are `loose`, images beside the class folders, and `ignored`: files whose names are
-    of no such format, hidden files and folders, and macOS's __MACOSX.
+    of no such format, hidden files and folders, and those that systems leave there.
     trust_images: see read_image. allow_empty: also class folders without images.
     Raises UserError without the folder or without images, for a folder that lies within itself by a link, and
     for classes without images.
@@ -100,7 +102,7 @@ class ImageTree(DatasetFolder):
         folders, files = [], []
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                if entry.name.startswith(".") or entry.name in LEFT_BY_SYSTEMS:
                     self.ignored.append(entry.path)
                 elif _is_folder(entry):
                     folders.append(entry.path)

@@ -30,7 +30,7 @@ def stage(dataset: str, data_dir: str | Path, stage_dir: str | Path, show: bool 
         files += [path, path.with_suffix(".json")]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target, "*.tmp", patience=0)
+        remove_leftovers(target, "*.tmp")
         files = [file for file in files if _get_identity(file) != _get_identity(target / file.name)]
         total = sum(file.stat().st_size for file in files if file.exists())
         free = shutil.disk_usage(target).free

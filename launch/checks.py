@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config.checks import check_data
-from data.beton import find_beton, read_classes, read_samples
+from data.beton import find_beton, read_about, read_samples
 from data.datasets import DATASETS
 from data.order import check_classes, get_indices
 from errors import UserError
@@ -56,7 +56,7 @@ def look_at(cfg, split: str) -> tuple[Sequence[int], list[str] | None]:
     """
     if cfg.loader == "ffcv":
         path = find_beton(cfg.dataset, cfg.data_dir, split)
-        return read_samples(path)[:, 5], read_classes(path)
+        return read_samples(path)[:, 5], read_about(path).classes
     from data.images import open_dataset  # torchvision's: this needs torch
 
     source = open_dataset(cfg.dataset, cfg.data_dir, split)

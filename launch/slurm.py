@@ -38,7 +38,7 @@ DECIDED = {
     "cpus_per_task": "--cpus_per_task", "time": "--hours", "partition": "--partition",
     "account": "--account", "qos": "--qos", "constraint": "--constraint", "exclude": "--exclude",
     "signal": 'SITE["signal_seconds"]', "array": "the number of presets", "output": "--folder",
-    "error": "--folder", "open_mode": "--folder",
+    "error": "--folder", "open_mode": "--folder", "comment": "--run_dir",
 }  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------
@@ -109,20 +109,22 @@ def get_gres(launch, name: str, value: str) -> str | None:
     """The value of --gres or --gpus-per-node for this launch: without GPUs if it has none, None if nothing is
     left then. Raises UserError for fewer of them than --gpus_per_node.
     """
-    kept = []
+    others, gpus, count = [], [], 0
     for item in value.split(","):  # gpu, gpu:4, gpu:a100:4, lscratch:100
         words = item.split(":")
-        is_gpu = name == "gpus_per_node" or words[0] == "gpu"
-        if is_gpu and not launch.gpus_per_node:
+        if name == "gres" and words[0] != "gpu":
+            others.append(item)
             continue
-        count = int(words[-1]) if words[-1].isdecimal() else 1
-        if is_gpu and count < launch.gpus_per_node:
-            raise UserError(
-                f"SITE's extra has {name} {value}, {count} GPUs a node, but --gpus_per_node is "
-                f"{launch.gpus_per_node}: let them agree"
-            )
-        kept.append(item)
-    return ",".join(kept) or None
+        gpus.append(item)
+        count += int(words[-1]) if words[-1].isdecimal() else 1
+    if not launch.gpus_per_node:
+        return ",".join(others) or None
+    if gpus and count < launch.gpus_per_node:
+        raise UserError(
+            f"SITE's extra has {name} {value}, {count} GPUs a node, but --gpus_per_node is "
+            f"{launch.gpus_per_node}: let them agree"
+        )
+    return value
 
 
 def get_local_gpus(launch) -> dict:
@@ -257,7 +259,7 @@ def submit_runs(launch, runs: list, folder: Path, site: Mapping) -> list[submiti
     Leaves nothing behind then.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
-    code = folder / "code"
+    code, is_handed_over = folder / "code", False
     try:
         print(f"code: {take_snapshot(code)} files in {code}")
         executor = build_executor(launch, runs, folder, site)
@@ -266,8 +268,11 @@ def submit_runs(launch, runs: list, folder: Path, site: Mapping) -> list[submiti
         if launch.cluster == "local":
             environment = in_snapshot(code, site)
         with environment:
+            is_handed_over = True
             return hand_over(executor, jobs)
-    except Exception:
+    except BaseException as error:
+        if is_handed_over and not isinstance(error, Exception):
+            raise  # at Ctrl-C Slurm may have taken them already, and they need their code
         shutil.rmtree(folder, ignore_errors=True)
         for path in created[1:]:
             with contextlib.suppress(OSError):  # somebody else has put something there

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import submitit
 
-from config.cli import get_meant, load_config_class, load_preset, parse_config, parse_flags, suggest
+from config.cli import explain_unknown, get_meant, load_config_class, load_preset, parse_config, parse_flags
 from data.datasets import get_spec
-from errors import UserError
+from errors import UserError, exit_with
 from files import PathStr, expand_home, get_path_names
 from launch.checks import check_run, check_writable
 from launch.job import MAX_REQUEUES
@@ -146,8 +146,9 @@ def split_argv(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
             elif name in of_train:
                 current = config
             else:
-                near = suggest(name, Config, Launch)
-                raise UserError(f"unknown flag {word}{near} ({SITE_SAYS})")
+                following = next(iter(argv[i + 1 :]), None)
+                why = explain_unknown(word, following, "launch/submit.py", Config, Launch)
+                raise UserError(f"unknown flag {word}{why} ({SITE_SAYS})")
             current.append(word)
             awaits_value = "=" not in word
             says_nothing = awaits_value and argv[i + 1 : i + 2] not in (["True"], ["False"])
@@ -379,4 +380,4 @@ def describe_job(launch: Launch, job: submitit.Job, run: Run, folder: Path) -> s
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main, sys.argv[1:])

@@ -126,7 +126,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     load_weights(path, model)
     parameters, state, flat = dict(model.named_parameters()), {}, {}
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    for full_name, stored in get_stored(path, "optimizer.").items():
+    for full_name, stored in on_process_0(get_stored, path, "optimizer.").items():
         name, _, key = full_name.rpartition(".")
         p = parameters.get(name)
         if p is None or p not in groups:
@@ -157,7 +157,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     base = on_process_0(get_base, path)
     if base is not None:
         # What is trained has to be in the checkpoint itself: a warmup's has older adapters.
-        elsewhere = get_frozen(model) - get_stored(path, "model.").keys()
+        elsewhere = get_frozen(model) - on_process_0(get_stored, path, "model.").keys()
         read(base, {f"model.{name}": own.pop(f"model.{name}") for name in elsewhere})
     read(path, own)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
-from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, get_cpp_compiler
+from torch._inductor.cpp_builder import CppBuilder, CppOptions, get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -120,7 +120,8 @@ def try_compiler(compiler: str, language: str, folder: Path) -> str:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         source, library = Path(scratch, f"probe.{language}"), Path(scratch, "probe.so")
         if language == "cpp":  # inductor's own flags: an old compiler knows no C++20, clang may lack OpenMP
-            builder = CppBuilder("probe", str(source), CppTorchOptions(compiler=compiler), scratch)
+            options = CppOptions(compiler=compiler, extra_flags=["-fopenmp", f"-I{include}"])
+            builder = CppBuilder("probe", str(source), options, scratch)
             command, library = shlex.split(builder.get_command_line()), Path(builder.get_target_file_path())
         else:
             command = shlex.split(compiler)

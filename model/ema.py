@@ -122,7 +122,7 @@ class Ema:
         Those of a frozen base are read from where the base is. All processes together. Raises SharedError as
         `checkpoint.load` does.
         """
-        if not self.decay or not get_stored(path, "ema."):
+        if not self.decay or not on_process_0(get_stored, path, "ema."):
             return False
         share = torch.zeros((), dtype=torch.float64)
         trained = {f"ema.{name}": self.averages[name] for name in self.trained}
@@ -132,7 +132,7 @@ class Ema:
             return True
         frozen = {name: p for name, p in model.named_parameters() if name not in self.trained}
         for where in filter(None, (path, on_process_0(get_base, path))):
-            stored = get_stored(where, "ema.")
+            stored = on_process_0(get_stored, where, "ema.")
             there = [name for name in frozen if name in stored and name not in self.averages]
             self.averages |= {name: self.shard(frozen[name]) for name in there}
             if there:

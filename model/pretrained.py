@@ -59,8 +59,8 @@ def fit_weights(
     """(weights, notes): by name and shape those of `model`, or UserError saying what differs.
 
     Positions of another image size are interpolated, as timm does, from `grid`, patches in height and width;
-    where the source doesn't say (None) they are taken as a square. `fresh_head`: the weights' head, if any,
-    is left out.
+    where the source doesn't say (None) they must be as many as the model's. `fresh_head`: the weights' head,
+    if any, is left out.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name in sorted(weights.keys() & shapes.keys()):
@@ -100,8 +100,8 @@ def fit_positions(
 ) -> tuple[Tensor, list[str]]:
     """(positions of `shape` (1, 1 + side², D), what was done to them).
 
-    `grid`: patches in height and width that they are of; None where nobody says, and then it is a square, as
-    everybody takes it. Raises UserError where they can't be fitted, or without a grid are no square.
+    `grid`: patches in height and width that they are of; None where nobody says, and then it is the model's
+    where there are as many. Raises UserError where they can't be fitted.
     """
     old = tuple(positions.shape)
     patches, side = old[1] - 1, math.isqrt(shape[1] - 1)
@@ -112,15 +112,13 @@ def fit_positions(
             f"{source}: its config says {grid[0]} × {grid[1]} patches, pos_embed of shape {old} is not of a "
             "class token and so many"
         )
-    if not grid:
-        guess = math.isqrt(max(patches, 0))
-        if guess**2 != patches or not guess:
-            raise UserError(
-                f"{source}: pos_embed of shape {old} is not of a class token and a square of patches: put "
-                "the model's config.json beside it, which says its image_size (timm: model_args' img_size)"
-            )
-        grid = (guess, guess)
-    if grid == (side, side):
+    if not grid and patches != side**2:
+        raise UserError(
+            f"{source} has positions of {patches} patches, this model's are {side} × {side}, and nothing "
+            "says how many are in height and in width: put the model's config.json beside it, which says "
+            "its image_size (timm: model_args' img_size), or choose the --image_size at which they fit"
+        )
+    if grid in (None, (side, side)):
         return positions, []
     note = f"positions interpolated from {grid[0]} × {grid[1]} to {side} × {side}"
     return interpolate_positions(positions, grid, side), [note]

@@ -109,6 +109,7 @@ class Writer(dcp.FileSystemWriter):
 class Reader(dcp.FileSystemReader):
     """Checks each file before it reads from it, the index before it unpickles it."""
 
+    # With a parameter called kwargs DCP would ask anew, for an index of this process's own: there is none.
     def read_metadata(self, *args, **options) -> Metadata:
         check_file(Path(self.path), INDEX)
         return super().read_metadata(*args, **options)
@@ -139,6 +140,8 @@ def get_checksum(path: Path) -> str:
 
 def read_checksums(folder: Path) -> dict[str, str]:
     """The checksums of a folder's files by name. Raises UserError where they are missing or damaged."""
+    if folder.is_dir() and not (folder / CHECKSUMS).exists():
+        raise UserError(f"{folder / CHECKSUMS} is missing: nobody knows whether its files are as written")
     checksums = read_json(folder / CHECKSUMS).get("crc32")
     if not isinstance(checksums, dict):
         raise UserError(f"{folder / CHECKSUMS} is damaged: it has no crc32")

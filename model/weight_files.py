@@ -6,6 +6,7 @@ Nothing here opens a pickle, which can run code. What can't be read is refused b
 
 import re
 from pathlib import Path
+from shlex import quote
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -108,8 +109,8 @@ def describe_folder(folder: Path) -> str:
     run = get_run(folder)
     if run:
         return (
-            f", it is a run's: --fork {run} goes on from it, "
-            f"python export.py {folder} --format timm --out DIR writes its weights"
+            f", it is a run's: --fork {quote(str(run))} goes on from it, "
+            f"python export.py {quote(str(folder))} --format timm --out DIR writes its weights"
         )
     for name in ("model.safetensors", f"model{INDEX}"):
         if (folder / name).is_file():

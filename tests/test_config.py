@@ -168,6 +168,11 @@ def test_the_right_form_is_said(tmp_path, monkeypatch, capsys, line):
     assert FORMS[line] in get_error(capsys)
 
 
+def test_a_command_without_presets_speaks_of_none(capsys):
+    assert evaluate.main(["run", "--config", "config/debug.py"]) == 2
+    assert get_error(capsys) == "error: unknown flag --config\n"
+
+
 def test_these_forms_are_right(tmp_path):
     """The control: what looks like a mistake and is none."""
     (tmp_path / "lr=1").write_text("lr = 1\n")

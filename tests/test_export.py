@@ -1061,6 +1061,15 @@ def build(variant="tiny-debug", size=28, classes=10, seed=0, **options):
     return model
 
 
+def save_with_config(weights, path, **model_args):
+    """tiny-debug's weights, and beside them a config.json that says of images of what size they are."""
+    save_file(weights, path)
+    args = dict(embed_dim=64, depth=4, num_heads=2, patch_size=7) | model_args
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": args}
+    config["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    path.with_name("config.json").write_text(json.dumps(config))
+
+
 def without(name):
     return lambda weights: {key: t for key, t in weights.items() if key != name}
 
@@ -1085,7 +1094,7 @@ def without(name):
         ),
         (
             build().state_dict() | {"pos_embed": torch.zeros(1, 16, 64)},
-            "pos_embed of shape (1, 16, 64) is not of a class token and a square",
+            "positions of 15 patches, this model's are 4 × 4",
         ),
         (
             build().state_dict() | {"patch_embed.proj.weight": torch.zeros(64, 1, 7, 7)},
@@ -1298,7 +1307,7 @@ def test_positions_are_interpolated_as_timm_does(tmp_path):
 
     for size in (14, 42, 63):
         weights = build(size=size).state_dict()
-        fitted, notes = pretrained.fit_weights(weights, build(), "w")
+        fitted, notes = pretrained.fit_weights(weights, build(), "w", grid=(size // 7, size // 7))
         expected = resample_abs_pos_embed(weights["pos_embed"], [4, 4], num_prefix_tokens=1)
         assert (
             torch.equal(fitted["pos_embed"], expected)
@@ -1342,7 +1351,7 @@ def test_a_run_starts_from_an_export(runs, tmp_path, monkeypatch, format):
 
 def test_other_image_size_other_classes_and_static_lora(tmp_path, capsys):
     source = build(size=42, classes=7)
-    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    save_with_config(source.state_dict(), tmp_path / "w.safetensors", img_size=42)
     start(tmp_path, tmp_path / "w.safetensors", status=2)
     assert (
         "is for 7 classes, this model for 10: --fresh_head True" in capsys.readouterr().err
@@ -1369,7 +1378,7 @@ def test_a_run_of_another_image_size_out_and_in_again(tmp_path, capsys):
     """Its positions are fitted to the size, and the evaluation, both exports and their cards have it."""
     torch.manual_seed(0)
     weights = {name: torch.randn_like(t) / 10 for name, t in build().state_dict().items()}
-    save_file(weights, tmp_path / "w.safetensors")
+    save_with_config(weights, tmp_path / "w.safetensors", img_size=28)
     got = start(tmp_path, tmp_path / "w.safetensors", "--image_size", 42)
     expected = pretrained.interpolate_positions(weights["pos_embed"], (4, 4), 6)
     torch.testing.assert_close(got["pos_embed"], expected, rtol=0, atol=0)

@@ -15,7 +15,7 @@ from test_data import BACKENDS, equal, needs_ffcv, within
 from test_rgb import clip_art
 
 from config.checks import check_same_classes
-from data.beton import main, parse_split, read_classes, read_samples
+from data.beton import main, parse_split, read_about, read_samples
 from data.images import ImageTree, open_dataset, split_tree
 from data.loader import build_loader
 from errors import UserError
@@ -42,8 +42,10 @@ def write(tree, *flags):
     return within(60, main, [str(tree), f"{tree}.beton", "--mode", "raw", "--workers", "1", *flags])
 
 
-def build(backend, root, split="val", num_classes=2):
-    return build_loader(backend, "imagenet", root, split, 2, 0, num_workers=1, num_classes=num_classes)
+def build(backend, root, split="val", num_classes=2, image_size=None):
+    return build_loader(
+        backend, "imagenet", root, split, 2, 0, num_workers=1, num_classes=num_classes, image_size=image_size
+    )
 
 
 # ---- pictures
@@ -66,6 +68,17 @@ def test_both_loaders_see_the_same_pictures(tree, at_28_pixels):  # noqa: F811
     for drawing in (clip, grey):
         assert drawing[:, 14, 0].tolist() == [255] * 3 and drawing[:, 14, 14].tolist() == [0] * 3
     assert 0 < dark.max() <= 6 and 200 < deep.max() < 250
+
+
+@needs_ffcv
+def test_images_that_were_made_smaller_than_asked_for_are_said(tree, at_28_pixels):  # noqa: F811
+    assert write(tree / "val", "--max_resolution", "40") == 0
+    assert not build("ffcv", tree).notes  # control: 28 pixels out of 32
+    notes = build("ffcv", tree, image_size=56).notes
+    assert notes == [
+        f"{tree}/val.beton holds images of 40 pixels a side at most, which are enlarged: evaluation at 56 "
+        "takes them at 64 (data.beton --max_resolution)"
+    ]
 
 
 @needs_ffcv
@@ -98,12 +111,12 @@ def test_images_beyond_pillows_limits(tree, monkeypatch, capsys):
 
 def litter(root):
     """What file managers, notebooks and archives leave behind, and what is no picture."""
-    for name in (".ipynb_checkpoints", "__MACOSX", "ant/.ipynb_checkpoints", "ant/deep/.cache/x/y"):
+    for name in (".ipynb_checkpoints", "__MACOSX", "ant/.ipynb_checkpoints", "ant/deep/.cache/x/y", "@eaDir"):
         save(photo(40, 44, 0), root / name / "0.png")
     save(photo(40, 44, 0), root / "ant/deep/1.png")  # this one is an image
     for name in ("._0.png", "Thumbs.db", "paper.pdf", "film.mpg", "array.h5", "page.eps"):
         (root / "bee" / name).write_bytes(b"x")
-    return [f"{root}/.ipynb_checkpoints", 10]
+    return [f"{root}/.ipynb_checkpoints", 11]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,7 +132,7 @@ def test_what_is_no_image_is_left_alone_and_said(tree, backend, capsys):
     if backend == "ffcv":
         assert write(tree / "val") == 0
         assert [line for line in capsys.readouterr().err.splitlines() if "left alone" in line] == sentences
-        assert read_classes(tree / "val.beton") == ["ant", "bee"]
+        assert read_about(tree / "val.beton").classes == ["ant", "bee"]
     loader = build(backend, tree)
     assert (loader.num_samples, loader.classes) == (9, ["ant", "bee"])
     if backend == "folder":

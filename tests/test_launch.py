@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from slurm_cluster import SlurmCluster, is_installed, wait
 from small_runs import assert_same, events, weights, without_times
 from test_submit import DEBUG, REPO, RUN, left
@@ -626,13 +627,27 @@ def test_ranks_that_mpiexec_starts(tmp_path, small, names):
 
 @slow
 def test_smoke_preset(tmp_path):
-    """Of another size, but all three phases in 36 steps without any data."""
-    flags = (
-        "--model Ti/16 --batch_size 4 --train_samples 16 --compile False --dtype float32 --run_dir".split()
-    )
-    command = [sys.executable, "train.py", "config/smoke.py", *flags, tmp_path / "run"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    epochs = events(tmp_path / "run", "epoch")
-    assert [e["phase"] for e in epochs] == ["full"] * 3 + ["warmup"] * 3 + ["lora"] * 3
-    assert epochs[-1]["step"] == 36
+    """Of another size, but all three phases in 36 steps without any data; with all that timm does to images
+    and weights, and on two processes as on one with micro-batches of the same size."""
+    shape = "--model Ti/16 --batch_size 4 --train_samples 16 --compile False --dtype float32".split()
+    timms = "--image_size 64 --mixup 0.2 --cutmix 1 --random_erasing 0.5 --ema_decay 0.9".split()
+    ways = {
+        "plain": [sys.executable, "train.py"],
+        "one": [sys.executable, "train.py"],
+        "two": ["torchrun", "--standalone", "--nproc_per_node", "2", "train.py"],
+    }
+    losses = {}
+    for name, words in ways.items():
+        flags = {"plain": [], "one": [*timms, "--grad_accum_steps", "2"], "two": timms}[name]
+        flags = ["config/smoke.py", *shape, *flags, "--run_dir", tmp_path / name]
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
+        done = subprocess.run([*words, *flags], cwd=REPO, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        epochs = events(tmp_path / name, "epoch")
+        assert [e["phase"] for e in epochs] == ["full"] * 3 + ["warmup"] * 3 + ["lora"] * 3
+        assert epochs[-1]["step"] == 36
+        keys = ["train_loss", "val_loss"] + ["val_ema_loss"] * (name != "plain")
+        losses[name] = torch.tensor([[e[key] for key in keys] for e in epochs])
+    torch.testing.assert_close(losses["one"], losses["two"], rtol=1e-3, atol=0)
+    assert not torch.allclose(losses["one"][:, 1], losses["one"][:, 2], rtol=1e-4)  # control: averages differ

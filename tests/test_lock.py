@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import io
 import json
 import os
@@ -345,6 +346,21 @@ def test_what_nobody_holds_is_a_leftover(tmp_path):
         assert remove_leftovers(tmp_path, "a.*.tmp") == sorted([here, old])
         assert held.exists() and fresh.exists()
     assert not held.exists()
+
+
+def test_a_leftovers_hunter_that_comes_before_the_lock_gets_a_file_of_its_own(tmp_path, monkeypatch):
+    """Between the making of a temporary and its flock another process takes it for a leftover."""
+    flock, removed = fcntl.flock, []
+
+    def flock_late(*args):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        removed.extend(remove_leftovers(tmp_path, "a.*.tmp"))
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    with temporary(tmp_path / "a") as held:
+        assert len(removed) == 1 and held.exists() and held not in removed
+        assert not remove_leftovers(tmp_path, "a.*.tmp")
 
 
 def test_a_lock_is_read_by_people(tmp_path, monkeypatch):

@@ -50,6 +50,8 @@ BAD = {
     "--lr fast": "fast",
     "-p gpu": "-p is neither a flag nor a preset",
     "--gres gpu:4": "unknown flag --gres (sbatch's own options: SITE['extra'] in launch/submit.py)",
+    "--config config/x.py": "unknown flag --config: a preset stands first and has no flag, launch/submit.py",
+    "--no_compile": "unknown flag --no_compile: say --compile False (sbatch's own",
     "--mail-type FAIL": "unknown flag --mail-type (sbatch's own",
     "--partion gpu": "unknown flag --partion, did you mean partition? (sbatch's own",
     "-nodes 2": "-nodes is no flag: say --nodes",
@@ -215,6 +217,11 @@ PLAIN = {"--gpus-per-node=4", "--ntasks-per-node=4", "--wckey=submitit", "--requ
             {"--gres=gpu:a100:2", "--ntasks-per-node=2", "--wckey=submitit", "--requeue"},
         ),
         (
+            {"gpus_per_node": "a100:2,h100:2"},
+            "",
+            PLAIN - {"--gpus-per-node=4"} | {"--gpus-per-node=a100:2,h100:2"},
+        ),
+        (
             {"wckey": "mine", "mail_type": "FAIL", "exclusive": False, "requeue": None, "mem": 0},
             "",
             {"--wckey=mine", "--mail-type=FAIL", "--mem=0", "--gpus-per-node=4", "--ntasks-per-node=4"},
@@ -264,7 +271,13 @@ def test_the_local_executor_gets_no_sbatch_options(tmp_path, monkeypatch):
             "SITE's extra has gpus_per_node a100, 1 GPUs a node, but --gpus_per_node",
         ),
         ({"ntasks-per-node": 1}, "SITE's extra can't have ntasks_per_node: --tasks_per_node decides it"),
+        (
+            {"gres": "gpu:a100:1,gpu:h100:2"},
+            "gres gpu:a100:1,gpu:h100:2, 3 GPUs a node, but --gpus_per_node is 4",
+        ),
         ({"time": "1:00"}, "SITE's extra can't have time: --hours decides it"),
+        # with another one the next submission would not find this one's runs
+        ({"comment": "project=abc"}, "SITE's extra can't have comment: --run_dir decides it"),
     ],
 )
 def test_what_a_site_cannot_change(tmp_path, monkeypatch, capsys, extra, says):
@@ -384,6 +397,24 @@ def test_a_disk_that_takes_no_snapshot(tmp_path, monkeypatch, capsys, small):
     printed = capsys.readouterr().err
     assert printed.startswith("error: can't copy ") and printed.endswith(": No space left on device\n")
     assert len(copied) == 3 and not Path("runs").exists()
+
+
+def test_ctrl_c_leaves_no_snapshot_unless_slurm_may_need_it(tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
+    argv = [*LOCAL, DEBUG, *RUN, "--dp_shard", "1", "--data_dir", str(small)]
+
+    def press(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot.shutil, "copy2", press)
+        with pytest.raises(KeyboardInterrupt):
+            submit.main(argv)
+    assert not Path("runs").exists()
+    monkeypatch.setattr("launch.slurm.hand_over", press)
+    with pytest.raises(KeyboardInterrupt):
+        submit.main(argv)
+    assert len(list(Path("runs/jobs").glob("*/code/train.py"))) == 1
 
 
 def test_printed_commands_can_be_pasted(tmp_path):

@@ -4,6 +4,7 @@ adapters, quantised weights, folders; and metrics that are not finite."""
 import json
 import math
 from pathlib import Path
+from shlex import quote
 
 import pytest
 import torch
@@ -119,14 +120,17 @@ def test_control_square_positions_stay_as_they_are(tmp_path, where):
 
 
 def test_a_file_that_does_not_say_its_grid(tmp_path):
-    """A square number of patches is taken as a square, and that is said; any other is refused."""
+    """As many patches as the model has are taken as its own, and that is said; other numbers are refused,
+    because each may be this or that: 16 are 4 × 4 and 2 × 8."""
     weights = build().state_dict()
     got, notes = load(save(tmp_path / "w.safetensors", weights))
     assert torch.equal(got["pos_embed"], weights["pos_embed"])
     assert "it does not say its grid of patches: taken as a square, 4 × 4" in notes
-    oblong = weights | {"pos_embed": torch.randn(1, 25, 64)}
-    with pytest.raises(UserError, match=r"not of a class token and a square of patches: put .*config\.json"):
-        load(save(tmp_path / "w.safetensors", oblong))
+    for patches in (24, 25, 36):
+        others = weights | {"pos_embed": torch.randn(1, 1 + patches, 64)}
+        words = rf"{patches} patches, this model's are 4 × 4, .*: put .*config\.json .*, or .* --image_size"
+        with pytest.raises(UserError, match=words):
+            load(save(tmp_path / "w.safetensors", others))
 
 
 @pytest.mark.parametrize("config, words", [
@@ -274,11 +278,13 @@ def test_an_index_that_is_wrong(tmp_path, change, words):
 
 
 def test_what_a_folder_is_said_to_be(baseline, tmp_path):
+    run = tmp_path / "a run"
+    run.symlink_to(baseline)
     checkpoint = baseline / "checkpoints/step_00000006"
-    for folder in (baseline, checkpoint):
+    for folder, of in ((run, run), (checkpoint, baseline)):
         assert describe_folder(folder) == (
-            f", it is a run's: --fork {baseline} goes on from it, "
-            f"python export.py {folder} --format timm --out DIR writes its weights"
+            f", it is a run's: --fork {quote(str(of))} goes on from it, "
+            f"python export.py {quote(str(folder))} --format timm --out DIR writes its weights"
         )
         with pytest.raises(UserError, match="is no file, it is a run's: --fork "):
             load(folder)
