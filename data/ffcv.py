@@ -55,7 +55,8 @@ class FFCVLoader:
         if largest and largest < o.spec.short_side:
             self.notes.append(
                 f"{self.path} holds images of {largest} pixels a side at most, which are enlarged: "
-                f"evaluation at {o.spec.image_size} takes them at {o.spec.short_side} (data.beton --max_resolution)"
+                f"evaluation at {o.spec.image_size} takes them at {o.spec.short_side} "
+                "(data.beton --max_resolution)"
             )
         labels = samples[:, 5]
         check_classes(self.path, self.classes, o.num_classes, labels)

@@ -629,8 +629,8 @@ def test_ranks_that_mpiexec_starts(tmp_path, small, names):
 def test_smoke_preset(tmp_path):
     """Of another size, but all three phases in 36 steps without any data; with all that timm does to images
     and weights, and on two processes as on one with micro-batches of the same size."""
-    shape = "--model Ti/16 --batch_size 4 --train_samples 16 --compile False --dtype float32".split()
-    timms = "--image_size 64 --mixup 0.2 --cutmix 1 --random_erasing 0.5 --ema_decay 0.9".split()
+    shape = "--batch_size 4 --train_samples 16 --compile False --dtype float32".split()
+    timms = "--model tiny-debug --image_size 56 --mixup 0.2 --cutmix 1 --random_erasing 0.5 --ema_decay 0.9"
     ways = {
         "plain": [sys.executable, "train.py"],
         "one": [sys.executable, "train.py"],
@@ -638,7 +638,11 @@ def test_smoke_preset(tmp_path):
     }
     losses = {}
     for name, words in ways.items():
-        flags = {"plain": [], "one": [*timms, "--grad_accum_steps", "2"], "two": timms}[name]
+        flags = {
+            "plain": "--model Ti/16 --image_size 64",
+            "one": f"{timms} --grad_accum_steps 2",
+            "two": timms,
+        }[name].split()
         flags = ["config/smoke.py", *shape, *flags, "--run_dir", tmp_path / name]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
