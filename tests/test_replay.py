@@ -196,7 +196,7 @@ def test_a_log_with_a_nan_is_the_users_error_and_a_bug_is_not(baseline, monkeypa
     cfg = dataclasses.replace(cfg, mode="prelora")
     epochs = replay.load_run(baseline).epochs
     assert replay.replay_run(cfg, epochs)[0] == 3  # the control
-    with pytest.raises(UserError, match="epoch 2: the training loss are not finite"):
+    with pytest.raises(UserError, match="epoch 2: the training loss is not finite"):
         replay.replay_run(cfg, [epochs[0], epochs[1] | {"train_loss": math.nan}])
     monkeypatch.setattr(replay, "find_switch", lambda *args: int("a bug"))
     with pytest.raises(ValueError, match="a bug"):

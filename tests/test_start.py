@@ -439,7 +439,7 @@ def test_a_fork_of_a_damaged_run_is_one_line(small, source, tmp_path, capsys):
         ("metrics.jsonl", "".join(metrics[:3]), "does not hold the epochs 1 to 3"),
         ("metrics.jsonl", "".join(metrics[:2] + metrics[3:]), "line 3 has epoch 3 after epoch 1"),
         ("metrics.jsonl", unnamed, "has no weight norms of q, k, v"),
-        ("metrics.jsonl", not_a_number, "training loss are not finite"),
+        ("metrics.jsonl", not_a_number, "training loss is not finite"),
         ("checkpoints/step_00000018/meta.json", "{}", "keeps no checkpoint of epoch 3;"),
         # rolled back by hand: what came later is gone
         ("checkpoints/latest", "step_00000012", "keeps no checkpoint of epoch 3;"),
