@@ -28,7 +28,10 @@ from torch.autograd.function import once_differentiable
 
 from lora import onednn
 
-if find_spec("triton"):  # torch for CPUs comes without
+# Asked once: torch 2.11 can't compile a function that asks.
+HAS_TRITON = find_spec("triton") is not None  # torch for CPUs comes without
+
+if HAS_TRITON:
     from lora import triton_kernels
 
 
@@ -158,7 +161,7 @@ class FrozenBaseOnGPU(Function):
 def uses_triton(tensor: Tensor) -> bool:
     """Whether the Triton kernels take such a tensor."""
     is_taken = tensor.dtype in (torch.float32, torch.bfloat16)
-    return tensor.is_cuda and is_taken and find_spec("triton") is not None
+    return HAS_TRITON and tensor.is_cuda and is_taken
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
