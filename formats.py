@@ -122,6 +122,7 @@ def write_adapter(cfg: train.Config, model: nn.Module, folder: Path) -> None:
     names of transformers 5."""
     from peft import LoraConfig
 
+    use_rslora = cfg.lora_scaling == "rslora"
     ranks, alphas, weights = {}, {}, {}
     for name, module in model.named_modules():
         if not isinstance(module, LoRALinear):
@@ -137,14 +138,15 @@ def write_adapter(cfg: train.Config, model: nn.Module, folder: Path) -> None:
             weights[f"base_model.model.{key}.lora_B.weight"] = module.lora_B[str(part)]
             start += rank
             ranks[key] = rank
-            alphas[key] = rank if module.alpha is None else module.alpha  # scaled by alpha / rank, so by 1
+            # PEFT scales by alpha / rank, or with use_rslora by alpha / √rank.
+            alphas[key] = module.alpha if use_rslora else module.get_scaling(rank) * rank
     config = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(alphas.values()),
         rank_pattern=ranks,
         alpha_pattern=alphas,
         target_modules=sorted(ranks),
-        use_rslora=cfg.lora_scaling == "rslora",
+        use_rslora=use_rslora,
         inference_mode=True,
         base_model_name_or_path="base",
     )

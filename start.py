@@ -41,6 +41,7 @@ from monitor.clock import EpochClock
 from monitor.convergence import find_switch, get_changes
 from monitor.log import (
     check_logs,
+    get_freeze_step,
     get_stage,
     load_run,
     phase_table,
@@ -57,8 +58,8 @@ SHARED = "model dataset image_size num_classes batch_size train_samples".split()
 # Once there are adapters: their ranks and their scaling.
 ADAPTERS = "target_modules rank_min rank_max rank_rule rank_budget lora_alpha lora_scaling".split()
 ADAPTERS += ["freeze_blocks"]
-# What the learning rate of a step depends on, besides the step.
-SCHEDULE = "epochs lr lr_warmup_steps".split()
+# What the learning rate of a step depends on, besides the step; the last only after the freeze.
+SCHEDULE = "epochs lr lr_warmup_steps lr_schedule lr_decay_share lora_lr_factor".split()
 # What a fork may have different without a word: they shape nothing.
 UNSAID = "run_dir resume fork max_steps keep_every eval_every profile".split()
 
@@ -209,7 +210,8 @@ def open_log(cfg, start: Start, last_step: int) -> RunLogger:
     for record in start.records:
         log.copy(record)
     if start.checkpoint:
-        start.notes += describe_schedule(cfg, start)
+        frozen_at = get_freeze_step(log.epochs) if s.phase == "lora" else None
+        start.notes += describe_schedule(cfg, start, frozen_at)
     if len(start.hosts) > 1:
         log.message(describe_places(start.hosts))
     for note in start.notes:
@@ -437,19 +439,34 @@ def check_warmup(cfg, path: Path, s: State, epochs: list[dict]) -> None:
         )
 
 
-def describe_schedule(cfg, start: Start) -> list[str]:
-    """A sentence on the learning rate, where the steps to come have another schedule than those behind. (The
-    rise after the freeze, lora_rewarm_steps, comes on top of it.)"""
+def get_schedule(cfg, total_steps: int) -> dict:
+    """The arguments of `get_lr` that a run's settings give."""
+    return dict(
+        peak=cfg.lr,
+        warmup_steps=cfg.lr_warmup_steps,
+        total_steps=total_steps,
+        schedule=cfg.lr_schedule,
+        decay_share=cfg.lr_decay_share,
+        rewarm_steps=cfg.lora_rewarm_steps,
+        lora_factor=cfg.lora_lr_factor,
+    )
+
+
+def describe_schedule(cfg, start: Start, frozen_at: int | None) -> list[str]:
+    """A sentence on the learning rate, where the steps to come have another schedule than those behind.
+    `frozen_at`: the freeze's step, in the lora phase. (The rise after the freeze, lora_rewarm_steps, comes on
+    top of it.)"""
     old, step = get_config(cfg, start.checkpoint, start.meta), start.state.step
     if all(getattr(cfg, name) == getattr(old, name) for name in SCHEDULE):
         return []
     steps_per_epoch = start.meta["train_images"] // cfg.batch_size
-    last = get_lr(step - 1, old.lr, old.lr_warmup_steps, old.epochs * steps_per_epoch)
-    following = get_lr(step, cfg.lr, cfg.lr_warmup_steps, cfg.epochs * steps_per_epoch)
+    before = get_schedule(old, old.epochs * steps_per_epoch) | {"rewarm_steps": 0, "frozen_at": frozen_at}
+    after = get_schedule(cfg, cfg.epochs * steps_per_epoch) | {"rewarm_steps": 0, "frozen_at": frozen_at}
+    last, following = get_lr(step - 1, **before), get_lr(step, **after)
     kind = "fork" if start.forked else "resume"
     return [
-        f"{kind}: the learning rate was {last:.4g} at step {step} and goes on at {following:.4g}; the cosine "
-        f"of {cfg.epochs} epochs ends at step {cfg.epochs * steps_per_epoch}"
+        f"{kind}: the learning rate was {last:.4g} at step {step} and goes on at {following:.4g}; the "
+        f"schedule of {cfg.epochs} epochs ends at step {cfg.epochs * steps_per_epoch}"
     ]
 
 

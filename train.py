@@ -55,7 +55,7 @@ from monitor.logger import RunLogger
 from monitor.norms import get_norms
 from monitor.perf import count_flops, peak_memory, reset_peak_memory
 from monitor.records import get_epoch_record, get_start_record, get_switch_record, look
-from start import Start, State, begin, choose_base, decide_ranks, get_meta, open_log, say_done
+from start import Start, State, begin, choose_base, decide_ranks, get_meta, get_schedule, open_log, say_done
 
 
 @dataclass
@@ -87,11 +87,13 @@ class Config:
     dropout: Fraction = 0.0  # after the positions, attention's output and both MLP layers
     drop_path: Fraction = 0.0  # stochastic depth of the last block, rising linearly from 0
     # optimisation
-    epochs: PositiveInt = 300  # the cosine ends there
+    epochs: PositiveInt = 300  # the learning rate's schedule ends there
     batch_size: PositiveInt = 4096  # global: images per optimiser step
     grad_accum_steps: PositiveInt = 1  # micro-batches per optimiser step
     lr: PositiveFloat = 1e-3  # peak
     lr_warmup_steps: NonNegativeInt = 10_000  # linear, up to the peak
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: stays at the peak, then falls linearly to 0
+    lr_decay_share: Fraction = 0.2  # wsd: the last share of all steps, over which it falls
     weight_decay: NonNegativeFloat = 0.1  # torch's, times lr; of Linear and Conv weights and adapters only
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 = off
     ema_decay: Fraction = 0.0  # of a moving average of the weights, evaluated beside them; 0 = off
@@ -120,12 +122,13 @@ class Config:
     rank_max: PowerOfTwo = 64  # largest; mode lora: of every layer
     rank_rule: Literal["minmax", "uniform", "budget"] = "minmax"  # Algorithm 2; one for all; by the change
     rank_budget: PositiveFloat | None = None  # uniform, budget: adapters' share of the base; None = minmax's
-    lora_alpha: PositiveFloat | None = None  # adapters are scaled by alpha / rank; None = by 1
-    lora_scaling: Literal["alpha", "rslora"] = "alpha"  # rslora: by alpha / sqrt(rank) (arXiv 2312.03732)
+    lora_scaling: Literal["alpha", "rslora", "matched", "coherent"] = "alpha"  # s of s·B·A: lora/layers.py
+    lora_alpha: PositiveFloat | None = None  # in s; None: s = 1 with alpha, the rules' own s with the others
     target_modules: tuple[str, ...] = tuple(LORA_FAMILIES)  # the Linears of adapters, ranks and the test
     lora_trainable: Literal["adapters", "adapters+rest"] = "adapters"  # rest: head, norms, embeddings
     freeze_blocks: NonNegativeInt = 0  # lowest blocks, and embeddings, frozen: in lora; full: at switch_epoch
     optimizer_at_switch: Literal["keep", "reset"] = "keep"  # reset: fresh at both switches, as the authors'
+    lora_lr_factor: PositiveFloat | None = None  # k: from k × lr at the freeze linearly to 0; None: goes on
     lora_rewarm_steps: NonNegativeInt = 0  # after the freeze lr rises from 0 again (the authors': 100 steps)
 
     def __post_init__(self):
@@ -190,7 +193,7 @@ def build_model(
     model = build_net(cfg)
     if phase != "full":
         families = match_families(model, LORA_FAMILIES, tuple(ranks))
-        add_lora(model, families, ranks, cfg.lora_alpha, cfg.lora_scaling == "rslora")
+        add_lora(model, families, ranks, cfg.lora_alpha, cfg.lora_scaling)
     if phase == "lora":
         rest = cfg.mode == "lora" or cfg.lora_trainable == "adapters+rest"
         freeze_base(model, keep=LORA_REST if rest else ())
@@ -325,8 +328,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     steps_per_epoch = train_loader.num_samples // cfg.batch_size
     total_steps = cfg.epochs * steps_per_epoch
     last_step = min(cfg.max_steps or total_steps, total_steps)
-    schedule = dict(peak=cfg.lr, warmup_steps=cfg.lr_warmup_steps, total_steps=total_steps)
-    lr_at = partial(get_lr, **schedule, rewarm_steps=cfg.lora_rewarm_steps)
+    lr_at = partial(get_lr, **get_schedule(cfg, total_steps))
     # A run that was stopped between an epoch's last step and its evaluation still has that to do.
     if s.step >= last_step and s.epoch_step < steps_per_epoch:
         return say_done(cfg, s, total_steps)

@@ -44,12 +44,12 @@ def add_lora(
     families: Families,
     ranks: dict[str, list[int]],
     alpha: float | None = None,
-    rslora: bool = False,
+    scaling_rule: str = "alpha",
 ) -> nn.Module:
     """Give every layer of every family in `ranks` an adapter of its rank, in place; none for rank 0.
 
     `ranks[family]` has one rank a layer, in the order of `families[family]`; `init_adapters` then sets the
-    adapters' values. The base's parameters stay the same objects under the same names, and a Linear whose
+    adapters' values. `alpha` and `scaling_rule` are lora/layers.py's `get_scaling`'s. The base's parameters stay the same objects under the same names, and a Linear whose
     parts all have rank 0 stays as it is. Raises ValueError, before anything is changed, if a family is
     unknown, empty or has another number of layers than ranks, a name is no plain nn.Linear (a subclass may
     compute something else), a row part is named twice, or a rank is negative or doesn't fit its Linear.
@@ -60,7 +60,7 @@ def add_lora(
         check_ranks(modules[name].in_features, modules[name].out_features, row_ranks, where=f"{name}: ")
     for name, row_ranks in plan.items():
         if any(row_ranks):
-            model.set_submodule(name, LoRALinear.from_linear(modules[name], row_ranks, alpha, rslora))
+            model.set_submodule(name, LoRALinear.from_linear(modules[name], row_ranks, alpha, scaling_rule))
     return model
 
 

@@ -27,6 +27,40 @@ def reference(
     return torch.cat(adapted, dim=-1)
 
 
+def get_scaling(rule: str, alpha: float | None, rank: int, inputs: int) -> float:
+    """The s of s B A, of an adapter of rank r on a Linear of n = `inputs` in_features.
+
+    "alpha": alpha / r (Hu et al. 2106.09685); 1 without an alpha, which is the authors' setting.
+    "rslora": alpha / √r (Kalajdzievski 2312.03732).
+    "matched": √(3 n / r), times alpha if there is one.
+    "coherent": √3 n / r, times alpha if there is one.
+
+    With the last two an Adam step on the adapter moves W as far as a step on W would, in one of two limits.
+    Adam's first step is learning rate · sign(gradient): on W it is a matrix of ± lr. At B = 0 only B has a
+    gradient, so the adapter's step on W is s ΔB A, of ΔB = ± lr and a Kaiming-uniform(√5) A, whose numbers
+    have the variance 1 / (3 n) whatever the rank is.
+
+    - Random: an entry of ΔB A adds up r numbers of random signs, lr √(r / (3 n)) in root mean square (RMS).
+      "matched" makes that lr, the RMS of a full step. It is the step's length ‖ΔW‖, all directions alike.
+    - Coherent: what a step does to the inputs x that it was made of. On W it is lr sign(dy) sign(x)', which
+      adds lr ‖x‖₁ = lr n √(2/π) x_rms to each output. The adapter's is s lr sign(dy) sign(A x)' A, which adds
+      s lr ‖A x‖₁ = s lr r √(2/π) x_rms / √3. "coherent" makes them equal (muP's argument). Its steps are
+      √(n / r) × as long as a full one's, and lie in the few directions of A.
+
+    So a good s is between the two: near the coherent one for gradients that agree from step to step, and
+    below where the learning rate is high. Raises ValueError for a rule that there is not.
+    """
+    if rule == "matched":
+        return (alpha or 1.0) * math.sqrt(3 * inputs / rank)
+    if rule == "coherent":
+        return (alpha or 1.0) * math.sqrt(3) * inputs / rank
+    if rule not in ("alpha", "rslora"):
+        raise ValueError(f"unknown scaling {rule!r}, there are: alpha, rslora, matched, coherent")
+    if alpha is None:
+        return 1.0
+    return alpha / (math.sqrt(rank) if rule == "rslora" else rank)
+
+
 class LoRALinear(nn.Linear):
     """A Linear with `len(ranks)` row parts; part i has an adapter of rank `ranks[i]`, or none at 0.
 
@@ -34,10 +68,10 @@ class LoRALinear(nn.Linear):
     stand below each other in one matrix and take one product.
 
     Parameters: weight (out, in) and bias (out,) of the base; lora_A (Σ rank, in); lora_B[i] (out / parts,
-    rank_i), one for each adapted part. The scaling s is 1 with `alpha=None`, else alpha / rank, or with
-    `rslora` alpha / √rank (Kalajdzievski 2312.03732).
+    rank_i), one for each adapted part. The scaling s is `get_scaling`'s, by the rule `scaling_rule`.
 
-    Raises ValueError for rows that the parts don't divide, a rank below 0 or above min(in, out / parts).
+    Raises ValueError for rows that the parts don't divide, a rank below 0 or above min(in, out / parts), or a
+    rule that there is not.
     """
 
     def __init__(
@@ -46,7 +80,7 @@ class LoRALinear(nn.Linear):
         out_features: int,
         ranks: list[int],
         alpha: float | None = None,
-        rslora: bool = False,
+        scaling_rule: str = "alpha",
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -54,7 +88,7 @@ class LoRALinear(nn.Linear):
         # on meta: from_linear puts the base's own weight and bias in
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
         check_ranks(in_features, out_features, ranks)
-        self.ranks, self.alpha, self.rslora = list(ranks), alpha, rslora
+        self.ranks, self.alpha, self.scaling_rule = list(ranks), alpha, scaling_rule
         empty = lambda *shape: torch.empty(*shape, device=device, dtype=dtype)
         self.lora_A = nn.Parameter(empty(sum(ranks), in_features))
         self.lora_B = nn.ParameterDict()
@@ -62,26 +96,25 @@ class LoRALinear(nn.Linear):
             if rank:
                 self.lora_B[str(part)] = nn.Parameter(empty(out_features // len(ranks), rank))
         # In a buffer: a float, other in every layer, would be baked into the compiled block.
-        self.register_buffer("scaling", None if alpha is None else empty(sum(ranks), 1), persistent=False)
+        # All layers of a model have one, or none of them: its absence would be a graph of its own.
+        is_scaled = alpha is not None or scaling_rule not in ("alpha", "rslora")
+        self.register_buffer("scaling", empty(sum(ranks), 1) if is_scaled else None, persistent=False)
         self.init_buffers()
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, ranks: list[int], alpha: float | None = None, rslora: bool = False
+        cls, linear: nn.Linear, ranks: list[int], alpha: float | None = None, scaling_rule: str = "alpha"
     ) -> "LoRALinear":
         """The same Linear, weight and bias shared and not copied, with adapters on its device in its
         dtype."""
         place = dict(device=linear.weight.device, dtype=linear.weight.dtype)
-        new = cls(
-            linear.in_features, linear.out_features, ranks, alpha, rslora, linear.bias is not None, **place
-        )
+        sizes, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
+        new = cls(*sizes, ranks, alpha, scaling_rule, has_bias, **place)
         new.weight, new.bias = linear.weight, linear.bias
         return new.train(linear.training)
 
     def get_scaling(self, rank: int) -> float:
-        if self.alpha is None:
-            return 1.0
-        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+        return get_scaling(self.scaling_rule, self.alpha, rank, self.in_features)
 
     def init_buffers(self) -> None:
         if self.scaling is not None and not self.scaling.is_meta:
@@ -134,7 +167,7 @@ class LoRALinear(nn.Linear):
         if not rank:
             return A.new_empty(self.out_features // len(self.ranks), 0), A
         B = to_plain(self.lora_B[str(part)])
-        if self.alpha is not None:
+        if self.scaling is not None:
             B = B * self.get_scaling(rank)
         return B, A
 
@@ -150,7 +183,8 @@ class LoRALinear(nn.Linear):
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ranks={self.ranks}, alpha={self.alpha}, rslora={self.rslora}"
+        scaling = f"alpha={self.alpha}, scaling_rule={self.scaling_rule!r}"
+        return f"{super().extra_repr()}, ranks={self.ranks}, {scaling}"
 
 
 class PlainLoRALinear(LoRALinear):

@@ -15,19 +15,34 @@ def get_lr(
     peak: float,
     warmup_steps: int,
     total_steps: int,
+    schedule: str = "cosine",
+    decay_share: float = 0.2,
     frozen_at: int | None = None,
     rewarm_steps: int = 0,
+    lora_factor: float | None = None,
 ) -> float:
-    """Learning rate of optimiser step `step` (from 0): linear to `peak` over `warmup_steps`, then a cosine to
-    0.
+    """Learning rate of optimiser step `step` (from 0): linear to `peak` over `warmup_steps`, then by
+    `schedule`.
 
-    With `rewarm_steps` it rises once more, linearly from 0 to the cosine, over so many steps from step
-    `frozen_at` on.
+    "cosine": half a cosine to 0 at `total_steps`. "wsd" (warmup, stable, decay; 2404.06395): `peak`, and
+    over the last `decay_share` of `total_steps` linearly to 0.
+
+    After step `frozen_at`, the freeze, there are two changes. With `lora_factor` k it falls linearly from k
+    times the schedule's rate there to 0 at `total_steps`, whatever the schedule says. With `rewarm_steps` it
+    rises over so many steps, linearly from 0 to what it would be.
     """
     if frozen_at is not None and 0 <= step - frozen_at < rewarm_steps:
-        return get_lr(step, peak, warmup_steps, total_steps) * (step - frozen_at + 1) / rewarm_steps
+        arguments = peak, warmup_steps, total_steps, schedule, decay_share, frozen_at, 0, lora_factor
+        return get_lr(step, *arguments) * (step - frozen_at + 1) / rewarm_steps
+    if frozen_at is not None and lora_factor is not None:
+        at_freeze = get_lr(frozen_at, peak, warmup_steps, total_steps, schedule, decay_share)
+        left = (total_steps - step) / max(total_steps - frozen_at, 1)
+        return lora_factor * at_freeze * max(left, 0.0)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
+    if schedule == "wsd":
+        decay_steps = max(round(decay_share * total_steps), 1)
+        return peak * min(max((total_steps - step) / decay_steps, 0.0), 1.0)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 

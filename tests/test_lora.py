@@ -111,11 +111,13 @@ class Ours(nn.Sequential):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("alpha, rslora", [(None, False), (16.0, False), (3.0, False), (16.0, True)])
+@pytest.mark.parametrize(
+    "alpha, rule", [(None, "alpha"), (16.0, "alpha"), (3.0, "alpha"), (16.0, "rslora")]
+)
 @pytest.mark.parametrize(
     "ranks", [{"q": 2, "k": 4, "v": 8, "fc": 3}, {"q": 5, "v": 1}], ids=["all", "q and v"]
 )
-def test_equals_peft(bias, alpha, rslora, ranks):
+def test_equals_peft(bias, alpha, rule, ranks):
     from peft import LoraConfig, get_peft_model
 
     ours = Ours(nn.Linear(12, 24, bias=bias), nn.Linear(24, 10, bias=bias))
@@ -128,12 +130,12 @@ def test_equals_peft(bias, alpha, rslora, ranks):
         lora_dropout=0.0,
         bias="none",
         alpha_pattern={} if alpha else ranks,
-        use_rslora=rslora,
+        use_rslora=rule == "rslora",
     )
     peft = get_peft_model(Plain(ours[0], ours[1], bias), config)
     base = peft.base_model.model
     families = {"q": [("0", 0, 3)], "k": [("0", 1, 3)], "v": [("0", 2, 3)], "fc": [("1", 0, 1)]}
-    add_lora(ours, families, {family: [rank] for family, rank in ranks.items()}, alpha, rslora)
+    add_lora(ours, families, {family: [rank] for family, rank in ranks.items()}, alpha, rule)
     init_adapters(ours, 0)
     randomise_B(ours)
     freeze_base(ours)
