@@ -345,15 +345,18 @@ def read_state(meta: dict, path: Path) -> State:
     return State(**state)
 
 
-def choose_base(cfg, s: State, steps: int) -> dict[str, str] | None:
+def choose_base(cfg, s: State, steps: int, frozen_at: int | None) -> dict[str, str] | None:
     """The base that the checkpoint after the next `steps` steps names. None: that checkpoint is whole.
 
     Where a lora phase has no base yet, it is this run's checkpoint at s.step: the freeze's or, where the run
-    had none there (mode lora, a fork), the first one of the phase. With no steps left the next checkpoint has
-    the same step and takes that one's place, so it can't name it.
+    had none there (mode lora, a fork), the first one of the phase. With `freeze_mean` the one at the freeze's
+    step, `frozen_at`, has other weights. With no steps left the next checkpoint has the same step and takes
+    that one's place, so it can't name it.
     """
     if s.phase != "lora" or s.base or not steps:
         return s.base
+    if cfg.freeze_mean and s.step == frozen_at:
+        return None
     return on_process_0(checkpoint.find_whole, Path(cfg.run_dir), s.step)
 
 
@@ -383,7 +386,7 @@ def check_checkpoint(cfg, start: Start, images: int) -> None:
     path, meta, s = start.checkpoint, start.meta, start.state
     fixed = FIXED
     if s.ranks:  # and what the lora phase trains
-        fixed = FIXED + ADAPTERS + ["lora_trainable"]
+        fixed = FIXED + ADAPTERS + ["lora_trainable", "freeze_mean"]
     elif s.frozen_blocks:  # within the full phase
         fixed = FIXED + ["freeze_blocks"]
     if not start.forked:  # what a fork shares was looked at when it was found
@@ -572,7 +575,7 @@ def check_fork(
     if state["ranks"]:
         shared += ADAPTERS
     if state["phase"] == "lora":
-        shared.append("lora_trainable")
+        shared += ["lora_trainable", "freeze_mean"]
     check_same(cfg, get_config(cfg, path, meta), shared, path)
     switched = next((switch["epoch"] for switch in switches if switch["from"] == "full"), None)
     if cfg.mode != "lora" and due != switched:

@@ -44,12 +44,13 @@ from lora.onednn import use_onednn
 from lora.ranks import Ranks
 from model import checkpoint, parallel
 from model.ema import Ema
+from model.mean import WeightMean
 from model.optim import apply_update, build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
 from model.pretrained import copy_weights
 from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS, get_lowest
 from model.vit import VisionTransformer
 from monitor.clock import EpochClock
-from monitor.convergence import get_signs, rank_signs, switch_due
+from monitor.convergence import get_mean_position, get_signs, rank_signs, switch_due
 from monitor.log import get_freeze_step
 from monitor.logger import RunLogger
 from monitor.norms import get_norms
@@ -127,6 +128,7 @@ class Config:
     target_modules: tuple[str, ...] = tuple(LORA_FAMILIES)  # the Linears of adapters, ranks and the test
     lora_trainable: Literal["adapters", "adapters+rest"] = "adapters"  # rest: head, norms, embeddings
     freeze_blocks: NonNegativeInt = 0  # lowest blocks, and embeddings, frozen: in lora; full: at switch_epoch
+    freeze_mean: bool = False  # freeze the base at its mean over the ends of the last window_epochs epochs
     optimizer_at_switch: Literal["keep", "reset"] = "keep"  # reset: fresh at both switches, as the authors'
     lora_lr_factor: PositiveFloat | None = None  # k: from k × lr at the freeze linearly to 0; None: goes on
     lora_rewarm_steps: NonNegativeInt = 0  # after the freeze lr rises from 0 again (the authors': 100 steps)
@@ -341,11 +343,13 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         model.init_weights(cfg.seed)
         copy_weights(model, start.take_weights())
         init_adapters(model, cfg.seed)
-    ema = Ema(model, cfg.ema_decay, mesh)
+    ema, mean = Ema(model, cfg.ema_decay, mesh), WeightMean()
     if start.checkpoint:
         ema.load(start.checkpoint, model)
     log = open_log(cfg, start, last_step)  # last, because it cuts the run's logs back to the checkpoint
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
+    if start.checkpoint and not mean.load(start.checkpoint, model) and not s.epoch_step:
+        mean.end_epoch(model, get_mean_position(log.epochs, cfg))  # of weights that are an epoch's end
     phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
     costs = {}
     if s.is_in(phase, frozen_blocks):  # a phase that is left at once is not compiled
@@ -360,21 +364,23 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             began, previous = time.perf_counter(), s.phase
             s.phase, s.ranks, s.frozen_blocks = phase, ranks, frozen_blocks
             reset_peak_memory(device)
+            mean_epochs = mean.put_into(model) if phase == "lora" else 0
             model, optimizer = switch_phase(cfg, model, optimizer, phase, ranks, mesh, frozen_blocks)
             ema.follow(model)
             gc.collect()  # compiled blocks stand in reference cycles, and hold the old model
             peak_bytes = distributed.max_over_processes(peak_memory(device), device)
             costs = compile_phase(cfg, s, model, optimizer, device)
-            record = get_switch_record(s, previous, peak_bytes, costs, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            record = get_switch_record(s, previous, peak_bytes, costs, seconds, mean_epochs)
             log.switch(record, rank_signs(cfg, ranks) if previous == "full" and ranks else [])
 
         # -- an epoch of training, or what is left of it
         steps = min(steps_per_epoch - s.epoch_step, last_step - s.step)
-        s.base = choose_base(cfg, s, steps)  # a lora phase's checkpoints leave out what is frozen
+        frozen_at = get_freeze_step(log.epochs) if s.phase == "lora" else None
+        s.base = choose_base(cfg, s, steps, frozen_at)  # a lora phase's checkpoints leave out what is frozen
         batches = prefetch(train_loader.epoch(s.epoch, s.epoch_step * cfg.grad_accum_steps), device)
         trace = log.get_trace_path(s.phase) if cfg.profile and steps >= 3 else None
         clock = start.clock = EpochClock(s, model, batches, device, trace)
-        frozen_at = get_freeze_step(log.epochs) if s.phase == "lora" else None
         failed = torch.zeros((), dtype=torch.bool, device=device)
         pending = []  # (learning rate, result) of the steps that the host has not looked at
         model.train()
@@ -393,7 +399,8 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
                     break
         s.epoch_seconds, s.epoch_waited = clock.close()
         if stopped or s.epoch_step < steps_per_epoch:  # told to stop, or max_steps in mid-epoch
-            save(cfg, s, log, model, optimizer, ema, train_loader.num_samples, pinned=False)
+            besides = ema.get_tensors() | mean.get_tensors()
+            save(cfg, s, log, model, optimizer, besides, train_loader.num_samples, pinned=False)
             break
 
         # -- the epoch's end: measure, evaluate, decide, save
@@ -401,18 +408,20 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         processes = distributed.gather(clock.own_costs | {"host": distributed.get_host()})
         lr = lr_at(s.step - 1, frozen_at=frozen_at)
         record = get_epoch_record(cfg, s, device, processes, costs, lr, log.take_step_losses())
-        record |= get_norms(model, families, frozen=log.epochs[-1:] if s.phase == "lora" else [])
+        record |= get_norms(model, families)
         if s.epoch % cfg.eval_every == 0 or s.step >= last_step:
             record |= evaluate(cfg, model, start.val_loader.epoch(0), device)
             if cfg.ema_decay:
                 with ema.swapped_in(model):
                     record |= evaluate(cfg, model, start.val_loader.epoch(0), device, prefix="val_ema")
         log.epoch(record, heatmap=s.epoch % cfg.window_epochs == 0 or s.epoch == cfg.epochs)
+        mean.end_epoch(model, get_mean_position(log.epochs, cfg))
         s.begin_epoch()
         phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
         log.decided(s, get_signs(cfg, s, log.epochs, start.baseline, phase), ranks)
         pinned = not s.is_in(phase, frozen_blocks) or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0)
-        save(cfg, s, log, model, optimizer, ema, train_loader.num_samples, pinned)
+        besides = ema.get_tensors() | mean.get_tensors()
+        save(cfg, s, log, model, optimizer, besides, train_loader.num_samples, pinned)
         if s.step >= last_step:
             break
     log.end(s.step, stopped, stop.signal)
@@ -420,12 +429,13 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
 
 
 def save(
-    cfg: Config, s: State, log: RunLogger, model, optimizer, ema: Ema, images: int, pinned: bool
+    cfg: Config, s: State, log: RunLogger, model, optimizer, besides: dict[str, Tensor], images: int, pinned
 ) -> None:
-    """A checkpoint, at which the logs will be cut back when a run goes on from it."""
+    """A checkpoint, at which the logs will be cut back when a run goes on from it. `besides`: tensors that
+    are not the model's or the optimiser's."""
     s.metrics_bytes, s.steps_bytes = log.metrics_bytes, log.steps_bytes
     parallel.reshard(model)
-    checkpoint.save(Path(cfg.run_dir), model, optimizer, get_meta(cfg, s, images), pinned, ema.get_tensors())
+    checkpoint.save(Path(cfg.run_dir), model, optimizer, get_meta(cfg, s, images), pinned, besides)
 
 
 def main(argv: list[str], signals: list[int] | None = None) -> int:

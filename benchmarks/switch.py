@@ -53,7 +53,7 @@ def time_monitor(model: nn.Module, ranks: Ranks) -> float:
     for epoch in range(1, 6 * cfg.window_epochs + 11):
         start = time.perf_counter()
         record = {"epoch": epoch, "step": epoch, "train_loss": 1 / epoch}
-        epochs.append(record | get_norms(model, families, frozen=[]))
+        epochs.append(record | get_norms(model, families))
         switch_due(epochs, cfg)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[-10:])

@@ -63,10 +63,10 @@ def save(
     optimizer: Optimizer,
     meta: dict,
     pinned: bool,
-    averages: dict[str, Tensor] | None = None,
+    besides: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write model, optimiser, `averages` (Ema.get_tensors) and `meta` as step_<meta["state"]["step"]>, move
-    `latest` to it, prune the others.
+    """Write model, optimiser, tensors `besides` (Ema.get_tensors, say) and `meta` as
+    step_<meta["state"]["step"]>, move `latest` to it, prune the others.
 
     Where meta["state"] names a base, frozen parameters and their averages are left out. All processes
     together. The last two intact checkpoints are kept, every `pinned` one, the bases of all these, and a
@@ -76,7 +76,7 @@ def save(
     state = meta["state"]
     final = run_dir / "checkpoints" / f"step_{state['step']:08d}"
     tmp = final.with_suffix(".tmp")
-    tensors = get_tensors(model, optimizer) | (averages or {})
+    tensors = get_tensors(model, optimizer) | (besides or {})
     if state.get("base"):
         for name in get_frozen(model):
             del tensors[f"model.{name}"]

@@ -151,6 +151,24 @@ def find_own_switch(epochs: list[dict], cfg: Settings, spans: list[tuple[int, di
     return None
 
 
+def get_mean_position(epochs: list[dict], cfg) -> int:
+    """Which of the `window_epochs` epochs before the freeze the last of these records is, from 1: those over
+    whose ends `freeze_mean` takes the mean. 0: none of them, or no run that does so.
+
+    The freeze is `lora_warmup_epochs` after the switch. While that has not come, it is the next one that may
+    come: at the end of the window under way, or at switch_epoch.
+    """
+    if not cfg.freeze_mean or cfg.mode != "prelora" or not epochs or epochs[-1]["phase"] == "lora":
+        return 0
+    count, size = len(epochs), cfg.window_epochs
+    if epochs[-1]["phase"] == "warmup":
+        switch = sum(epoch["phase"] == "full" for epoch in epochs)
+    else:
+        switch = cfg.switch_epoch or math.ceil(count / size) * size
+    freeze = switch + cfg.lora_warmup_epochs
+    return max(count - (freeze - size), 0)
+
+
 def get_changes(epochs: list[dict], cfg: Settings) -> dict[str, list[float]]:
     """ΔW_k^{a_l}: the change in % of each layer's norm between the last two full windows, Algorithm 2's
     input, as {family: [per layer]}. Raises ValueError where there are no two, and as `get_windows`.

@@ -11,13 +11,9 @@ from torch.distributed.tensor import DTensor
 Families = dict[str, list[tuple[str, int, int]]]
 
 
-def get_norms(model: nn.Module, families: Families, frozen: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """Both norms as an epoch record has them. `frozen`: the last record, if the base is frozen since then.
-
-    A frozen base's norms stay what they were; a bfloat16 copy would only blur them.
-    """
-    base = frozen[-1]["weight_norms"] if frozen else weight_norms(model, families)
-    return {"weight_norms": base, "adapter_norms": adapter_norms(model, families)}
+def get_norms(model: nn.Module, families: Families) -> dict[str, dict[str, list[float]]]:
+    """Both norms as an epoch record has them."""
+    return {"weight_norms": weight_norms(model, families), "adapter_norms": adapter_norms(model, families)}
 
 
 @torch.no_grad()

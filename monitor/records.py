@@ -37,9 +37,12 @@ def get_start_record(cfg, s, start, device: torch.device, mesh: DeviceMesh | Non
     }
 
 
-def get_switch_record(s, previous: str, peak_memory: float, costs: dict, seconds: float) -> dict:
+def get_switch_record(
+    s, previous: str, peak_memory: float, costs: dict, seconds: float, mean_epochs: int
+) -> dict:
     """The switch from phase `previous` to that of `s`: from full to full where blocks are frozen in it.
-    `peak_memory`: bytes, the largest of the processes'."""
+    `peak_memory`: bytes, the largest of the processes'. `mean_epochs`: over how many epochs' ends the weights
+    are the mean; 0: over none, they are the last step's."""
     return {
         "event": "switch",
         "epoch": s.epoch,
@@ -51,6 +54,7 @@ def get_switch_record(s, previous: str, peak_memory: float, costs: dict, seconds
         "peak_memory_bytes": int(peak_memory),
         **costs,
         "seconds": seconds,
+        "mean_epochs": mean_epochs,
     }
 
 
