@@ -49,10 +49,11 @@ def add_lora(
     """Give every layer of every family in `ranks` an adapter of its rank, in place; none for rank 0.
 
     `ranks[family]` has one rank a layer, in the order of `families[family]`; `init_adapters` then sets the
-    adapters' values. `alpha` and `scaling_rule` are lora/layers.py's `get_scaling`'s. The base's parameters stay the same objects under the same names, and a Linear whose
-    parts all have rank 0 stays as it is. Raises ValueError, before anything is changed, if a family is
-    unknown, empty or has another number of layers than ranks, a name is no plain nn.Linear (a subclass may
-    compute something else), a row part is named twice, or a rank is negative or doesn't fit its Linear.
+    adapters' values. `alpha` and `scaling_rule` are those of lora/layers.py's `get_scaling`. The base's
+    parameters stay the same objects under the same names, and a Linear whose parts all have rank 0 stays as
+    it is. Raises ValueError, before anything is changed, if a family is unknown, empty or has another number
+    of layers than ranks, a name is no plain nn.Linear (a subclass may compute something else), a row part is
+    named twice, or a rank is negative or doesn't fit its Linear.
     """
     modules = dict(model.named_modules())
     plan = plan_ranks(modules, families, ranks)

@@ -1,4 +1,4 @@
-"""The mean of the base's weights at the ends of the last epochs before the freeze, at which it is then frozen.
+"""The mean of the base's weights at the ends of the last epochs before the freeze: there it is frozen.
 
 A mean of weights along a run is close to where a falling learning rate would take them (LAWA, 2209.14981): it
 anneals the base without a step. Sharded weights have sharded means, and nothing is sent. They take 4 bytes a

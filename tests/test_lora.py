@@ -21,7 +21,7 @@ from lora.inject import (
     merge_lora,
     rank_costs,
 )
-from lora.layers import LoRALinear, reference
+from lora.layers import LoRALinear, get_scaling, reference
 from lora.onednn import OneDNNLinear, use_onednn
 from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS, get_lowest
 from model.vit import VisionTransformer
@@ -111,9 +111,7 @@ class Ours(nn.Sequential):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    "alpha, rule", [(None, "alpha"), (16.0, "alpha"), (3.0, "alpha"), (16.0, "rslora")]
-)
+@pytest.mark.parametrize("alpha, rule", [(None, "alpha"), (16.0, "alpha"), (3.0, "alpha"), (16.0, "rslora")])
 @pytest.mark.parametrize(
     "ranks", [{"q": 2, "k": 4, "v": 8, "fc": 3}, {"q": 5, "v": 1}], ids=["all", "q and v"]
 )
@@ -172,6 +170,88 @@ def test_equals_peft(bias, alpha, rule, ranks):
     assert not torch.allclose(
         merged[0].weight[:8], ours[0].weight[:8], atol=1e-2
     )  # control: the adapters matter
+
+
+# ---- the scaling
+
+
+@pytest.mark.parametrize(
+    "rule, alpha, expected",
+    [
+        ("alpha", None, 1.0),
+        ("alpha", 64.0, 8.0),  # 64 / 8
+        ("rslora", 64.0, 64 / math.sqrt(8)),
+        ("matched", None, math.sqrt(3 * 96 / 8)),  # 6
+        ("matched", 0.5, 3.0),
+        ("coherent", None, math.sqrt(3) * 96 / 8),
+        ("coherent", 2.0, math.sqrt(3) * 24),
+    ],
+)
+def test_the_scalings_by_hand(rule, alpha, expected):
+    """Rank 8 on 96 inputs."""
+    assert get_scaling(rule, alpha, 8, 96) == pytest.approx(expected, rel=1e-12)
+    linear = LoRALinear(96, 32, [8, 0], alpha, rule)
+    assert linear.get_scaling(8) == pytest.approx(expected, rel=1e-12)
+    if linear.scaling is not None:
+        torch.testing.assert_close(linear.scaling, torch.full((8, 1), expected))
+    with pytest.raises(ValueError, match="unknown scaling 'none'"):
+        get_scaling("none", alpha, 8, 96)
+
+
+def get_steps_of_both(rule, rank, rows, alpha=None, dtype=torch.float64):
+    """(ΔW of a Linear's first Adam step, W + s B A after its adapter's minus before), and the inputs, for
+    320 inputs and 192 outputs. One row of input: its direction alone; many: a random gradient."""
+    torch.manual_seed(1)
+    x, target = torch.randn(rows, 320, dtype=dtype), torch.randn(rows, 192, dtype=dtype)
+    steps = []
+    for adapted in (False, True):
+        linear = nn.Linear(320, 192, dtype=dtype)
+        nn.init.zeros_(linear.weight)
+        net = nn.Sequential(linear)
+        if adapted:
+            add_lora(net, {"fc": [("0", 0, 1)]}, {"fc": [rank]}, alpha, rule)
+            init_adapters(net, 0)
+            freeze_base(net)
+        optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-3, eps=1e-30)
+        ((net(x) - target) ** 2).sum().backward()
+        optimizer.step()
+        steps.append(merge_lora(net)[0].weight.detach())
+    return *steps, x
+
+
+def get_rms(tensor):
+    return tensor.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_a_matched_first_step_is_as_long_as_a_full_one(rank):
+    """By its root mean square; without scaling it is √(rank / 3n) of that, 6 to 26 % here."""
+    full, matched, _ = get_steps_of_both("matched", rank, 500)
+    assert get_rms(full) == pytest.approx(1e-3, rel=1e-6)
+    assert get_rms(matched) == pytest.approx(get_rms(full), rel=0.1)
+    _, plain, _ = get_steps_of_both("alpha", rank, 500)
+    assert get_rms(plain) == pytest.approx(math.sqrt(rank / 960) * get_rms(full), rel=0.1)
+    _, coherent, _ = get_steps_of_both("coherent", rank, 500)
+    assert get_rms(coherent) == pytest.approx(math.sqrt(320 / rank) * get_rms(full), rel=0.1)
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_a_coherent_first_step_does_to_its_input_what_a_full_one_does(rank):
+    """Of one input: how far the outputs are moved. The matched step, as long, moves them by √(rank / n)."""
+    full, coherent, x = get_steps_of_both("coherent", rank, 1)
+    ratio = (coherent @ x[0]).norm() / (full @ x[0]).norm()
+    assert ratio.item() == pytest.approx(1.0, rel=0.25)  # ‖A x‖₁ is a sum of `rank` numbers only
+    _, matched, _ = get_steps_of_both("matched", rank, 1)
+    assert (matched @ x[0]).norm() / (coherent @ x[0]).norm() == pytest.approx(
+        math.sqrt(rank / 320), rel=1e-6
+    )
+
+
+def test_all_layers_have_a_scaling_or_none():
+    """Where one had none, it would have another graph: also where alpha / rank happens to be 1."""
+    for rule, alpha, is_there in (("alpha", 8.0, True), ("alpha", None, False), ("matched", None, True)):
+        for rank in (4, 8):
+            assert (LoRALinear(24, 24, [rank], alpha, rule).scaling is not None) == is_there
 
 
 # ---- the operator

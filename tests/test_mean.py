@@ -1,4 +1,4 @@
-"""freeze_mean: which epochs count, the mean by hand, and a base that is frozen at it: resumed, forked, sharded."""
+"""freeze_mean: which epochs count, the mean by hand, and a base frozen at it: resumed, forked, sharded."""
 
 import shutil
 from types import SimpleNamespace

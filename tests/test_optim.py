@@ -138,6 +138,42 @@ def test_get_lr_without_warmup_and_all_warmup():
     assert [get_lr(s, 1.0, 4, 4) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (0, 0.2),  # the warmup
+        (9, 2.0),
+        (10, 2.0),  # stable, up to the last fifth of 110 steps
+        (88, 2.0),
+        (99, 1.0),  # half of 22 steps on
+        (109, 2 / 22),
+        (110, 0.0),
+        (500, 0.0),
+    ],
+)
+def test_get_lr_wsd(step, expected):
+    lr = get_lr(step, 2.0, 10, 110, "wsd", 0.2)
+    assert lr == pytest.approx(expected, abs=1e-12)
+
+
+def test_get_lr_wsd_without_a_decay_and_all_decay():
+    assert [get_lr(s, 1.0, 0, 10, "wsd", 0.0) for s in (0, 9, 10)] == [1.0, 1.0, 0.0]
+    assert [get_lr(s, 1.0, 0, 4, "wsd", 1.0) for s in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_get_lr_of_the_lora_phase(schedule, factor):
+    """From k × the rate at the freeze linearly to 0 over what is left; before it nothing is changed."""
+    plain = [get_lr(s, 2.0, 10, 110, schedule) for s in range(111)]
+    own = [get_lr(s, 2.0, 10, 110, schedule, frozen_at=60, lora_factor=factor) for s in range(111)]
+    assert own[60:] == pytest.approx([factor * plain[60] * (110 - s) / 50 for s in range(60, 111)], abs=1e-12)
+    full = [get_lr(s, 2.0, 10, 110, schedule, frozen_at=None, lora_factor=factor) for s in range(60)]
+    assert full == plain[:60] and own[60] == pytest.approx(factor * plain[60])
+    rising = [get_lr(60 + s, 2.0, 10, 110, schedule, 0.2, 60, 4, factor) for s in range(5)]
+    assert rising == pytest.approx([own[60 + s] * min((s + 1) / 4, 1) for s in range(5)])
+
+
 # ---- weight decay and optimiser state
 
 

@@ -45,6 +45,7 @@ from config.cli import typed_config
 from errors import UserError
 from lora.ranks import assign_ranks, count_parameters
 from model import checkpoint
+from model.optim import get_lr
 from model.variants import LORA_FAMILIES, LORA_REST
 from start import count_base
 
@@ -169,7 +170,7 @@ def test_a_resumed_run_takes_the_stored_config_and_explicit_flags(longer, capsys
     # after the cosine's end: from its last step to where a cosine of four epochs is by then
     lrs = [step["lr"] for step in get_steps(longer)[17:19]]
     note = (
-        f"resume: the learning rate was {lrs[0]:.4g} at step 18 and goes on at {lrs[1]:.4g}; the cosine of "
+        f"resume: the learning rate was {lrs[0]:.4g} at step 18 and goes on at {lrs[1]:.4g}; the schedule of "
         "4 epochs ends at step 24"
     )
     assert note in said and note in events(longer, "start")[-1]["notes"] and lrs[1] > 10 * lrs[0]
@@ -196,7 +197,7 @@ def test_the_learning_rate_is_said_where_the_schedule_is_another(small, baseline
         before, after = (f"{lr:.4g}" for lr in lrs[step - 1 : step + 1])
         note = f"{kind}: the learning rate was {before} at step {step} and goes on at {after};"
         assert (note in said) == (i != 1), said
-    assert "the cosine of 9 epochs ends at step 54" in said and lrs[-1] < lrs[-2] / 5
+    assert "the schedule of 9 epochs ends at step 54" in said and lrs[-1] < lrs[-2] / 5
 
 
 PAST = [
@@ -675,6 +676,32 @@ def test_lora_rewarm_steps(small, reference, baseline, tmp_path):
     lrs = [[record["lr"] for record in get_steps(d)][-2 * STEPS :] for d in (reference, run_dir)]
     factors = [now / before for before, now in zip(*lrs)]
     assert factors == pytest.approx([n / 8 for n in range(1, 9)] + [1.0] * 4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_lora_phases_own_decay(small, baseline, tmp_path, schedule):
+    """Resumed in the middle of it, and logged step by step as the pure function says."""
+    flags = ["--lr_schedule", schedule, "--lora_lr_factor", 2.0, "--lr_decay_share", 0.5]
+    run(small, tmp_path / "run", *flags, "--max_steps", FREEZE * STEPS + 4)
+    run(small, tmp_path / "run", "--resume", True, "--max_steps", None)
+    run(small, tmp_path / "whole", *flags)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    lrs = [record["lr"] for record in get_steps(tmp_path / "run")]
+    frozen = FREEZE * STEPS
+    settings = dict(peak=1e-3, warmup_steps=6, total_steps=TOTAL_STEPS, schedule=schedule, decay_share=0.5)
+    assert lrs[:frozen] == [get_lr(step, **settings) for step in range(frozen)]
+    expected = [2 * get_lr(frozen, **settings) * (12 - step) / 12 for step in range(12)]
+    assert lrs[frozen:] == pytest.approx(expected)
+    # The control: the schedule alone is another.
+    assert lrs[frozen:] != pytest.approx([get_lr(step, **settings) for step in range(frozen, TOTAL_STEPS)])
+
+
+def test_another_factor_within_the_lora_phase_is_said(small, tmp_path, capsys):
+    run(small, tmp_path / "run", "--lora_lr_factor", 2.0, "--max_steps", FREEZE * STEPS + 4)
+    assert resume(tmp_path / "run", "--max_steps", None, "--lora_lr_factor", 4.0) == 0
+    lrs = [record["lr"] for record in get_steps(tmp_path / "run")][FREEZE * STEPS + 3 :][:2]
+    assert f"was {lrs[0]:.4g} at step 34 and goes on at {lrs[1]:.4g}" in capsys.readouterr().err
+    assert lrs[1] == pytest.approx(2 * lrs[0] * 8 / 9)
 
 
 def test_rank_rules_use_what_minmax_uses(small, baseline, tmp_path):

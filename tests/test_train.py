@@ -542,6 +542,14 @@ def test_lora_scaling_reaches_the_adapters():
     cfg = dataclasses.replace(cfg, lora_scaling="alpha")
     model = train.build_model(cfg, "warmup", {"fc1": [4] * 4}, "cpu")
     assert torch.equal(model.blocks[0].mlp.fc1.scaling, torch.full((4, 1), 4.0))  # 16 / 4
+    cfg = dataclasses.replace(cfg, lora_scaling="matched", lora_alpha=None)
+    model = train.build_model(cfg, "warmup", {"fc1": [4] * 4, "fc2": [1] * 4}, "cpu")
+    width = model.blocks[0].mlp.fc1.in_features
+    for linear, inputs, rank in (
+        (model.blocks[0].mlp.fc1, width, 4),
+        (model.blocks[0].mlp.fc2, 4 * width, 1),
+    ):
+        torch.testing.assert_close(linear.scaling, torch.full((rank, 1), (3 * inputs / rank) ** 0.5))
 
 
 def test_static_lora_keeps_the_rest_trainable_names():
