@@ -1,259 +1,165 @@
-"""The study: the paper's experiments and their controls on Fashion-MNIST, in under two hours on 2 CPU cores.
+"""The study: does a switch pay? The paper's experiments, what is new here, and their controls, on
+Fashion-MNIST, in under three hours on 2 CPU cores.
 
-    python study.py              trains what is still missing under runs/study, then writes the report
+    python study.py              trains what is still missing, then writes the report
     python study.py --report     writes the report only: figures to docs/study/, tables between the marks in
                                  docs/study.md
 
 One process a core, one thread each. Every arm is train.py with a preset and flags. Arms that differ only
 after the switch are forked from the baseline of the same seed, whose epochs up to there count as theirs.
-Stopped, it goes on where it stood.
+
+A run that is done leaves a few kB of its log in docs/study/runs/, which is in git: it is not trained again,
+there or elsewhere. Those that are not done go on where they stood, under runs/study. Settings are chosen by
+the top-1 on 10,000 images (`dev`) and reported on 54,000 others, on which no run has trained either.
 """
 
+import dataclasses
 import json
+import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from scipy import stats
 
+import evaluate
 import replay
 import train
-from benchmarks.choices import repeat_noise
+from benchmarks.choices import describe_device, get_ranks, repeat_noise
 from benchmarks.contenders import build_contender
-from config.checks import check_config
-from config.cli import load_preset, parse_flags, typed_config
+from benchmarks.roofline import count_kernels, get_ceilings, seconds_by_kind
+from data.loader import build_loader
 from errors import UserError
 from files import read_json, write_json
 from lora.ranks import Ranks
-from monitor.log import Run, find_first_switch, get_stage, load_run
+from model import checkpoint
+from monitor.figures import build_figure
+from monitor.log import FROZEN, Run, find_first_switch, get_stage, load_run, pick_events, read_events
 from monitor.plot import plot_runs
-from start import count_base, get_static_ranks
+from start import get_static_ranks
+from study_runs import (
+    ARMS,
+    BASELINE,
+    DRAWN,
+    EQUAL,
+    FORKS,
+    HELD_OUT,
+    KEPT,
+    MAIN,
+    RUNS,
+    Arm,
+    get_config,
+    get_kept,
+    get_run_dir,
+    load_arm,
+    prepare_data,
+    round_floats,
+    train_all,
+)
 
-ROOT, RUNS, DOC = Path(__file__).parent, Path("runs/study"), Path("docs/study.md")
+ROOT, DOC = Path(__file__).parent, Path("docs/study.md")
 MARKS = ("<!-- written by study.py -->", "<!-- end -->")
-
-
-@dataclass
-class Arm:
-    name: str  # its runs are runs/study/<name>-<seed>
-    preset: str
-    flags: tuple[str, ...] = ()
-    seeds: int = 3
-    fork: bool = True  # from the baseline of its seed, where its own switch is due
-    text: str = ""  # in the table
-
-
-MAIN = "best"  # the arm whose time the equal-time control gets
-REST = ("--lora_trainable", "adapters+rest")
-RANK_32 = ("--rank_min", "32")
-# fmt: off
-BASELINE = Arm("baseline", "study_baseline", seeds=5, fork=False, text="baseline, all parameters")
-FORKS = [
-    Arm("prelora", "study", seeds=5, text="PreLoRA: Exp2, w = 2, adapters alone"),
-    Arm("rest", "study", REST, seeds=5, text="PreLoRA, adapters and head, norms, embeddings"),
-    Arm("exp1", "study_exp1", text="Exp1, relaxed"),
-    Arm("exp3", "study_exp3", text="Exp3, strict"),
-    Arm("best", "study_exp3", ("--lora_warmup_epochs", "1"), seeds=5,
-        text="PreLoRA, best setting: Exp3, w = 1"),
-    Arm("warmup1", "study_warmup1", text="w = 1"),
-    Arm("warmup4", "study_warmup4", text="w = 4"),
-    Arm("rank32", "study", RANK_32, text="rank 32 for all"),
-    Arm("rest32", "study", RANK_32 + REST, text="rank 32 for all, adapters and the rest"),
-    Arm("fixed", "study", ("--switch_epoch", "6"), text="switch fixed at a quarter"),
-    Arm("uniform", "study", ("--rank_rule", "uniform"), text="one rank for all, as many parameters"),
-    Arm("budget", "study", ("--rank_rule", "budget"),
-        text="ranks in proportion to change, as many parameters"),
-    Arm("reset", "study", ("--optimizer_at_switch", "reset"), text="fresh AdamW at both switches"),
-]
-STATIC = Arm("static_lora", "study_static_lora", fork=False, text="static LoRA from epoch 0")
-EQUAL_TIME = Arm("equal_time", "study_baseline", seeds=5, fork=False,
-                 text="all parameters, in PreLoRA's time")
-# fmt: on
-ARMS = [BASELINE, EQUAL_TIME, *FORKS, STATIC]
-# In figures 4 to 7.
-DRAWN = "baseline equal_time prelora exp1 exp3 warmup1 warmup4 static_lora".split()
-ANY = ("num_workers", "fork")  # fields in which a run may differ from what is asked for
-
-
-# ------------------------------------------------------------------------------------------------------------
-# training
-
-
-def build_command(arm: Arm, seed: int, *more: str) -> tuple[Path, int, list[str]]:
-    """(run directory, epochs, train.py's arguments) of one run. Raises UserError if another run stands in its
-    place."""
-    run_dir = get_run_dir(arm, seed)
-    flags = ["--seed", str(seed), "--run_dir", str(run_dir), *arm.flags, *more]
-    if arm.fork:
-        flags += ["--fork", str(get_run_dir(BASELINE, seed))]
-    preset = f"config/{arm.preset}.py"
-    cfg = parse_flags(flags, load_preset(train.Config, preset))
-    check_config(cfg)
-    path = run_dir / "config.json"
-    if path.exists():
-        stored = vars(typed_config(train.Config, read_json(path), str(path)))
-        changed = [name for name, value in vars(cfg).items() if value != stored[name] and name not in ANY]
-        if changed:
-            names = ", ".join(changed)
-            raise UserError(f"{run_dir} was trained with another {names}: remove it, it will be trained anew")
-    return run_dir, cfg.epochs, [preset, *flags, "--resume", "True"]
-
-
-def get_run_dir(arm: Arm, seed: int) -> Path:
-    return RUNS / f"{arm.name}-{seed}"
-
-
-def train_run(run_dir: Path, epochs: int, argv: list[str]) -> None:
-    """Train one run, or go on with it, unless it is done. Raises UserError with the last line of its log if
-    it fails."""
-    if is_done(run_dir, epochs):
-        return
-    log = RUNS / "logs" / f"{run_dir.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{run_dir} …\n", end="", flush=True)  # in one piece: two threads print
-    with open(log, "a") as file:
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *argv],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        running.add(process)
-        status = process.wait()
-        running.discard(process)
-    if status:
-        said = log.read_text(errors="replace").strip().splitlines() or ["without a word"]
-        raise UserError(f"{run_dir} ended with status {status}: {said[-1]}")
-
-
-def is_done(run_dir: Path, epochs: int) -> bool:
-    try:
-        return load_run(run_dir).epochs[-1]["epoch"] == epochs
-    except UserError:  # not begun, or no epoch is finished
-        return False
-
-
-running: set[subprocess.Popen] = set()
-
-
-def train_all() -> None:
-    """Train every run that is missing, stage by stage: a fork needs its baseline, the control in equal time
-    needs to know that time. Raises UserError for a run that fails; the others save and end."""
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        train_stage(pool, [BASELINE, STATIC])
-        train_stage(pool, FORKS)
-        train_stage(pool, [EQUAL_TIME], "--epochs", str(get_equal_epochs()))
-
-
-def train_stage(pool: ThreadPoolExecutor, arms: list[Arm], *flags: str) -> None:
-    """Train the runs of these arms, one on each of the pool's threads at a time."""
-    commands = [build_command(arm, seed, *flags) for arm in arms for seed in range(arm.seeds)]
-    waiting = [pool.submit(train_run, *command) for command in commands]
-    try:
-        for job in waiting:
-            job.result()
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):  # they save, and go on next time
-            process.terminate()
-        raise
+ORACLE_SEEDS, ORACLE_RANKS = (0, 1, 2), (4, 8, 16, 32, 64)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # what an epoch takes
 
 
-def load_arm(arm: Arm) -> list[Run]:
-    return [load_run(get_run_dir(arm, seed)) for seed in range(arm.seeds)]
+def get_stages(run: Run) -> list[str]:
+    """The stages of a run, in order."""
+    return list(dict.fromkeys(map(get_stage, run.epochs)))
 
 
-def get_config(arm: Arm, run: Run) -> train.Config:
-    return typed_config(train.Config, run.config, arm.name)
+def get_arm_ranks(cfg: train.Config, run: Run) -> Ranks | None:
+    """The ranks of a run; None without adapters."""
+    if cfg.mode == "lora":
+        return get_static_ranks(cfg, train.build_net(cfg))
+    switch = find_first_switch(run.switches)
+    return switch["ranks"] if switch else None
 
 
-def time_epochs(rounds: int = 31) -> dict[str, dict[str, float]]:
-    """{arm: {phase: seconds of an epoch's steps}}, for the arm's phases with the ranks of its first run:
-    medians of steps that take turns, so that what else the machine does costs all of them the same. (The
-    runs' own epoch_seconds, two at a time over an hour, differ by more than the arms.)"""
+def build_step(cfg: train.Config, stage: str, ranks: Ranks | None) -> Callable[[], None]:
+    """A function that takes train.py's own step in that stage, on noise."""
+    device = torch.device("cpu")
+    batches = repeat_noise(cfg.dataset, cfg.batch_size // cfg.grad_accum_steps, device, cfg.image_size)
+    return build_contender(stage, cfg, ranks, device, batches).step
+
+
+def measure_costs(rounds: int = 31) -> dict[str, dict[str, float]]:
+    """{arm: {stage: its step in full steps}}, with the ranks of the arm's first run: medians of steps that
+    take turns, on one core, so that what else the machine does costs all of them the same."""
     torch.set_num_threads(1)
-    steps = {}
+    steps: dict[tuple[str, str], Callable] = {}
     for arm in ARMS:
-        if arm is not EQUAL_TIME:  # the baseline's steps
-            steps |= {(arm.name, phase): step for phase, step in build_steps(arm).items()}
-    times = {key: [] for key in steps}
+        run = load_run(get_kept(arm, 0))
+        cfg = get_config(arm, run)
+        for stage in get_stages(run):
+            if stage != "full" or arm is BASELINE:
+                steps[arm.name, stage] = build_step(cfg, stage, get_arm_ranks(cfg, run))
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for _ in range(rounds + 1):
         for key, step in steps.items():
             start = time.perf_counter()
             step()
             times[key].append(time.perf_counter() - start)
-    cfg = get_config(BASELINE, load_run(get_run_dir(BASELINE, 0)))
-    steps_per_epoch = cfg.train_samples // cfg.batch_size
-    seconds: dict[str, dict[str, float]] = {arm.name: {} for arm in ARMS}
-    for (name, phase), values in times.items():
-        seconds[name][phase] = float(np.median(values[1:])) * steps_per_epoch  # the first allocates
-    return seconds
+    medians = {key: float(np.median(values[1:])) for key, values in times.items()}  # the first allocates
+    return divide_by_full(medians) | {"milliseconds": {"full": 1e3 * medians[BASELINE.name, "full"]}}
 
 
-def build_steps(arm: Arm) -> dict[str, Callable]:
-    """phase -> a function that takes a step of it, for the phases of the arm's first run; the full one is the
-    baseline's for all."""
-    run = load_run(get_run_dir(arm, 0))
-    cfg = get_config(arm, run)
-    switch = find_first_switch(run.switches)
-    ranks = switch["ranks"] if switch else None
-    if cfg.mode == "lora":
-        ranks = get_static_ranks(cfg, train.build_net(cfg))
-    phases = dict.fromkeys(map(get_stage, run.epochs))
-    return {phase: build_step(cfg, phase, ranks) for phase in phases if phase != "full" or arm is BASELINE}
+def count_costs() -> dict[str, dict[str, float]]:
+    """The same by the roofline of an A100: ViT-L/16's steps, 64 images, bfloat16, ranks of 8 to 64, with as
+    large a share of the blocks frozen. Arms of one kind of step share a count."""
+    seconds: dict[tuple[str, str], float] = {}
+    counted: dict[tuple, float] = {}
+    ceilings = get_ceilings("a100-40gb")
+    for arm in ARMS:
+        run = load_run(get_kept(arm, 0))
+        own = get_config(arm, run)
+        for stage in get_stages(run):
+            frozen = own.freeze_blocks * 8 if stage in ("lora", FROZEN) else 0  # of 24 blocks, where it has 3
+            trainable = own.mode if own.mode == "lora" else own.lora_trainable
+            key = (stage, frozen, trainable if stage == "lora" else "")
+            if key not in counted:
+                cfg = train.Config(model="L/16", dataset="imagenet", batch_size=64, freeze_blocks=frozen)
+                cfg = dataclasses.replace(cfg, mode=own.mode, lora_trainable=own.lora_trainable)
+                ranks = {f: [0] * frozen + of[frozen:] for f, of in get_ranks("mixed", "L/16").items()}
+                kernels = count_kernels(cfg, stage, ranks, 64)
+                counted[key] = sum(seconds_by_kind(kernels, ceilings).values())
+            seconds[arm.name, stage] = counted[key]
+    return divide_by_full(seconds)
 
 
-def build_step(cfg: train.Config, phase: str, ranks: Ranks | None) -> Callable[[], None]:
-    """A function that takes train.py's own step in that phase, on noise."""
-    device = torch.device("cpu")
-    batches = repeat_noise(cfg.dataset, cfg.batch_size // cfg.grad_accum_steps, device, cfg.image_size)
-    return build_contender(phase, cfg, ranks, device, batches).step
+def divide_by_full(seconds: dict[tuple[str, str], float]) -> dict[str, dict[str, float]]:
+    """{arm: {stage: seconds of the baseline's full step}}."""
+    costs: dict[str, dict[str, float]] = {arm.name: {"full": 1.0} for arm in ARMS}
+    for (name, stage), value in seconds.items():
+        costs[name][stage] = value / seconds[BASELINE.name, "full"]
+    return costs
 
 
-def get_epoch_seconds() -> dict[str, dict[str, float]]:
-    """`time_epochs`, measured once and kept in runs/study/seconds.json; the full phase is the baseline's for
-    all."""
-    path = RUNS / "seconds.json"
-    if not path.exists():
-        print("timing the phases of all arms side by side …", flush=True)
-        write_json(path, time_epochs())
-    seconds = read_json(path)
-    return {arm.name: seconds.get(arm.name, {}) | {"full": seconds[BASELINE.name]["full"]} for arm in ARMS}
+def get_costs() -> dict[str, dict]:
+    """Both costs, measured and counted once, and kept in docs/study/runs/costs.json with the machine's name.
+    What an arm lacks there is measured anew, with all others."""
+    path = KEPT / "costs.json"
+    if not path.exists() or any(arm.name not in read_json(path)["measured"] for arm in ARMS):
+        print("timing the stages of all arms side by side …", flush=True)
+        costs = {"measured": measure_costs(), "a100": count_costs(), "machine": describe_device()}
+        write_json(path, round_floats(costs))
+    return read_json(path)
 
 
-def get_seconds(runs: list[Run], per_epoch: dict[str, float]) -> list[float]:
-    """Each run's training time: its epochs of each phase × the seconds of one, and its switches. Not counted,
-    and the same for all: reading data, evaluation, saving, starting."""
-    seconds = []
-    for run in runs:
-        switching = sum(switch["seconds"] for switch in run.switches)
-        seconds.append(sum(per_epoch[get_stage(record)] for record in run.epochs) + switching)
-    return seconds
-
-
-def get_equal_epochs() -> int:
-    """Epochs with all parameters that take as long as PreLoRA's whole run, to the nearest."""
-    arm = next(arm for arm in FORKS if arm.name == MAIN)
-    per_epoch = get_epoch_seconds()[MAIN]
-    return round(np.mean(get_seconds(load_arm(arm), per_epoch)) / per_epoch["full"])
+def get_full_epochs(run: Run, costs: dict[str, float]) -> float:
+    """What a run's epochs cost, in epochs with all parameters. Not counted, and the same for all: reading
+    data, evaluation, saving, starting; nor the switches, a second or less."""
+    return sum(costs[get_stage(record)] for record in run.epochs)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -266,59 +172,59 @@ def get_interval(values: np.ndarray) -> str:
     return f"{values.mean():+.2f} [{values.mean() - half:+.2f}, {values.mean() + half:+.2f}]"
 
 
-def get_top1(runs: list[Run]) -> np.ndarray:
-    """The last epoch's validation top-1 in % of each run."""
-    return np.array([run.epochs[-1]["val_top1"] for run in runs])
+def get_top1(arm: Arm) -> np.ndarray:
+    """Top-1 in % on the held-out images, of each seed."""
+    return np.array([get_held_out(arm, seed)["val_top1"] for seed in range(arm.seeds)])
+
+
+def get_held_out(arm: Arm, seed: int) -> dict:
+    return pick_events(read_events(get_kept(arm, seed) / "metrics.jsonl"), "held_out")[0]
+
+
+def get_dev(arm: Arm) -> np.ndarray:
+    """Top-1 in % on the images by which settings were chosen."""
+    return np.array([run.epochs[-1]["val_top1"] for run in load_arm(arm)])
+
+
+def get_controls(arm: Arm, costs: dict[str, float]) -> np.ndarray | None:
+    """Of each seed the top-1 of all parameters trained for no less time than that seed's run took: for its
+    cost, rounded up to whole epochs. None where that is not among the controls."""
+    controls = {get_config(equal, load_run(get_kept(equal, 0))).epochs: get_top1(equal) for equal in EQUAL}
+    controls[24] = get_top1(BASELINE)
+    values = []
+    for seed, run in enumerate(load_arm(arm)):
+        epochs = max(math.ceil(get_full_epochs(run, costs) - 1e-6), min(controls))
+        if epochs not in controls or seed >= len(controls[epochs]):
+            return None
+        values.append(controls[epochs][seed])
+    return np.array(values)
 
 
 def get_table() -> str:
     """The arms beside each other, a row each, in Markdown."""
-    titles = ["arm", "seeds", "switch after", "trained in the LoRA phase", "top-1 %", "− baseline [95 %]"]
-    titles += ["− equal time [95 %]", "time", "warmup epoch", "LoRA epoch"]
+    titles = ["arm", "seeds", "switch after", "top-1 %", "− baseline [95 %]", "dev %"]
+    titles += ["cost", "− equal time [95 %]", "A100 cost", "− equal time there [95 %]", "LoRA step"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    epoch_seconds = get_epoch_seconds()
-    lines += [f"| {' | '.join(get_row(arm, epoch_seconds))} |" for arm in ARMS]
-    return "\n".join(lines)
+    costs = get_costs()
+    return "\n".join(lines + [f"| {' | '.join(get_row(arm, costs))} |" for arm in ARMS])
 
 
-def get_row(arm: Arm, epoch_seconds: dict[str, dict[str, float]]) -> list[str]:
-    """An arm's cells of the table. Against the control in equal time stands only what takes its time, to half
-    an epoch."""
-    runs, own = load_arm(arm), epoch_seconds[arm.name]
-    baseline, equal = load_arm(BASELINE), load_arm(EQUAL_TIME)
-    top1, seconds = get_top1(runs), np.mean(get_seconds(runs, own))
-    baseline_seconds = get_seconds(baseline, epoch_seconds[BASELINE.name])[0]
-    equal_seconds = get_seconds(equal, epoch_seconds[EQUAL_TIME.name])[0]
-    is_near = abs(seconds - equal_seconds) < epoch_seconds[BASELINE.name]["full"] / 2
-    against_baseline = against_equal = ""
-    if arm is not BASELINE:
-        against_baseline = get_interval(top1 - get_top1(baseline)[: len(top1)])
-    if is_near and arm is not EQUAL_TIME:
-        against_equal = get_interval(top1 - get_top1(equal)[: len(top1)])
+def get_row(arm: Arm, costs: dict[str, dict]) -> list[str]:
+    """An arm's cells of the table."""
+    runs, top1 = load_arm(arm), get_top1(arm)
     switches = [find_first_switch(run.switches) for run in runs]
     switched = sorted({switch["epoch"] for switch in switches if switch})
-    return [
-        arm.text,
-        str(len(runs)),
-        ", ".join(map(str, switched)),
-        get_share(arm, runs),
-        f"{top1.mean():.2f} ± {top1.std(ddof=1):.2f}",
-        against_baseline,
-        against_equal,
-        f"{seconds:.0f} s, {100 * seconds / baseline_seconds:.1f} %",
-        f"{own['warmup'] / own['full']:.2f}" if "warmup" in own else "",
-        f"{own['lora'] / own['full']:.2f}" if "lora" in own else "",
-    ]
-
-
-def get_share(arm: Arm, runs: list[Run]) -> str:
-    """What is trained in the LoRA phase, in % of the model without adapters; "" without such a phase."""
-    trained = [e["trainable_params"] for run in runs for e in run.epochs if e["phase"] == "lora"]
-    if not trained:
-        return ""
-    cfg = get_config(arm, runs[0])
-    base, _ = count_base(cfg, train.build_net(cfg))
-    return f"{100 * np.mean(trained) / base:.1f} %"
+    cells = [arm.text, str(len(runs)), ", ".join(map(str, switched))]
+    cells += [f"{top1.mean():.2f} ± {top1.std(ddof=1):.2f}"]
+    cells += [get_interval(top1 - get_top1(BASELINE)[: len(top1)]) if arm is not BASELINE else ""]
+    cells += [f"{get_dev(arm).mean():.2f}"]
+    for kind in ("measured", "a100"):
+        own = costs[kind][arm.name]
+        cells.append(f"{np.mean([get_full_epochs(run, own) for run in runs]):.2f}")
+        controls = None if arm is BASELINE or arm in EQUAL else get_controls(arm, own)
+        cells.append("" if controls is None else get_interval(top1 - controls))
+    lora = costs["measured"][arm.name].get("lora")
+    return [*cells, f"{lora:.2f}" if lora else ""]
 
 
 def check_replay() -> str:
@@ -327,10 +233,10 @@ def check_replay() -> str:
     agree, total = 0, 0
     for arm in FORKS:
         for seed, run in enumerate(load_arm(arm)):
-            if get_config(arm, run).mode != "prelora":  # it never switches
+            cfg = get_config(arm, run)
+            if cfg.mode != "prelora":  # it never switches
                 continue
-            baseline = load_run(get_run_dir(BASELINE, seed))
-            told = replay.replay_run(get_config(arm, run), baseline.epochs)
+            told = replay.replay_run(cfg, load_run(get_kept(BASELINE, seed)).epochs)
             switch = find_first_switch(run.switches)
             did = (switch["epoch"], switch["ranks"]) if switch else (None, None)
             agree, total = agree + (told == did), total + 1
@@ -340,13 +246,78 @@ def check_replay() -> str:
     )
 
 
-def get_ttest() -> str:
-    """HPT's criterion window by window, in Markdown."""
-    lines = ["| epochs | loss, all parameters | loss, PreLoRA | t | p |", "|---|---|---|---|---|"]
-    for row in replay.compare_losses(str(RUNS / "baseline-0"), str(RUNS / f"{MAIN}-0"), None):
-        losses = f"{row['full']:.4f} | {row['lora']:.4f}"
-        lines.append(f"| {row['first']}-{row['last']} | {losses} | {row['t']:.2f} | {row['p']:.3f} |")
-    return "\n".join(lines)
+# ------------------------------------------------------------------------------------------------------------
+# from the baseline's checkpoints: means of weights, and the oracle
+
+
+def compute_oracle() -> dict:
+    """What the baselines' own checkpoints say without training, top-1 on the held-out images of each seed:
+    `means`, the mean of the weights at two epochs' ends, and at the second; `oracle`, by rank, the weights
+    after 14 epochs and of what training did to each Linear from there on the part of that rank, by SVD,
+    everything else as it was at the end."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    out: dict[str, dict[str, list[float]]] = {"means": {}, "oracle": {}}
+
+    def add(kind: str, name: str, cfg, weights: dict[str, torch.Tensor]) -> None:
+        out[kind].setdefault(name, []).append(evaluate_weights(cfg, weights))
+
+    for seed in ORACLE_SEEDS:
+        cfg, after = load_weights(seed, (13, 14, 15, 23, 24))
+        for first, second in ((13, 14), (14, 15), (23, 24)):
+            mean = {name: (after[first][name] + after[second][name]) / 2 for name in after[first]}
+            add("means", f"mean of {first} and {second}", cfg, mean)
+            add("means", f"after {second}", cfg, after[second])
+        for rank in ORACLE_RANKS:
+            add("oracle", str(rank), cfg, take_low_rank(after[14], after[24], rank))
+    return out
+
+
+def load_weights(seed: int, epochs: tuple[int, ...]) -> tuple[train.Config, dict[int, dict]]:
+    """(settings, {epoch: {name: weight}}) of a baseline's checkpoints."""
+    steps = {}
+    for path, meta in checkpoint.kept(get_run_dir(BASELINE, seed)):
+        steps[meta["state"]["epoch"]] = path, meta
+    after = {}
+    for epoch in epochs:
+        path, meta = steps[epoch]
+        cfg, s = evaluate.load_checkpoint(path, meta, data_dir=str(HELD_OUT))
+        after[epoch] = dict(evaluate.build_checkpoint(cfg, s, path).state_dict())
+    return cfg, after
+
+
+def take_low_rank(before: dict, end: dict, rank: int) -> dict[str, torch.Tensor]:
+    """The weights at the `end`, but of each part of the blocks' Linears `before` plus what was done to it,
+    cut to `rank`."""
+    out = dict(end)
+    for name, weight in end.items():
+        if name.startswith("blocks.") and weight.ndim == 2:
+            parts = 3 if ".qkv." in name else 1
+            changes = (weight - before[name]).chunk(parts)
+            cut = []
+            for change in changes:
+                U, S, V = torch.linalg.svd(change, full_matrices=False)
+                cut.append((U[:, :rank] * S[:rank]) @ V[:rank])
+            out[name] = before[name] + torch.cat(cut)
+    return out
+
+
+def evaluate_weights(cfg: train.Config, weights: dict[str, torch.Tensor]) -> float:
+    """Top-1 in % on the held-out images."""
+    device = torch.device("cpu")
+    model = train.build_model(cfg, "full", None, device)
+    model.load_state_dict(weights)
+    options = dict(batch_size=250, seed=0, num_workers=1)
+    with closing(build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "val", **options)) as loader:
+        return train.evaluate(cfg, model, loader.epoch(0), device)["val_top1"]
+
+
+def get_oracle() -> dict:
+    """`compute_oracle`'s, once computed kept in docs/study/runs/oracle.json."""
+    path = KEPT / "oracle.json"
+    if not path.exists():
+        print("evaluating means and low-rank parts of the baselines' weights …", flush=True)
+        write_json(path, round_floats(compute_oracle()))
+    return read_json(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -365,40 +336,80 @@ def read_doc() -> tuple[str, str]:
     return before, rest.split(MARKS[1])[1]
 
 
+def get_mean_table() -> str:
+    """The means of a baseline's weights, and the oracle, in Markdown."""
+    found, lines = get_oracle(), ["| weights of the baseline | top-1 % |", "|---|---|"]
+    for name, top1 in found["means"].items():
+        lines.append(f"| {name} | {np.mean(top1):.2f} |")
+    for rank, top1 in found["oracle"].items():
+        lines.append(f"| after 14 and the rank-{rank} part of the rest | {np.mean(top1):.2f} |")
+    return "\n".join(lines)
+
+
 def write_report() -> None:
     """Write the tables between the marks of DOC, and the figures beside it."""
     before, after = read_doc()
-    full = get_epoch_seconds()[BASELINE.name]["full"]
+    costs = get_costs()
+    full = costs["measured"]["milliseconds"]["full"]
     tables = [
         get_table(),
-        f"Warmup and LoRA epochs are in units of one with all parameters, {full:.2f} s. {check_replay()}",
-        "HPT's criterion, seed 0 (Welch's t-test on the step losses of each window, baseline against "
-        f"PreLoRA's best setting):\n\n{get_ttest()}",
+        f"Costs are in epochs with all parameters, whose step takes {full:.0f} ms here ({costs['machine']}). "
+        f"{check_replay()}",
+        f"Without training, seeds {', '.join(map(str, ORACLE_SEEDS))}:\n\n{get_mean_table()}",
     ]
     DOC.write_text(before + MARKS[0] + "\n" + "\n\n".join(tables) + "\n" + MARKS[1] + after)
     print(f"wrote {DOC}")
+    draw_figures()
+
+
+def draw_figures() -> None:
+    """The paper's figures from these runs, the oracle, and how far the steps of each phase go."""
     out = DOC.with_suffix("")
-    out.mkdir(exist_ok=True)
     drawn = [arm for arm in ARMS if arm.name in DRAWN]
     runs = [str(copy_with_seconds(arm, seed)) for arm in drawn for seed in range(arm.seeds)]
     plot_runs(runs, family=None, out=str(out))
-    for arm, name in ((FORKS[0].name, "figure1"), (BASELINE.name, "figure3"), (FORKS[0].name, "ranks")):
-        shutil.copy(RUNS / "timed" / f"{arm}-0" / "figures" / f"{name}.png", out)
+    timed = RUNS / "timed"
+    for name, figure in ((MAIN, "figure1"), (BASELINE.name, "figure3"), (MAIN, "ranks")):
+        shutil.copy(timed / f"{name}-0/figures/{figure}.png", out)
+    for name in (BASELINE.name, MAIN):
+        shutil.copy(timed / f"{name}-0/figures/displacement.png", out / f"displacement_{name}.png")
+    oracle = build_oracle_figure(get_oracle()["oracle"], get_top1(BASELINE)[list(ORACLE_SEEDS)])
+    oracle.savefig(out / "oracle.png")
+
+
+def build_oracle_figure(oracle: dict[str, list[float]], baseline: np.ndarray) -> Figure:
+    """Top-1 of the baseline's weights whose last epochs are cut to a rank, beside the whole: mean and range
+    over seeds."""
+    figure = build_figure(6, 4)
+    axes = figure.subplots()
+    ranks, top1 = [int(rank) for rank in oracle], np.array(list(oracle.values()))  # (ranks, seeds)
+    spread = np.stack([top1.mean(1) - top1.min(1), top1.max(1) - top1.mean(1)])
+    axes.errorbar(
+        ranks, top1.mean(1), spread, marker="o", capsize=3, label="its last ten epochs cut to a rank"
+    )
+    axes.axhline(baseline.mean(), color="black", linestyle="--", label="all parameters, 24 epochs")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, ranks)
+    axes.set(xlabel="rank of each layer's change after epoch 14", ylabel="top-1 %", title="The oracle")
+    axes.legend(frameon=False)
+    return figure
 
 
 def copy_with_seconds(arm: Arm, seed: int) -> Path:
-    """A copy of a run's log for the figures, its epochs' seconds and images/s those measured side by side, as
+    """A copy of a kept log for the figures, its epochs' seconds and images/s those measured side by side, as
     in the table."""
-    source, seconds = get_run_dir(arm, seed), get_epoch_seconds()[arm.name]
+    source, costs = get_kept(arm, seed), get_costs()["measured"]
     copy = RUNS / "timed" / source.name
     copy.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "config.json", copy)
-    with open(source / "metrics.jsonl") as log, open(copy / "metrics.jsonl", "w") as out:
-        for record in map(json.loads, log):
+    with open(copy / "metrics.jsonl", "w") as out:
+        for record in read_events(source / "metrics.jsonl"):
             if record["event"] == "epoch":
                 images = record["epoch_seconds"] * record["images_per_second"]
-                record["epoch_seconds"] = seconds[get_stage(record)]
-                record["images_per_second"] = images / seconds[get_stage(record)]
+                steps = images / get_config(arm, load_run(source)).batch_size
+                step = costs["milliseconds"]["full"] / 1e3 * costs[arm.name][get_stage(record)]
+                record["epoch_seconds"] = step * steps
+                record["images_per_second"] = images / record["epoch_seconds"]
             out.write(json.dumps(record) + "\n")
     return copy
 
@@ -412,7 +423,8 @@ def main(argv: list[str]) -> int:
     try:
         read_doc()  # before hours of training
         if not argv:
-            train_all()
+            prepare_data()
+            train_all(() if (KEPT / "oracle.json").exists() else ORACLE_SEEDS)
         write_report()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

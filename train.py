@@ -123,8 +123,8 @@ class Config:
     rank_max: PowerOfTwo = 64  # largest; mode lora: of every layer
     rank_rule: Literal["minmax", "uniform", "budget"] = "minmax"  # Algorithm 2; one for all; by the change
     rank_budget: PositiveFloat | None = None  # uniform, budget: adapters' share of the base; None = minmax's
-    lora_scaling: Literal["alpha", "rslora", "matched", "coherent"] = "alpha"  # s of s·B·A: lora/layers.py
-    lora_alpha: PositiveFloat | None = None  # in s; None: s = 1 with alpha, the rules' own s with the others
+    lora_scaling: Literal["authors", "alpha", "rslora", "matched", "coherent"] = "authors"  # lora/layers.py
+    lora_alpha: PositiveFloat | None = None  # of these scalings but authors', which is 1; None: matched's own
     target_modules: tuple[str, ...] = tuple(LORA_FAMILIES)  # the Linears of adapters, ranks and the test
     lora_trainable: Literal["adapters", "adapters+rest"] = "adapters"  # rest: head, norms, embeddings
     freeze_blocks: NonNegativeInt = 0  # lowest blocks, and embeddings, frozen: in lora; full: at switch_epoch

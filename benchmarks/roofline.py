@@ -50,6 +50,7 @@ from errors import UserError
 from lora.ranks import Ranks
 from model.optim import build_optimizer
 from model.variants import VARIANTS
+from monitor.log import FROZEN
 
 MATMUL_SHARE, BANDWIDTH_SHARE = 0.7, 0.8  # of the data sheet's, what good kernels reach
 KINDS = ("products", "adapters", "attention", "elementwise", "casts", "optimizer")
@@ -327,7 +328,8 @@ def get_storages(pieces: tuple[Piece, ...]) -> set[int]:
 
 
 def count_kernels(cfg: train.Config, phase: str, ranks: Ranks, batch_size: int) -> list[Kernel]:
-    """The kernels of train.py's step in `phase`, compiled block by block, on one GPU.
+    """The kernels of train.py's step in `phase`, compiled block by block, on one GPU; FROZEN is the full
+    phase with its lowest `cfg.freeze_blocks` frozen.
 
     batch_size: images of a micro-batch; `cfg.grad_accum_steps` of these are a step. `cfg.compile` and
     `cfg.batch_size` play no role. Raises UserError for selective checkpointing, which is the compiler's
@@ -340,7 +342,8 @@ def count_kernels(cfg: train.Config, phase: str, ranks: Ranks, batch_size: int) 
     cfg = replace(cfg, compile=False)
     mode, trace = FakeTensorMode(allow_non_fake_inputs=True), Trace(get_most_ranks(ranks))
     with as_on_a_gpu():
-        model = build_fake(mode, cfg, phase, ranks, "cpu")
+        frozen_blocks = cfg.freeze_blocks if phase == FROZEN else 0
+        model = build_fake(mode, cfg, "full" if phase == FROZEN else phase, ranks, "cpu", None, frozen_blocks)
         watch_blocks(trace, model.blocks)
         with mode:
             optimizer = build_optimizer(model, cfg.weight_decay)

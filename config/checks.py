@@ -97,9 +97,14 @@ def check_adapters(cfg) -> None:
         "take 2 or --compile False",
     )
     require(
-        cfg.lora_scaling != "rslora" or cfg.lora_alpha is not None,
-        "lora_scaling rslora is lora_alpha / sqrt(rank): it needs --lora_alpha, which as None stands for "
-        "each layer's rank",
+        cfg.lora_scaling not in ("alpha", "rslora") or cfg.lora_alpha is not None,
+        f"lora_scaling {cfg.lora_scaling} needs --lora_alpha; authors scales by 1, matched and coherent by "
+        "the layers' own sizes",
+    )
+    require(
+        cfg.lora_scaling != "authors" or cfg.lora_alpha is None,
+        f"lora_scaling authors is 1 and has no alpha: lora_alpha {cfg.lora_alpha} goes with --lora_scaling "
+        "alpha, rslora, matched or coherent",
     )
     require(
         cfg.rank_budget is None or cfg.rank_rule != "minmax",

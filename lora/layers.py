@@ -30,7 +30,8 @@ def reference(
 def get_scaling(rule: str, alpha: float | None, rank: int, inputs: int) -> float:
     """The s of s B A, of an adapter of rank r on a Linear of n = `inputs` in_features.
 
-    "alpha": alpha / r (Hu et al. 2106.09685); 1 without an alpha, which is the authors' setting.
+    "authors": 1, as PreLoRA's authors have it.
+    "alpha": alpha / r (Hu et al. 2106.09685); 1 without an alpha.
     "rslora": alpha / √r (Kalajdzievski 2312.03732).
     "matched": √(3 n / r), times alpha if there is one.
     "coherent": √3 n / r, times alpha if there is one.
@@ -54,9 +55,9 @@ def get_scaling(rule: str, alpha: float | None, rank: int, inputs: int) -> float
         return (alpha or 1.0) * math.sqrt(3 * inputs / rank)
     if rule == "coherent":
         return (alpha or 1.0) * math.sqrt(3) * inputs / rank
-    if rule not in ("alpha", "rslora"):
-        raise ValueError(f"unknown scaling {rule!r}, there are: alpha, rslora, matched, coherent")
-    if alpha is None:
+    if rule not in ("authors", "alpha", "rslora"):
+        raise ValueError(f"unknown scaling {rule!r}, there are: authors, alpha, rslora, matched, coherent")
+    if rule == "authors" or alpha is None:
         return 1.0
     return alpha / (math.sqrt(rank) if rule == "rslora" else rank)
 
@@ -97,7 +98,7 @@ class LoRALinear(nn.Linear):
                 self.lora_B[str(part)] = nn.Parameter(empty(out_features // len(ranks), rank))
         # In a buffer: a float, other in every layer, would be baked into the compiled block.
         # All layers of a model have one, or none of them: its absence would be a graph of its own.
-        is_scaled = alpha is not None or scaling_rule not in ("alpha", "rslora")
+        is_scaled = scaling_rule != "authors" and (alpha is not None or scaling_rule != "alpha")
         self.register_buffer("scaling", empty(sum(ranks), 1) if is_scaled else None, persistent=False)
         self.init_buffers()
 

@@ -162,7 +162,7 @@ def test_another_logger(edited, small, tmp_path):
 def test_finding_a_spike_at_the_freeze(edited, small, alpha, found):
     """Adapters that overshoot, once the head has learned something that they can spoil: 40 steps full."""
     flags = "--epochs 12 --switch_epoch 10 --lora_warmup_epochs 0 --lr 5e-3".split()
-    status, said, events = edited("spike", small, *flags, "--lora_alpha", alpha)
+    status, said, events = edited("spike", small, *flags, "--lora_scaling", "alpha", "--lora_alpha", alpha)
     assert status == 0, said
     spikes = [
         event for event in pick(events, "warning") if "in the epoch before, gradient norm" in event["message"]

@@ -88,7 +88,7 @@ class Runs(dict):
     FLAGS = {
         "plain": [],
         "bf16": BF16,
-        "alpha": [*STATIC, "--lora_alpha", "6", "--layer_norm_eps", "1e-12"],
+        "alpha": [*STATIC, "--lora_scaling", "alpha", "--lora_alpha", "6", "--layer_norm_eps", "1e-12"],
         "static": STATIC,
         "lowest": ["--freeze_blocks", "2"],
         "control": ["--mode", "full", "--freeze_blocks", "2", "--switch_epoch", "3"],

@@ -178,6 +178,7 @@ def test_equals_peft(bias, alpha, rule, ranks):
 @pytest.mark.parametrize(
     "rule, alpha, expected",
     [
+        ("authors", None, 1.0),
         ("alpha", None, 1.0),
         ("alpha", 64.0, 8.0),  # 64 / 8
         ("rslora", 64.0, 64 / math.sqrt(8)),
@@ -229,7 +230,7 @@ def test_a_matched_first_step_is_as_long_as_a_full_one(rank):
     full, matched, _ = get_steps_of_both("matched", rank, 500)
     assert get_rms(full) == pytest.approx(1e-3, rel=1e-6)
     assert get_rms(matched) == pytest.approx(get_rms(full), rel=0.1)
-    _, plain, _ = get_steps_of_both("alpha", rank, 500)
+    _, plain, _ = get_steps_of_both("authors", rank, 500)
     assert get_rms(plain) == pytest.approx(math.sqrt(rank / 960) * get_rms(full), rel=0.1)
     _, coherent, _ = get_steps_of_both("coherent", rank, 500)
     assert get_rms(coherent) == pytest.approx(math.sqrt(320 / rank) * get_rms(full), rel=0.1)
@@ -249,7 +250,7 @@ def test_a_coherent_first_step_does_to_its_input_what_a_full_one_does(rank):
 
 def test_all_layers_have_a_scaling_or_none():
     """Where one had none, it would have another graph: also where alpha / rank happens to be 1."""
-    for rule, alpha, is_there in (("alpha", 8.0, True), ("alpha", None, False), ("matched", None, True)):
+    for rule, alpha, is_there in (("alpha", 8.0, True), ("authors", None, False), ("matched", None, True)):
         for rank in (4, 8):
             assert (LoRALinear(24, 24, [rank], alpha, rule).scaling is not None) == is_there
 

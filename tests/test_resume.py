@@ -1075,7 +1075,7 @@ def test_bad_input_is_one_line_of_rank_0(runs, tmp_path, flags, fault, reason):
         ("", "already holds a run: continue it with --resume True or choose another --run_dir"),
         ("--resume True --seed 1", "was trained with seed = 0, it can't go on with 1"),
         (
-            "--resume True --lora_alpha 8 --batch_size 32",
+            "--resume True --lora_scaling alpha --lora_alpha 8 --batch_size 32",
             "was trained with batch_size = 16, it can't go on with 32",
         ),
         ("--resume True --train_samples 63", "was trained with train_samples = 64, it can't go on with 63"),
