@@ -55,7 +55,7 @@ from monitor.logger import RunLogger
 from monitor.norms import get_norms
 from monitor.perf import count_flops, peak_memory, reset_peak_memory
 from monitor.records import get_epoch_record, get_start_record, get_switch_record, look
-from start import Start, State, begin, choose_base, decide_ranks, get_meta, open_log, say_done
+from start import Start, State, begin, choose_base, decide_ranks, get_meta, open_log, say_done, watch_layers
 
 
 @dataclass
@@ -68,6 +68,7 @@ class Config:
     keep_every: NonNegativeInt = 0  # keep every so many epochs' checkpoint, besides last two and switches'
     eval_every: PositiveInt = 1  # evaluate after every so many epochs, and after the last
     baseline: PathStr | None = None  # run directory of a mode=full run, to warn of a loss plateau above it
+    log_displacement: bool = False  # log each window's step per layer, without weight decay, and its turn
     profile: bool = False  # a Kineto trace of two steps of each phase, into run_dir/profile
     fork: PathStr | None = None  # start from another run's checkpoint: RUN@epoch; RUN for the latest to share
     init_from: PathStr | None = None  # start from weights: timm:NAME or FILE.safetensors, timm's or HF's
@@ -342,8 +343,9 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     ema = Ema(model, cfg.ema_decay, mesh)
     if start.checkpoint:
         ema.load(start.checkpoint, model)
-    log = open_log(cfg, start, last_step)  # last, because it cuts the run's logs back to the checkpoint
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
+    displacement = watch_layers(cfg, start, model, families)
+    log = open_log(cfg, start, last_step)  # last, because it cuts the run's logs back to the checkpoint
     phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
     costs = {}
     if s.is_in(phase, frozen_blocks):  # a phase that is left at once is not compiled
@@ -360,6 +362,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             reset_peak_memory(device)
             model, optimizer = switch_phase(cfg, model, optimizer, phase, ranks, mesh, frozen_blocks)
             ema.follow(model)
+            displacement.follow(model, s.step)
             gc.collect()  # compiled blocks stand in reference cycles, and hold the old model
             peak_bytes = distributed.max_over_processes(peak_memory(device), device)
             costs = compile_phase(cfg, s, model, optimizer, device)
@@ -391,7 +394,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
                     break
         s.epoch_seconds, s.epoch_waited = clock.close()
         if stopped or s.epoch_step < steps_per_epoch:  # told to stop, or max_steps in mid-epoch
-            save(cfg, s, log, model, optimizer, ema, train_loader.num_samples, pinned=False)
+            save(cfg, s, log, model, optimizer, ema, displacement, train_loader.num_samples, pinned=False)
             break
 
         # -- the epoch's end: measure, evaluate, decide, save
@@ -400,6 +403,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         lr = lr_at(s.step - 1, frozen_at=frozen_at)
         record = get_epoch_record(cfg, s, device, processes, costs, lr, log.take_step_losses())
         record |= get_norms(model, families, frozen=log.epochs[-1:] if s.phase == "lora" else [])
+        record |= displacement.end_epoch(model, s.epoch, s.step, partial(lr_at, frozen_at=frozen_at))
         if s.epoch % cfg.eval_every == 0 or s.step >= last_step:
             record |= evaluate(cfg, model, start.val_loader.epoch(0), device)
             if cfg.ema_decay:
@@ -410,7 +414,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
         log.decided(s, get_signs(cfg, s, log.epochs, start.baseline, phase), ranks)
         pinned = not s.is_in(phase, frozen_blocks) or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0)
-        save(cfg, s, log, model, optimizer, ema, train_loader.num_samples, pinned)
+        save(cfg, s, log, model, optimizer, ema, displacement, train_loader.num_samples, pinned)
         if s.step >= last_step:
             break
     log.end(s.step, stopped, stop.signal)
@@ -418,12 +422,13 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
 
 
 def save(
-    cfg: Config, s: State, log: RunLogger, model, optimizer, ema: Ema, images: int, pinned: bool
+    cfg: Config, s: State, log: RunLogger, model, optimizer, ema: Ema, displacement, images: int, pinned: bool
 ) -> None:
     """A checkpoint, at which the logs will be cut back when a run goes on from it."""
     s.metrics_bytes, s.steps_bytes = log.metrics_bytes, log.steps_bytes
     parallel.reshard(model)
-    checkpoint.save(Path(cfg.run_dir), model, optimizer, get_meta(cfg, s, images), pinned, ema.get_tensors())
+    besides = ema.get_tensors() | displacement.get_tensors()
+    checkpoint.save(Path(cfg.run_dir), model, optimizer, get_meta(cfg, s, images), pinned, besides)
 
 
 def main(argv: list[str], signals: list[int] | None = None) -> int:

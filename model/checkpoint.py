@@ -65,8 +65,8 @@ def save(
     pinned: bool,
     averages: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write model, optimiser, `averages` (Ema.get_tensors) and `meta` as step_<meta["state"]["step"]>, move
-    `latest` to it, prune the others.
+    """Write model, optimiser, `averages` (Ema.get_tensors, and what else there is by names of its own) and
+    `meta` as step_<meta["state"]["step"]>, move `latest` to it, prune the others.
 
     Where meta["state"] names a base, frozen parameters and their averages are left out. All processes
     together. The last two intact checkpoints are kept, every `pinned` one, the bases of all these, and a
