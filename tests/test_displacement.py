@@ -4,6 +4,7 @@ resumed, forked, on two processes, and its memory."""
 import copy
 import math
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -22,17 +23,21 @@ from small_runs import (
     without_times,
 )
 from test_parallel import PLAIN
+from test_train import count_graphs
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import evaluate
 import train
 from launch import distributed
-from lora.inject import add_lora, freeze_base, init_adapters
+from lora.inject import add_lora, freeze_base, init_adapters, match_families
 from model import checkpoint
 from model.parallel import build_mesh
+from model.variants import LORA_FAMILIES, VARIANTS
 from monitor.displacement import Displacement
 from monitor.figures import displacement_figure
 from monitor.plot import draw_run
+from start import Start, watch_layers
 
 FUSED = {"q": [("a", 0, 2)], "k": [("a", 1, 2)]}  # two row parts of one Linear
 
@@ -266,12 +271,11 @@ def test_a_runs_numbers_are_those_of_its_checkpoints(logged):
     assert found[8]["adapters"]["v"]["cosine"] == found[2]["base"]["v"]["cosine"] == [None] * 4
 
 
-def without_copies(tensors):
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("displacement")}
+def copies(tensors):
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("displacement")}
 
 
 def test_it_changes_nothing_else_and_off_nothing_is_there(small, logged, tmp_path):
-    """No graph either: everything is computed beside the model, which is compiled or not."""
     off = tmp_path / "run"
     run(small, off, *FLAGS)
     records = without_times(events(logged))
@@ -279,10 +283,18 @@ def test_it_changes_nothing_else_and_off_nothing_is_there(small, logged, tmp_pat
         record.pop("displacement", None)
     assert records == without_times(events(off))
     assert (logged / "steps.jsonl").read_bytes() == (off / "steps.jsonl").read_bytes()
-    assert_same(without_copies(weights(logged)), weights(off))
+    tensors = weights(logged)
+    assert_same({name: tensors[name] for name in tensors.keys() - copies(tensors).keys()}, weights(off))
     for path in (off / "checkpoints").glob("step_*"):
-        assert not any(name.startswith("displacement") for name in held(path))
+        assert not copies(held(path))
     assert not get_logged(off)
+
+
+@pytest.mark.slow
+def test_no_graph_is_compiled_for_it(small, tmp_path, monkeypatch):
+    phases, total = count_graphs(small, tmp_path / "run", monkeypatch, 3, "eager", "--log_displacement", True)
+    assert total == sum(p["graphs_compiled"] + p["eval_graphs_compiled"] for p in phases) == 7
+    assert get_logged(tmp_path / "run").keys() == {1, 2, 3, 4, 5}
 
 
 def test_resumed_in_the_middle_of_windows_to_the_bit(small, logged, tmp_path):
@@ -397,7 +409,7 @@ def test_the_figure(logged):
     means = [sum(get_logged(logged)[epoch]["base"]["q"]["rho"]) / 4 for epoch in (2, 4, 6)]
     assert list(lines["q"].get_xdata()) == [2, 4, 6] and list(lines["q"].get_ydata()) == pytest.approx(means)
     dashed = [line for line in rho.get_lines() if list(line.get_xdata()) == [8, 10]]
-    assert len(dashed) == len(lines) and all(line.get_linestyle() == "--" for line in dashed)
+    assert len(dashed) == 6 == len(lines) - 6 and all(line.get_linestyle() == "--" for line in dashed)
     assert math.isnan(cosine.get_lines()[0].get_ydata()[0])  # no window before
     assert "displacement" in draw_run(records, switches, "q", None)
     for record in records:
@@ -436,42 +448,61 @@ def displace_on_rank():
 
 
 def flatten(value):
+    """All numbers in it, with 9 for None."""
     if isinstance(value, dict):
-        return [number for inner in value.values() for number in flatten(inner)]
-    return [number for inner in value for number in flatten(inner)] if isinstance(value, list) else [value]
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for inner in value for number in flatten(inner)]
+    return [9.0 if value is None else value]
 
 
 def go_on_rank(arguments):
-    return train.main([str(argument) for argument in arguments])
+    """train.py on this process, with two blocks."""
+    with mock.patch.dict(VARIANTS["tiny-debug"], depth=2):
+        return train.main([str(argument) for argument in arguments])
 
 
 def test_a_sharded_weight(on_ranks):
     alone, size = displace(None, 0)
-    assert None not in flatten(alone[1]) and size == 34 * 35
+    assert 9.0 not in flatten(alone[1]) and size == 34 * 35
+    found_on_ranks = on_ranks(2, displace_on_rank)
     for dim, uneven in ((0, 17 * 35), (1, 34 * 18)):
-        for both in on_ranks(2, displace_on_rank):
+        for both in found_on_ranks:
             found, held_here = both[dim]
             assert flatten(found) == pytest.approx(flatten(alone), rel=1e-6, abs=1e-6)
             assert held_here in (uneven, size - uneven)
 
 
-def test_a_run_on_two_processes_and_gone_on_with_on_one(on_ranks, small, tmp_path):
+def test_a_run_on_two_processes_and_gone_on_with_on_one(on_ranks, small, tmp_path, monkeypatch):
     """4 steps an epoch, windows of 2 epochs, full 1-5, warmup 6-7, lora 8-10."""
     flags = [*PLAIN, *ON, "--lora_warmup_epochs", 2, "--data_dir", small, "--run_dir"]
-    both, alone, other = tmp_path / "both", tmp_path / "alone", tmp_path / "other"
+    both, alone = tmp_path / "both", tmp_path / "alone"
     assert on_ranks(2, go_on_rank, [*flags, both]) == [0, 0]
     assert on_ranks(1, go_on_rank, [*flags, alone]) == [0]
     assert get_logged(both).keys() == get_logged(alone).keys() == KINDS.keys()
     # Training itself is the same within rounding only.
     assert flatten(get_logged(both)) == pytest.approx(flatten(get_logged(alone)), rel=1e-3, abs=1e-3)
+
+    again = rolled_back(both, tmp_path / "again", 20)
+    assert on_ranks(2, go_on_rank, ["--resume", True, "--run_dir", again]) == [0, 0]
+    assert get_logged(again) == get_logged(both)
+    assert_same(weights(again), weights(both))
     for epoch, kind in ((5, "base"), (9, "adapters")):
-        rolled = rolled_back(both, other.with_name(f"other{epoch}"), 4 * epoch)
-        assert on_ranks(1, go_on_rank, ["--resume", True, "--run_dir", rolled]) == [0]
-        ended = epoch + 1
-        mine, theirs = get_logged(rolled)[ended][kind], get_logged(both)[ended][kind]
+        monkeypatch.setitem(VARIANTS["tiny-debug"], "depth", 2)
+        rolled = rolled_back(both, tmp_path / kind, 4 * epoch)
+        path = checkpoint.latest(rolled)
+        assert_same(load_alone(path).get_tensors(), copies(held(path)))  # to the bit
+        assert resume(rolled) == 0
+        mine, theirs = get_logged(rolled)[epoch + 1][kind], get_logged(both)[epoch + 1][kind]
         assert flatten(mine) == pytest.approx(flatten(theirs), rel=1e-3, abs=1e-3)
-        again = rolled_back(both, other.with_name(f"again{epoch}"), 4 * epoch)
-        assert on_ranks(2, go_on_rank, ["--resume", True, "--run_dir", again]) == [0, 0]
-        assert get_logged(again) == get_logged(both)
-        assert_same(weights(again), weights(both))
-        assert checkpoint.latest(again).name == "step_00000040"
+
+
+def load_alone(path):
+    """What follows the checkpoint's model on this process alone."""
+    meta = checkpoint.read_meta(path)
+    cfg, s = evaluate.load_checkpoint(path, meta)
+    model = evaluate.build_checkpoint(cfg, s, path)
+    if s.phase == "lora":
+        freeze_base(model)
+    families = match_families(model, LORA_FAMILIES, cfg.target_modules)
+    return watch_layers(cfg, Start(state=s, checkpoint=path, meta=meta), model, families)
