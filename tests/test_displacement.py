@@ -28,6 +28,7 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import evaluate
+import replay
 import train
 from launch import distributed
 from lora.inject import add_lora, freeze_base, init_adapters, match_families
@@ -36,6 +37,7 @@ from model.parallel import build_mesh
 from model.variants import LORA_FAMILIES, VARIANTS
 from monitor.displacement import Displacement
 from monitor.figures import displacement_figure
+from monitor.log import load_run
 from monitor.plot import draw_run
 from start import Start, watch_layers
 
@@ -411,6 +413,9 @@ def test_the_figure(logged):
     dashed = [line for line in rho.get_lines() if list(line.get_xdata()) == [8, 10]]
     assert len(dashed) == 6 == len(lines) - 6 and all(line.get_linestyle() == "--" for line in dashed)
     assert math.isnan(cosine.get_lines()[0].get_ydata()[0])  # no window before
+    assert (
+        load_run(logged).epochs == records and replay.main([str(logged)]) == 0
+    )  # other readers pass it over
     assert "displacement" in draw_run(records, switches, "q", None)
     for record in records:
         record.pop("displacement", None)
@@ -480,8 +485,8 @@ def test_a_run_on_two_processes_and_gone_on_with_on_one(on_ranks, small, tmp_pat
     assert on_ranks(2, go_on_rank, [*flags, both]) == [0, 0]
     assert on_ranks(1, go_on_rank, [*flags, alone]) == [0]
     assert get_logged(both).keys() == get_logged(alone).keys() == KINDS.keys()
-    # Training itself is the same within rounding only.
-    assert flatten(get_logged(both)) == pytest.approx(flatten(get_logged(alone)), rel=1e-3, abs=1e-3)
+    # Measuring is the same to 1e-6, see above; the trained weights themselves differ by rounding.
+    assert flatten(get_logged(both)) == pytest.approx(flatten(get_logged(alone)), rel=1e-5, abs=1e-5)
 
     again = rolled_back(both, tmp_path / "again", 20)
     assert on_ranks(2, go_on_rank, ["--resume", True, "--run_dir", again]) == [0, 0]
@@ -494,7 +499,7 @@ def test_a_run_on_two_processes_and_gone_on_with_on_one(on_ranks, small, tmp_pat
         assert_same(load_alone(path).get_tensors(), copies(held(path)))  # to the bit
         assert resume(rolled) == 0
         mine, theirs = get_logged(rolled)[epoch + 1][kind], get_logged(both)[epoch + 1][kind]
-        assert flatten(mine) == pytest.approx(flatten(theirs), rel=1e-3, abs=1e-3)
+        assert flatten(mine) == pytest.approx(flatten(theirs), rel=1e-5, abs=1e-5)
 
 
 def load_alone(path):
