@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -36,9 +37,11 @@ from model.checkpoint import on_process_0
 from model.compiler import check_compiler
 from model.optim import get_lr
 from model.pretrained import load_pretrained
+from model.tensors import get_stored
 from model.variants import LORA_FAMILIES, get_lowest
 from monitor.clock import EpochClock
 from monitor.convergence import find_switch, get_changes
+from monitor.displacement import Displacement
 from monitor.log import (
     check_logs,
     get_freeze_step,
@@ -49,6 +52,7 @@ from monitor.log import (
     read_events_until,
 )
 from monitor.logger import RunLogger
+from monitor.norms import Families
 
 # A run goes on with these as they were: its past depends on them.
 FIXED = "model dataset image_size num_classes init_from fresh_head mode seed batch_size train_samples".split()
@@ -58,8 +62,9 @@ SHARED = "model dataset image_size num_classes batch_size train_samples".split()
 # Once there are adapters: their ranks and their scaling.
 ADAPTERS = "target_modules rank_min rank_max rank_rule rank_budget lora_alpha lora_scaling".split()
 ADAPTERS += ["freeze_blocks"]
-# What the learning rate of a step depends on, besides the step; the last only after the freeze.
-SCHEDULE = "epochs lr lr_warmup_steps lr_schedule lr_decay_share lora_lr_factor".split()
+# What the learning rate of a step depends on, besides the step; and what it does after the freeze.
+SCHEDULE = "epochs lr lr_warmup_steps lr_schedule lr_decay_share".split()
+SCHEDULE_OF_LORA = "lora_lr_factor lora_rewarm_steps".split()
 # What a fork may have different without a word: they shape nothing.
 UNSAID = "run_dir resume fork max_steps keep_every eval_every profile".split()
 
@@ -169,7 +174,7 @@ def find_start(cfg, net: nn.Module, start: Start) -> None:
         if start.checkpoint:
             start.state = read_state(start.meta, start.checkpoint)
             check_checkpoint(cfg, start, images)
-            start.notes += get_ema_notes(cfg, start)
+            start.notes += get_ema_notes(cfg, start) + get_displacement_notes(cfg, start)
         elif cfg.mode == "lora":
             start.state.phase, start.state.frozen_blocks = "lora", cfg.freeze_blocks
             start.state.ranks = get_static_ranks(cfg, net)
@@ -371,6 +376,47 @@ def get_ema_notes(cfg, start: Start) -> list[str]:
     return []
 
 
+def watch_layers(cfg, start: Start, model: nn.Module, families: Families) -> Displacement:
+    """What log_displacement follows the layers of `model` with, from where the run begins; off, it does
+    nothing.
+
+    It goes on with the checkpoint's window. Without a checkpoint, or where `get_displacement_notes` says that
+    it can't, it begins with the next window. All processes together."""
+    s = start.state
+    watched = families if cfg.log_displacement else {}
+    displacement = Displacement(model, watched, cfg.window_epochs, cfg.weight_decay)
+    taken = False
+    if watched and start.checkpoint and not get_displacement_notes(cfg, start):
+        stored = on_process_0(get_stored, start.checkpoint, "displacement.")
+        taken = displacement.load(stored, partial(checkpoint.read, start.checkpoint), model)
+    if not taken and s.epoch % cfg.window_epochs == 0 and not s.epoch_step:
+        displacement.begin(model, s.step)
+    return displacement
+
+
+def get_displacement_notes(cfg, start: Start) -> list[str]:
+    """Why a run that goes on can't go on with its checkpoint's window of log_displacement, if so: there is
+    none, or some of its steps had other learning rates or another decay than `cfg` says, or layers are
+    new."""
+    if not cfg.log_displacement:
+        return []
+    path, s, old = start.checkpoint, start.state, get_config(cfg, start.checkpoint, start.meta)
+    names = ["log_displacement", *SCHEDULE, "weight_decay", "window_epochs", "target_modules"]
+    if s.phase == "lora":
+        names += SCHEDULE_OF_LORA
+    changed = [name for name in names if getattr(cfg, name) != getattr(old, name)]
+    if not changed:
+        return []
+    first = s.epoch + -s.epoch % cfg.window_epochs
+    if s.epoch_step and first == s.epoch:
+        first += cfg.window_epochs
+    was = ", ".join(f"{name} {getattr(old, name)}" for name in changed)
+    return [
+        f"log_displacement: {path} has {was}: no window that began before it is reported, the first one "
+        f"begins after epoch {first}"
+    ]
+
+
 def check_same(cfg, old, names: list[str], where: Path) -> None:
     """Raise UserError for the first field in `names` in which `cfg` differs from what the checkpoint at
     `where` was trained with."""
@@ -460,7 +506,8 @@ def describe_schedule(cfg, start: Start, frozen_at: int | None) -> list[str]:
     `frozen_at`: the freeze's step, in the lora phase. (The rise after the freeze, lora_rewarm_steps, comes on
     top of it.)"""
     old, step = get_config(cfg, start.checkpoint, start.meta), start.state.step
-    if all(getattr(cfg, name) == getattr(old, name) for name in SCHEDULE):
+    names = SCHEDULE if frozen_at is None else [*SCHEDULE, "lora_lr_factor"]
+    if all(getattr(cfg, name) == getattr(old, name) for name in names):
         return []
     steps_per_epoch = start.meta["train_images"] // cfg.batch_size
     before = get_schedule(old, old.epochs * steps_per_epoch) | {"rewarm_steps": 0, "frozen_at": frozen_at}
@@ -599,6 +646,9 @@ def get_shared_records(cfg, run: str, epochs: list[dict], switches: list[dict], 
     for epoch in epochs:
         if epoch["epoch"] <= at:
             norms = {key: only_targets(epoch[key]) for key in ("weight_norms", "adapter_norms")}
+            if "displacement" in epoch:
+                kinds = epoch["displacement"].items()
+                norms["displacement"] = {kind: only_targets(layers) for kind, layers in kinds}
             shared.append(epoch | norms)
     if [epoch["epoch"] for epoch in shared] != list(range(1, at + 1)):
         raise UserError(f"{run}/metrics.jsonl is damaged: it does not hold the epochs 1 to {at}")

@@ -56,7 +56,18 @@ from monitor.logger import RunLogger
 from monitor.norms import get_norms
 from monitor.perf import count_flops, peak_memory, reset_peak_memory
 from monitor.records import get_epoch_record, get_start_record, get_switch_record, look
-from start import Start, State, begin, choose_base, decide_ranks, get_meta, get_schedule, open_log, say_done
+from start import (
+    Start,
+    State,
+    begin,
+    choose_base,
+    decide_ranks,
+    get_meta,
+    get_schedule,
+    open_log,
+    say_done,
+    watch_layers,
+)
 
 
 @dataclass
@@ -69,6 +80,7 @@ class Config:
     keep_every: NonNegativeInt = 0  # keep every so many epochs' checkpoint, besides last two and switches'
     eval_every: PositiveInt = 1  # evaluate after every so many epochs, and after the last
     baseline: PathStr | None = None  # run directory of a mode=full run, to warn of a loss plateau above it
+    log_displacement: bool = False  # log each window's step per layer, without weight decay, and its turn
     profile: bool = False  # a Kineto trace of two steps of each phase, into run_dir/profile
     fork: PathStr | None = None  # start from another run's checkpoint: RUN@epoch; RUN for the latest to share
     init_from: PathStr | None = None  # start from weights: timm:NAME or FILE.safetensors, timm's or HF's
@@ -346,10 +358,12 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     ema, mean = Ema(model, cfg.ema_decay, mesh), WeightMean()
     if start.checkpoint:
         ema.load(start.checkpoint, model)
-    log = open_log(cfg, start, last_step)  # last, because it cuts the run's logs back to the checkpoint
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
+    displacement = watch_layers(cfg, start, model, families)
+    log = open_log(cfg, start, last_step)  # last, because it cuts the run's logs back to the checkpoint
     if start.checkpoint and not mean.load(start.checkpoint, model) and not s.epoch_step:
         mean.end_epoch(model, get_mean_position(log.epochs, cfg))  # of weights that are an epoch's end
+    besides = (ema, mean, displacement)  # what a checkpoint has besides model and optimiser
     phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
     costs = {}
     if s.is_in(phase, frozen_blocks):  # a phase that is left at once is not compiled
@@ -367,6 +381,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             mean_epochs = mean.put_into(model) if phase == "lora" else 0
             model, optimizer = switch_phase(cfg, model, optimizer, phase, ranks, mesh, frozen_blocks)
             ema.follow(model)
+            displacement.follow(model, s.step)
             gc.collect()  # compiled blocks stand in reference cycles, and hold the old model
             peak_bytes = distributed.max_over_processes(peak_memory(device), device)
             costs = compile_phase(cfg, s, model, optimizer, device)
@@ -399,7 +414,6 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
                     break
         s.epoch_seconds, s.epoch_waited = clock.close()
         if stopped or s.epoch_step < steps_per_epoch:  # told to stop, or max_steps in mid-epoch
-            besides = ema.get_tensors() | mean.get_tensors()
             save(cfg, s, log, model, optimizer, besides, train_loader.num_samples, pinned=False)
             break
 
@@ -409,6 +423,7 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         lr = lr_at(s.step - 1, frozen_at=frozen_at)
         record = get_epoch_record(cfg, s, device, processes, costs, lr, log.take_step_losses())
         record |= get_norms(model, families)
+        record |= displacement.end_epoch(model, s.epoch, s.step, partial(lr_at, frozen_at=frozen_at))
         if s.epoch % cfg.eval_every == 0 or s.step >= last_step:
             record |= evaluate(cfg, model, start.val_loader.epoch(0), device)
             if cfg.ema_decay:
@@ -420,7 +435,6 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
         log.decided(s, get_signs(cfg, s, log.epochs, start.baseline, phase), ranks)
         pinned = not s.is_in(phase, frozen_blocks) or (cfg.keep_every > 0 and s.epoch % cfg.keep_every == 0)
-        besides = ema.get_tensors() | mean.get_tensors()
         save(cfg, s, log, model, optimizer, besides, train_loader.num_samples, pinned)
         if s.step >= last_step:
             break
@@ -429,13 +443,14 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
 
 
 def save(
-    cfg: Config, s: State, log: RunLogger, model, optimizer, besides: dict[str, Tensor], images: int, pinned
+    cfg: Config, s: State, log: RunLogger, model, optimizer, besides: tuple, images: int, pinned: bool
 ) -> None:
-    """A checkpoint, at which the logs will be cut back when a run goes on from it. `besides`: tensors that
-    are not the model's or the optimiser's."""
+    """A checkpoint, at which the logs will be cut back when a run goes on from it. `besides`: what else has
+    tensors to save, see `get_tensors`."""
     s.metrics_bytes, s.steps_bytes = log.metrics_bytes, log.steps_bytes
     parallel.reshard(model)
-    checkpoint.save(Path(cfg.run_dir), model, optimizer, get_meta(cfg, s, images), pinned, besides)
+    tensors = {name: tensor for each in besides for name, tensor in each.get_tensors().items()}
+    checkpoint.save(Path(cfg.run_dir), model, optimizer, get_meta(cfg, s, images), pinned, tensors)
 
 
 def main(argv: list[str], signals: list[int] | None = None) -> int:

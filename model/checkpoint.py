@@ -65,7 +65,7 @@ def save(
     pinned: bool,
     besides: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write model, optimiser, tensors `besides` (Ema.get_tensors, say) and `meta` as
+    """Write model, optimiser, tensors `besides` (Ema.get_tensors, say; by names of their own) and `meta` as
     step_<meta["state"]["step"]>, move `latest` to it, prune the others.
 
     Where meta["state"] names a base, frozen parameters and their averages are left out. All processes

@@ -172,6 +172,41 @@ def rank_heatmap(ranks: dict[str, list[int]]) -> Figure:
     return figure
 
 
+def displacement_figure(epochs: list[dict], switches: list[dict]) -> Figure:
+    """Each family's rho by window, mean over its layers, and below it the cosine with the window before, of
+    those layers that have one (monitor/displacement.py). Of the adapters they are dashed.
+
+    epochs: at least one has a "displacement". A window stands at the epoch with which it ends.
+    """
+    figure = build_figure(7, 7)
+    above, below = figure.subplots(2, 1)
+    lines = []
+    for kind, dashes in (("base", "-"), ("adapters", "--")):
+        ends = [record for record in epochs if kind in record.get("displacement", {})]
+        x = [record["epoch"] for record in ends]
+        for i, family in enumerate(ends[0]["displacement"][kind] if ends else []):
+            layers = [record["displacement"][kind][family] for record in ends]
+            label = family if kind == "base" else f"{family}, adapters"
+            style = dict(label=label, color=COLORS[i % len(COLORS)], linestyle=dashes, **get_marker(x))
+            lines += above.plot(x, [get_mean(layer["rho"]) for layer in layers], **style)
+            below.plot(x, [get_mean(layer["cosine"]) for layer in layers], **style)
+    above.set(ylabel="$\\rho$, layer mean")
+    below.set(ylabel="cosine, layer mean")
+    finish_axes(
+        above, epochs, switches, "Displacement in a window, without weight decay, over its steps' size"
+    )
+    finish_axes(below, epochs, switches, "Its cosine with the window before")
+    above.set_ylim(bottom=0)
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def get_mean(values: list[float | None]) -> float:
+    """Of those that are not None; NaN, which is not drawn, where all are."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else float("nan")
+
+
 def get_family(epochs: list[dict], family: str | None = None) -> str:
     """`family` if the records have it, or else UserError; for None it is q, or else their first."""
     families = list(epochs[0]["weight_norms"])

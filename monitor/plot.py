@@ -3,9 +3,10 @@
     python -m monitor.plot RUN [RUN ...] [--family q] [--out DIR]
 
 writes RUN/figures/figure1.png (norms and loss), figure3.png (one family, every layer), heatmap.png (norm
-changes) and, where the run has adapters, ranks.png; of a single run into DIR, where one is given. Several
-runs are compared too, seeds of one experiment as mean and band: figure4.png (loss, time, accuracy),
-figure5.png and figure6.png (warmup windows), figure7.png (time, images/s, memory), in DIR.
+changes) and, where the run has adapters, ranks.png, where it has log_displacement, displacement.png; of a
+single run into DIR, where one is given. Several runs are compared too, seeds of one experiment as mean and
+band: figure4.png (loss, time, accuracy), figure5.png and figure6.png (warmup windows), figure7.png (time,
+images/s, memory), in DIR.
 """
 
 import argparse
@@ -20,7 +21,14 @@ from errors import UserError, exit_with
 from files import expand_home
 from monitor.arms import get_common_parent, group_runs
 from monitor.compare import compare
-from monitor.figures import change_heatmap, family_figure, get_family, norms_figure, rank_heatmap
+from monitor.figures import (
+    change_heatmap,
+    displacement_figure,
+    family_figure,
+    get_family,
+    norms_figure,
+    rank_heatmap,
+)
 from monitor.log import get_ranks, pick_events, read_run
 
 
@@ -101,6 +109,8 @@ def draw_run(epochs: list[dict], switches: list[dict], family: str, ranks: dict 
     }
     if ranks:
         figures["ranks"] = rank_heatmap(ranks)
+    if any("displacement" in record for record in epochs):
+        figures["displacement"] = displacement_figure(epochs, switches)
     return figures
 
 
