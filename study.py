@@ -21,7 +21,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,6 @@ import train
 from benchmarks.choices import describe_device, get_ranks, repeat_noise
 from benchmarks.contenders import build_contender
 from benchmarks.roofline import count_kernels, get_ceilings, seconds_by_kind
-from data.loader import build_loader
 from errors import UserError
 from files import read_json, write_json
 from lora.ranks import Ranks
@@ -50,11 +48,11 @@ from study_runs import (
     DRAWN,
     EQUAL,
     FORKS,
-    HELD_OUT,
     KEPT,
     MAIN,
     RUNS,
     Arm,
+    evaluate_held_out,
     get_config,
     get_kept,
     get_run_dir,
@@ -280,7 +278,7 @@ def load_weights(seed: int, epochs: tuple[int, ...]) -> tuple[train.Config, dict
     after = {}
     for epoch in epochs:
         path, meta = steps[epoch]
-        cfg, s = evaluate.load_checkpoint(path, meta, data_dir=str(HELD_OUT))
+        cfg, s = evaluate.load_checkpoint(path, meta)
         after[epoch] = dict(evaluate.build_checkpoint(cfg, s, path).state_dict())
     return cfg, after
 
@@ -303,12 +301,9 @@ def take_low_rank(before: dict, end: dict, rank: int) -> dict[str, torch.Tensor]
 
 def evaluate_weights(cfg: train.Config, weights: dict[str, torch.Tensor]) -> float:
     """Top-1 in % on the held-out images."""
-    device = torch.device("cpu")
-    model = train.build_model(cfg, "full", None, device)
+    model = train.build_model(cfg, "full", None, torch.device("cpu"))
     model.load_state_dict(weights)
-    options = dict(batch_size=250, seed=0, num_workers=1)
-    with closing(build_loader(cfg.loader, cfg.dataset, cfg.data_dir, "val", **options)) as loader:
-        return train.evaluate(cfg, model, loader.epoch(0), device)["val_top1"]
+    return evaluate_held_out(cfg, model)["val_top1"]
 
 
 def get_oracle() -> dict:

@@ -4,6 +4,7 @@ Every arm is train.py with a preset and flags. Arms that differ only after the s
 baseline of the same seed, whose epochs up to there count as theirs.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -16,54 +17,104 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
+import evaluate
 import train
 from config.checks import check_config
 from config.cli import load_preset, parse_flags, typed_config
 from data.order import get_indices
 from errors import UserError
 from files import read_json
+from lora.inject import merge_lora
+from model import checkpoint
 from monitor.log import Run, load_run, read_events
 
 RUNS = Path("runs/study")
 KEPT = Path("docs/study/runs")  # what finished runs leave
-SOURCE, DEV, HELD_OUT = (Path("datasets", f"fashion_mnist{name}") for name in ("", "_dev", "_held_out"))
+SOURCE, DEV = Path("datasets/fashion_mnist"), Path("datasets/fashion_mnist_dev")
 DEV_IMAGES = 10_000  # the last ones of the training set
 
 
 @dataclass
 class Arm:
     name: str  # its runs are NAME-SEED
-    preset: str
     flags: str = ""
     seeds: int = 3
+    preset: str = "study"
     fork: bool = True  # from the baseline of its seed, where its own switch is due
     text: str = ""  # in the table
 
 
+def scaled(rule: str, alpha: float | None, factor: float | None = None) -> str:
+    """Flags: the scaling of adapters, and k of the LoRA phase's own decay."""
+    return f"--lora_scaling {rule} --lora_alpha {alpha} --lora_lr_factor {factor}"
+
+
+AT_10, AT_12, AT_14 = (f"--switch_epoch {epoch} --lora_warmup_epochs 1" for epoch in (10, 12, 14))
+BEST = scaled("coherent", 1.0, 2.0)
+RANK_8 = "--rank_min 8 --rank_max 8"
+DECAYED = "--lr_schedule wsd --lr_decay_share 0.4"
+MAIN = "best"  # the arm of the figures
 # fmt: off
-AT_14 = "--switch_epoch 14 --lora_warmup_epochs 1"
-COHERENT = "--lora_scaling coherent --lora_alpha"
-MATCHED = "--lora_scaling matched --lora_alpha"
-BEST_FLAGS = f"{AT_14} {COHERENT} 2 --lora_lr_factor 1"
-MAIN = "best"
-BASELINE = Arm("baseline", "study_baseline", seeds=5, fork=False, text="baseline, all parameters")
+BASELINE = Arm("baseline", seeds=5, preset="study_baseline", fork=False, text="baseline, all parameters")
 EQUAL = [
-    Arm(f"equal{epochs}", "study_baseline", f"--epochs {epochs}", seeds=5, fork=False,
+    Arm(f"equal{epochs}", f"--epochs {epochs}", seeds, "study_baseline", fork=False,
         text=f"all parameters, {epochs} epochs")
-    for epochs in range(18, 24)
+    for epochs, seeds in ((23, 5), (22, 5), (21, 5), (20, 3), (19, 3), (18, 3))
 ]
-FORKS = [
-    Arm(MAIN, "study", BEST_FLAGS, seeds=5, text="**PreLoRA, best setting**: coherent × 2, own decay, after 14, w 1"),
-    Arm("authors", "study", "--lora_alpha None", seeds=5, text="the authors' scaling 1: Exp2, w 2"),
-    Arm("prelora", "study", seeds=5, text="alpha 64: Exp2, w 2"),
+MAIN_FORKS = [
+    Arm(MAIN, f"{AT_14} {BEST}", 5, text="**PreLoRA at 14: w 1, coherent, own decay from 2 × lr**"),
+    Arm("best12", f"{AT_12} {BEST}", 5, text="the same at 12"),
+    Arm("best12_r8", f"{AT_12} {BEST} {RANK_8}", 5, text="the same at 12, rank 8 for all"),
+    Arm("exp2_best", f"--lora_warmup_epochs 1 {BEST}", 5, text="the same where Exp2's test says"),
+    Arm("authors", scaled("authors", None), 5, text="Exp2, w 2, the authors' scaling 1"),
+    Arm("prelora", seeds=5, text="Exp2, w 2, alpha 64 (the study before)"),
+]
+FORKS = MAIN_FORKS + [
+    Arm("exp1_best", f"--lora_warmup_epochs 1 {BEST}", preset="study_exp1",
+        text="the same where Exp1's test says"),
+    Arm("best10", f"{AT_10} {BEST}", text="the same at 10"),
+    Arm("best_r8", f"{AT_14} {BEST} {RANK_8}", text="at 14, rank 8 for all"),
+    Arm("best_mean", f"{AT_14} {BEST} --freeze_mean True", text="at 14, frozen at the mean of two epochs"),
+    Arm("best_frozen", f"{AT_14} {BEST} --freeze_blocks 1", text="at 14, the lowest of three blocks frozen"),
+    Arm("alpha256", f"{AT_14} {scaled('alpha', 256.0)}", text="at 14, w 1: alpha 256, the baseline's cosine"),
+    Arm("alpha1024", f"{AT_14} {scaled('alpha', 1024.0)}", text="alpha 1024"),
+    Arm("alpha2048", f"{AT_14} {scaled('alpha', 2048.0)}", text="alpha 2048"),
+    Arm("alpha1024_w0", f"{AT_14} --lora_warmup_epochs 0 {scaled('alpha', 1024.0)}", text="alpha 1024, w 0"),
+    Arm("matched", f"{AT_14} {scaled('matched', 1.0)}", text="matched"),
+    Arm("matched2", f"{AT_14} {scaled('matched', 2.0)}", text="matched × 2"),
+    Arm("coherent05", f"{AT_14} {scaled('coherent', 0.5)}", text="coherent × 0.5"),
+    Arm("coherent", f"{AT_14} {scaled('coherent', 1.0)}", text="coherent"),
+    Arm("coherent2", f"{AT_14} {scaled('coherent', 2.0)}", text="coherent × 2"),
+    Arm("coherent_k1", f"{AT_14} {scaled('coherent', 1.0, 1.0)}", text="coherent, own decay from lr"),
+    Arm("coherent_k3", f"{AT_14} {scaled('coherent', 1.0, 3.0)}", text="coherent, own decay from 3 × lr"),
+    Arm("coherent2_k1", f"{AT_14} {scaled('coherent', 2.0, 1.0)}", text="coherent × 2, own decay from lr"),
+    Arm("coherent2_k2", f"{AT_14} {scaled('coherent', 2.0, 2.0)}", text="coherent × 2, own decay from 2 × lr"),
+    Arm("frozen_full", "--switch_epoch 14 --freeze_blocks 1", preset="study_baseline",
+        text="all parameters, the lowest block frozen at 14"),
 ]
 STATIC = [
-    Arm("static_lora", "study_static_lora", seeds=3, fork=False, text="static LoRA from epoch 0, alpha 64"),
+    Arm(f"static_{name}", scaling, preset="study_static_lora", fork=False, text=f"static LoRA, {text}")
+    for name, scaling, text in (
+        ("authors", scaled("authors", None), "scaling 1"),
+        ("alpha64", "", "alpha 64"),
+        ("matched05", scaled("matched", 0.5), "matched × 0.5"),
+        ("matched", scaled("matched", 1.0), "matched"),
+    )
+]
+WSD = [
+    Arm("wsd", DECAYED, preset="study_baseline", fork=False,
+        text="wsd, all parameters: the last 0.4 is decay"),
+    Arm("wsd23", f"{DECAYED} --epochs 23", preset="study_baseline", fork=False,
+        text="wsd, all parameters, 23 epochs"),
+    Arm("wsd_prelora", f"{AT_14} {scaled('coherent', 1.0, 0.5)} {DECAYED}", fork=False,
+        text="wsd, PreLoRA at 14: own decay from half the peak"),
 ]
 # fmt: on
-ARMS = [BASELINE, *EQUAL, *FORKS, *STATIC]
-DRAWN = "baseline equal23 best authors prelora exp1 exp3 static_lora".split()  # in figures 4 to 7
+ARMS = [BASELINE, *EQUAL, *FORKS, *STATIC, *WSD]
+DRAWN = "baseline equal23 best best12 authors exp2_best static_alpha64".split()  # in figures 4 to 7
 # Fields in which a run may differ from what is asked for: they shape nothing.
 ANY = "num_workers fork keep_every eval_every log_displacement run_dir".split()
 
@@ -73,41 +124,55 @@ ANY = "num_workers fork keep_every eval_every log_displacement run_dir".split()
 
 
 def prepare_data() -> None:
-    """Write the two sets of images that the study needs besides Fashion-MNIST's own, unless they are there.
-
-    DEV: its training images but the last 10,000, which are its validation set. HELD_OUT: its validation set
-    are all other images: of the training set those on which no run trains, and the test set."""
-    for folder in (DEV, HELD_OUT):
-        if not all((folder / f"{split}.beton").exists() for split in get_splits(folder)):
-            write_images(folder)
-
-
-def get_splits(folder: Path) -> tuple[str, ...]:
-    return ("train", "val") if folder == DEV else ("val",)
-
-
-def write_images(folder: Path) -> None:
-    """Raw files as Fashion-MNIST has them, and of these the .beton files."""
-    raw = folder / "FashionMNIST/raw"
+    """Write DEV, unless it is there: Fashion-MNIST's training images but the last 10,000, which are its
+    validation set. Raises UserError where there is no Fashion-MNIST."""
+    if all((DEV / f"{split}.beton").exists() for split in ("train", "val")):
+        return
+    raw = DEV / "FashionMNIST/raw"
     raw.mkdir(parents=True, exist_ok=True)
-    for kind, header, size in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
-        train_rows, test_rows = (
-            np.fromfile(SOURCE / f"FashionMNIST/raw/{split}-{kind}-ubyte", np.uint8)[header:].reshape(
-                -1, size
-            )
-            for split in ("train", "t10k")
-        )
-        pool, dev = train_rows[:-DEV_IMAGES], train_rows[-DEV_IMAGES:]
-        trained = get_indices(len(pool), True, 1, load_preset(train.Config, "config/study.py").train_samples)
-        held_out = np.concatenate([np.delete(pool, trained, axis=0), test_rows])
-        with open(SOURCE / f"FashionMNIST/raw/train-{kind}-ubyte", "rb") as file:
-            head = file.read(header)
-        for split, rows in (("train", pool), ("t10k", dev if folder == DEV else held_out)):
-            count = struct.pack(">I", len(rows))  # the header's second number, big-endian
-            (raw / f"{split}-{kind}-ubyte").write_bytes(head[:4] + count + head[8:] + rows.tobytes())
-    for split in get_splits(folder):
-        target = [f"fashion_mnist:{split}", str(folder / f"{split}.beton"), "--root", str(folder)]
+    for kind, header, size in KINDS:
+        head, rows = read_raw("train", kind, header, size)
+        for split, part in (("train", rows[:-DEV_IMAGES]), ("t10k", rows[-DEV_IMAGES:])):
+            count = struct.pack(">I", len(part))  # the header's second number, big-endian
+            (raw / f"{split}-{kind}-ubyte").write_bytes(head[:4] + count + head[8:] + part.tobytes())
+    for split in ("train", "val"):
+        target = [f"fashion_mnist:{split}", str(DEV / f"{split}.beton"), "--root", str(DEV)]
         subprocess.run([sys.executable, "-m", "data.beton", *target], check=True)
+
+
+KINDS = (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1))  # of Fashion-MNIST's files: header, row, bytes
+
+
+def read_raw(split: str, kind: str, header: int, size: int) -> tuple[bytes, np.ndarray]:
+    """(header, rows (N, size) uint8) of one of Fashion-MNIST's raw files."""
+    path = SOURCE / f"FashionMNIST/raw/{split}-{kind}-ubyte"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}): `make data` makes it") from None
+    return content[:header], np.frombuffer(content, np.uint8, offset=header).reshape(-1, size)
+
+
+@functools.cache
+def load_held_out() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (54,000, 3, 28, 28) uint8 and labels: those of DEV's training set on which no run trains, and
+    the 10,000 of the test set."""
+    parts = []
+    for kind, header, size in KINDS:
+        pool = read_raw("train", kind, header, size)[1][:-DEV_IMAGES]
+        trained = get_indices(len(pool), True, 1, load_preset(train.Config, "config/study.py").train_samples)
+        parts.append(
+            np.concatenate([np.delete(pool, trained, axis=0), read_raw("t10k", kind, header, size)[1]])
+        )
+    images = torch.from_numpy(parts[0]).view(-1, 1, 28, 28).expand(-1, 3, -1, -1)
+    return images, torch.from_numpy(parts[1]).view(-1).long()
+
+
+def evaluate_held_out(cfg: train.Config, model: nn.Module) -> dict[str, float]:
+    """val_loss, val_top1 and val_top5 of a model on the held-out images."""
+    images, labels = load_held_out()
+    batches = ((images[i : i + 500], labels[i : i + 500]) for i in range(0, len(images), 500))
+    return train.evaluate(cfg, model, batches, torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,32 +224,31 @@ def train_run(arm: Arm, seed: int) -> None:
     run_dir = get_run_dir(arm, seed)
     if not is_done(run_dir, cfg.epochs):
         print(f"{run_dir} …\n", end="", flush=True)  # in one piece: two threads print
-        call(run_dir.name, "train.py", *argv)
+        call(run_dir, argv)
     if not is_kept(arm, seed):
-        held_out = ["--data_dir", str(HELD_OUT), "--num_workers", "1"]
-        said = call(run_dir.name, "evaluate.py", str(run_dir), *held_out)
-        keep_run(arm, seed, json.loads(said.splitlines()[-1]))
+        path = checkpoint.latest(run_dir)
+        own, s = evaluate.load_checkpoint(path, checkpoint.read_meta(path))
+        model = merge_lora(evaluate.build_checkpoint(own, s, path))
+        keep_run(arm, seed, evaluate_held_out(own, model))
 
 
-def call(name: str, *command: str) -> str:
-    """What a command prints, on one thread. Its messages go to runs/study/logs/NAME.log."""
-    log = RUNS / "logs" / f"{name}.log"
+def call(run_dir: Path, argv: list[str]) -> None:
+    """train.py on one thread. What it says goes to runs/study/logs."""
+    log = RUNS / "logs" / f"{run_dir.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
         process = subprocess.Popen(
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
+            [sys.executable, "train.py", *argv],
+            stdout=file,
+            stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         running.add(process)
-        out = process.communicate()[0]
+        status = process.wait()
         running.discard(process)
-    if process.returncode:
-        said = (log.read_text(errors="replace") + out).strip().splitlines() or ["without a word"]
-        raise UserError(f"{RUNS / name}: {command[0]} ended with status {process.returncode}: {said[-1]}")
-    return out
+    if status:
+        said = log.read_text(errors="replace").strip().splitlines() or ["without a word"]
+        raise UserError(f"{run_dir} ended with status {status}: {said[-1]}")
 
 
 def is_done(run_dir: Path, epochs: int) -> bool:
@@ -198,7 +262,7 @@ running: set[subprocess.Popen] = set()
 
 
 def keep_run(arm: Arm, seed: int, held_out: dict) -> None:
-    """Write what the report needs of a run's log into docs/study/runs. `held_out`: what evaluate.py says."""
+    """Write what the report needs of a run's log into docs/study/runs. `held_out`: `evaluate_held_out`'s."""
     source, folder = get_run_dir(arm, seed), get_kept(arm, seed)
     wanted = "event epoch step phase frozen_blocks train_loss lr val_loss val_top1 trainable_params".split()
     wanted += "epoch_seconds images_per_second peak_memory_bytes displacement".split()
@@ -210,10 +274,11 @@ def keep_run(arm: Arm, seed: int, held_out: dict) -> None:
             lines.append({key: event[key] for key in wanted if key in event})
         elif event["event"] == "switch":
             lines.append(event)
-    last = {key: held_out[key] for key in ("images", "val_top1", "val_loss")}
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "config.json", folder)
-    text = "".join(json.dumps(round_floats(line)) + "\n" for line in [*lines, {"event": "held_out", **last}])
+    text = "".join(
+        json.dumps(round_floats(line)) + "\n" for line in [*lines, {"event": "held_out", **held_out}]
+    )
     partial = folder / "metrics.tmp"
     partial.write_text(text)
     partial.replace(folder / "metrics.jsonl")  # last, and whole: a run with it is kept
@@ -230,7 +295,8 @@ def round_floats(value):
 
 def train_all(needs_checkpoints: tuple[int, ...] = ()) -> None:
     """Train every run that is missing, main arms first. A fork needs its baseline's checkpoints, and so do
-    other seeds that are named, for `compute_oracle`. Raises UserError for a run that fails; the others save and end."""
+    other seeds that are named, for `compute_oracle`. Raises UserError for a run that fails; the others save
+    and end."""
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -240,9 +306,10 @@ def train_all(needs_checkpoints: tuple[int, ...] = ()) -> None:
     seeds = {seed for arm, seed in missing if arm.fork or arm is BASELINE}
     if needs_checkpoints:
         seeds |= set(needs_checkpoints)
+    torch.set_num_threads(1)  # of each of the pool's threads, which evaluate, too
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         train_stage(pool, [(BASELINE, seed) for seed in sorted(seeds)])
-        train_stage(pool, sorted(missing, key=lambda run: run[0] not in (*FORKS[:3], *EQUAL[-3:])))
+        train_stage(pool, sorted(missing, key=lambda run: run[0] not in (*MAIN_FORKS, *EQUAL[:3])))
 
 
 def train_stage(pool: ThreadPoolExecutor, runs: list[tuple[Arm, int]]) -> None:
