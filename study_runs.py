@@ -91,7 +91,7 @@ FORKS = MAIN_FORKS + [
     Arm("coherent_k1", f"{AT_14} {scaled('coherent', 1.0, 1.0)}", text="coherent, own decay from lr"),
     Arm("coherent_k3", f"{AT_14} {scaled('coherent', 1.0, 3.0)}", text="coherent, own decay from 3 × lr"),
     Arm("coherent2_k1", f"{AT_14} {scaled('coherent', 2.0, 1.0)}", text="coherent × 2, own decay from lr"),
-    Arm("coherent2_k2", f"{AT_14} {scaled('coherent', 2.0, 2.0)}", text="coherent × 2, own decay from 2 × lr"),
+    Arm("coherent2_k2", f"{AT_14} {scaled('coherent', 2.0, 2.0)}", text="coherent × 2, own decay, 2 × lr"),
     Arm("frozen_full", "--switch_epoch 14 --freeze_blocks 1", preset="study_baseline",
         text="all parameters, the lowest block frozen at 14"),
 ]
