@@ -217,12 +217,11 @@ def is_kept(arm: Arm, seed: int) -> bool:
     return (get_kept(arm, seed) / "metrics.jsonl").exists()
 
 
-def train_run(arm: Arm, seed: int) -> None:
+def train_run(arm: Arm, seed: int, epochs: int, argv: list[str]) -> None:
     """Train one run, or go on with it, and keep its log. Raises UserError with the last line of its output if
     it fails."""
-    cfg, argv = build_command(arm, seed)
     run_dir = get_run_dir(arm, seed)
-    if not is_done(run_dir, cfg.epochs):
+    if not is_done(run_dir, epochs):
         print(f"{run_dir} …\n", end="", flush=True)  # in one piece: two threads print
         call(run_dir, argv)
     if not is_kept(arm, seed):
@@ -314,7 +313,10 @@ def train_all(needs_checkpoints: tuple[int, ...] = ()) -> None:
 
 def train_stage(pool: ThreadPoolExecutor, runs: list[tuple[Arm, int]]) -> None:
     """Train these runs, one on each of the pool's threads at a time."""
-    waiting = [pool.submit(train_run, *run) for run in runs]
+    commands = [build_command(arm, seed) for arm, seed in runs]  # here: tyro is not for several threads
+    waiting = []
+    for (arm, seed), (cfg, argv) in zip(runs, commands):
+        waiting.append(pool.submit(train_run, arm, seed, cfg.epochs, argv))
     try:
         for job in waiting:
             job.result()
