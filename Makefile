@@ -1,7 +1,7 @@
 # make train   set up, prepare Fashion-MNIST, run config/debug.py through its three phases, draw the figures
 # make test    set up, run the tests; make test-slow: those that take minutes
 # make lint    the layout of the code and what a linter finds: ruff
-# make study   the paper's experiments and their controls on Fashion-MNIST, in under two hours on 2 cores (with FFCV): docs/study.md
+# make study   does a switch pay? Experiments and controls on Fashion-MNIST, under three hours on 2 cores (with FFCV): docs/study.md
 # make slurm   install Slurm (Debian's), on which the tests then start a cluster of their own
 # LOADER=folder does without FFCV, its system libraries and root; PYTHON=python3.12 picks the interpreter;
 # TORCH=2.11.0 is another torch than requirements.txt's, in an environment of its own: 2.11 to 2.14 are supported

@@ -19,6 +19,7 @@ from small_runs import (
     without_times,
 )
 from test_parallel import PLAIN
+from test_train import count_graphs
 from torch import nn
 
 import train
@@ -191,7 +192,18 @@ def go_on_rank(arguments):
         return train.main([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("flags", ["", pytest.param("--frozen_base shard", marks=pytest.mark.slow)])
+OPTIONS = "--lora_scaling coherent --lora_alpha 0.5 --lora_lr_factor 2 --lr_schedule wsd --lr_decay_share 0.5"
+
+
+@pytest.mark.slow
+def test_no_graph_is_compiled_for_it(small, tmp_path, monkeypatch):
+    """Nor for the scalings and the schedules."""
+    flags = [*ON, *OPTIONS.split(), "--epochs", 7]
+    phases, total = count_graphs(small, tmp_path / "run", monkeypatch, 3, "eager", *flags)
+    assert total == sum(p["graphs_compiled"] + p["eval_graphs_compiled"] for p in phases) == 7
+
+
+@pytest.mark.parametrize("flags", ["", OPTIONS, pytest.param("--frozen_base shard", marks=pytest.mark.slow)])
 def test_the_same_on_two_processes(on_ranks, small, tmp_path, flags):
     """4 steps an epoch; the sums of gradients round otherwise, so within rounding."""
     runs = {}
