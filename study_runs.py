@@ -72,13 +72,17 @@ MAIN_FORKS = [
     Arm("authors", scaled("authors", None), 5, text="Exp2, w 2, the authors' scaling 1"),
     Arm("prelora", seeds=5, text="Exp2, w 2, alpha 64 (the study before)"),
 ]
-FORKS = MAIN_FORKS + [
+OPTIONS = [
     Arm("exp1_best", f"--lora_warmup_epochs 1 {BEST}", preset="study_exp1",
         text="the same where Exp1's test says"),
     Arm("best10", f"{AT_10} {BEST}", text="the same at 10"),
     Arm("best_r8", f"{AT_14} {BEST} {RANK_8}", text="at 14, rank 8 for all"),
     Arm("best_mean", f"{AT_14} {BEST} --freeze_mean True", text="at 14, frozen at the mean of two epochs"),
     Arm("best_frozen", f"{AT_14} {BEST} --freeze_blocks 1", text="at 14, the lowest of three blocks frozen"),
+    Arm("frozen_full", "--switch_epoch 14 --freeze_blocks 1", preset="study_baseline",
+        text="all parameters, the lowest block frozen at 14"),
+]
+SWEEP = [
     Arm("alpha256", f"{AT_14} {scaled('alpha', 256.0)}", text="at 14, w 1: alpha 256, the baseline's cosine"),
     Arm("alpha1024", f"{AT_14} {scaled('alpha', 1024.0)}", text="alpha 1024"),
     Arm("alpha2048", f"{AT_14} {scaled('alpha', 2048.0)}", text="alpha 2048"),
@@ -92,8 +96,6 @@ FORKS = MAIN_FORKS + [
     Arm("coherent_k3", f"{AT_14} {scaled('coherent', 1.0, 3.0)}", text="coherent, own decay from 3 × lr"),
     Arm("coherent2_k1", f"{AT_14} {scaled('coherent', 2.0, 1.0)}", text="coherent × 2, own decay from lr"),
     Arm("coherent2_k2", f"{AT_14} {scaled('coherent', 2.0, 2.0)}", text="coherent × 2, own decay, 2 × lr"),
-    Arm("frozen_full", "--switch_epoch 14 --freeze_blocks 1", preset="study_baseline",
-        text="all parameters, the lowest block frozen at 14"),
 ]
 STATIC = [
     Arm(f"static_{name}", scaling, preset="study_static_lora", fork=False, text=f"static LoRA, {text}")
@@ -113,7 +115,8 @@ WSD = [
         text="wsd, PreLoRA at 14: own decay from half the peak"),
 ]
 # fmt: on
-ARMS = [BASELINE, *EQUAL, *FORKS, *STATIC, *WSD]
+FORKS = [*MAIN_FORKS, *OPTIONS, *SWEEP]
+ARMS = [BASELINE, *EQUAL, *MAIN_FORKS, *OPTIONS, *WSD, *STATIC, *SWEEP]
 DRAWN = "baseline equal23 best best12 authors exp2_best static_alpha64".split()  # in figures 4 to 7
 # Fields in which a run may differ from what is asked for: they shape nothing.
 ANY = "num_workers fork keep_every eval_every log_displacement run_dir".split()
