@@ -12,7 +12,6 @@ epochs = 24
 train_samples = 6_000  # of 50,000
 batch_size = 64  # 93 steps × 24 epochs = 2232
 eval_every = 6  # 10,000 images take as long as half an epoch
-keep_every = 2  # every window's end, for forks
 lr = 3e-4
 lr_warmup_steps = 93  # 1 epoch
 drop_path = 0.1
@@ -21,7 +20,7 @@ drop_path = 0.1
 #   3-4 -> 5-6: 0.28 %, 14 %     -> 7-8: 0.27 %, 10 %     -> 9-10: 0.26 %, 8 %     -> 11-12: 0.24 %, 6 %
 #   -> 13-14: 0.21 %, 9 %        -> 15-16: 0.17 %, 9 %    -> 17-18: 0.12 %, 7 %    -> 19-20: 0.07 %, 7 %
 # The loss changes as much late (the learning rate falls) as in the middle, so zeta only keeps the first
-# windows out and tau decides: Exp1 (0.30, 15) after 8 epochs, Exp2 after 14, Exp3 (0.18, 10) after 18.
+# windows out and tau decides: Exp1 (0.30, 15) after 8 or 10 epochs, Exp2 after 14 or 16.
 tau = 0.25
 zeta = 10.0
 window_epochs = 2

@@ -1,5 +1,0 @@
-# Figures 5 and 6: another warmup.
-from config.study import *
-
-run_dir = "runs/study/warmup4"
-lora_warmup_epochs = 4
