@@ -35,12 +35,13 @@ from lora.ranks import Ranks, choose_ranks
 from model import checkpoint
 from model.checkpoint import on_process_0
 from model.compiler import check_compiler
+from model.mean import WeightMean
 from model.optim import get_lr
 from model.pretrained import load_pretrained
 from model.tensors import get_stored
 from model.variants import LORA_FAMILIES, get_lowest
 from monitor.clock import EpochClock
-from monitor.convergence import find_switch, get_changes
+from monitor.convergence import find_switch, get_changes, get_mean_position
 from monitor.displacement import Displacement
 from monitor.log import (
     check_logs,
@@ -374,6 +375,18 @@ def get_ema_notes(cfg, start: Start) -> list[str]:
     if before and not cfg.ema_decay:
         return [f"ema_decay 0: the averages of the weights in {start.checkpoint} are dropped"]
     return []
+
+
+def begin_mean(cfg, start: Start, model: nn.Module, epochs: list[dict]) -> WeightMean:
+    """What freeze_mean has of its mean where the run begins: the checkpoint's, or, where that has none and is
+    an epoch's end, that epoch's weights if they count. `epochs`: the records so far."""
+    mean = WeightMean()
+    if not cfg.freeze_mean or not start.checkpoint:
+        return mean
+    taken = mean.load(start.checkpoint, model)
+    if not taken and not start.state.epoch_step:
+        mean.end_epoch(model, get_mean_position(epochs, cfg))
+    return mean
 
 
 def watch_layers(cfg, start: Start, model: nn.Module, families: Families) -> Displacement:

@@ -44,7 +44,6 @@ from lora.onednn import use_onednn
 from lora.ranks import Ranks
 from model import checkpoint, parallel
 from model.ema import Ema
-from model.mean import WeightMean
 from model.optim import apply_update, build_optimizer, get_lr, get_optimizer_state, set_optimizer_state
 from model.pretrained import copy_weights
 from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS, get_lowest
@@ -60,6 +59,7 @@ from start import (
     Start,
     State,
     begin,
+    begin_mean,
     choose_base,
     decide_ranks,
     get_meta,
@@ -355,14 +355,13 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
         model.init_weights(cfg.seed)
         copy_weights(model, start.take_weights())
         init_adapters(model, cfg.seed)
-    ema, mean = Ema(model, cfg.ema_decay, mesh), WeightMean()
+    ema = Ema(model, cfg.ema_decay, mesh)
     if start.checkpoint:
         ema.load(start.checkpoint, model)
     families = match_families(model, LORA_FAMILIES, cfg.target_modules)
     displacement = watch_layers(cfg, start, model, families)
     log = open_log(cfg, start, last_step)  # last, because it cuts the run's logs back to the checkpoint
-    if start.checkpoint and not mean.load(start.checkpoint, model) and not s.epoch_step:
-        mean.end_epoch(model, get_mean_position(log.epochs, cfg))  # of weights that are an epoch's end
+    mean = begin_mean(cfg, start, model, log.epochs)
     besides = (ema, mean, displacement)  # what a checkpoint has besides model and optimiser
     phase, ranks, frozen_blocks = get_next_phase(cfg, s, log.epochs)
     costs = {}

@@ -174,6 +174,14 @@ def test_forks_of_a_run_without_a_mean(small, frozen, baseline, tmp_path):
     assert [switch["mean_epochs"] for switch in events(tmp_path / "late", "switch")] == [1]
 
 
+def test_a_fork_at_the_freeze_that_does_not_want_the_mean(small, frozen, tmp_path):
+    """Its checkpoint there has one, and is frozen at the weights of the last step all the same."""
+    run(small, tmp_path / "run", *ON, "--freeze_mean", False, "--fork", f"{frozen}@5")
+    assert events(tmp_path / "run", "switch")[-1]["mean_epochs"] == 0
+    last, base = get_model(saved_at(frozen, COUNTED[1])), get_lora_base(tmp_path / "run")
+    assert_same(base, last)
+
+
 def test_without_it_nothing_is_there(reference):
     assert not any(n.startswith("mean") for step in (18, 30, 36, 42) for n in saved_at(reference, step))
     assert [switch["mean_epochs"] for switch in events(reference, "switch")] == [0, 0]
