@@ -83,7 +83,7 @@ OPTIONS = [
         text="all parameters, the lowest block frozen at 14"),
 ]
 SWEEP = [
-    Arm("alpha1024", f"{AT_14} {scaled('alpha', 1024.0)}", text="at 14, w 1: alpha 1024, the baseline's cosine"),
+    Arm("alpha1024", f"{AT_14} {scaled('alpha', 1024.0)}", text="at 14, w 1, the cosine goes on: alpha 1024"),
     Arm("alpha2048", f"{AT_14} {scaled('alpha', 2048.0)}", text="alpha 2048"),
     Arm("alpha1024_w0", f"{AT_14} --lora_warmup_epochs 0 {scaled('alpha', 1024.0)}", text="alpha 1024, w 0"),
     Arm("matched", f"{AT_14} {scaled('matched', 1.0)}", text="matched"),
