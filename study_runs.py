@@ -62,7 +62,7 @@ BASELINE = Arm("baseline", seeds=5, preset="study_baseline", fork=False, text="b
 EQUAL = [
     Arm(f"equal{epochs}", f"--epochs {epochs}", seeds, "study_baseline", fork=False,
         text=f"all parameters, {epochs} epochs")
-    for epochs, seeds in ((23, 5), (22, 5), (21, 5), (20, 3), (19, 3))
+    for epochs, seeds in ((23, 5), (22, 5), (21, 5), (20, 3))
 ]
 MAIN_FORKS = [
     Arm(MAIN, f"{AT_14} {BEST}", 5, text="**PreLoRA at 14: w 1, coherent, own decay from 2 × lr**"),
@@ -76,7 +76,6 @@ OPTIONS = [
     Arm("exp1_best", f"--lora_warmup_epochs 1 {BEST}", preset="study_exp1",
         text="the same where Exp1's test says"),
     Arm("best10", f"{AT_10} {BEST}", text="the same at 10"),
-    Arm("best_r8", f"{AT_14} {BEST} {RANK_8}", text="at 14, rank 8 for all"),
     Arm("best_mean", f"{AT_14} {BEST} --freeze_mean True", text="at 14, frozen at the mean of two epochs"),
     Arm("best_frozen", f"{AT_14} {BEST} --freeze_blocks 1", text="at 14, the lowest of three blocks frozen"),
     Arm("frozen_full", "--switch_epoch 14 --freeze_blocks 1", preset="study_baseline",
