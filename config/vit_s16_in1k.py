@@ -18,3 +18,5 @@ mixup = 0.2
 tau = 1.0
 zeta = 5.0
 lora_warmup_epochs = 3
+lora_scaling = "coherent"  # as vit_l16_in1k.py
+lora_lr_factor = 2.0
