@@ -54,7 +54,17 @@ SETTINGS = ("tau", "zeta", "num_windows", "window_epochs", "rank_rule")
 SWITCH_SETTINGS = SETTINGS[:-1]
 # What the two runs of --ttest must share.
 SHARED = ("dataset", "image_size", "model", "epochs", "batch_size", "train_samples", "seed")
-SHARED += ("lr", "lr_warmup_steps", "rand_augment", "color_jitter", "random_erasing", "mixup", "cutmix")
+SHARED += (
+    "lr",
+    "lr_warmup_steps",
+    "lr_schedule",
+    "lr_decay_share",
+    "rand_augment",
+    "color_jitter",
+    "random_erasing",
+    "mixup",
+    "cutmix",
+)
 
 
 def replay_run(cfg: train.Config, epochs: list[dict], spans=()) -> tuple[int | None, Ranks | None]:

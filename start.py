@@ -67,7 +67,7 @@ ADAPTERS += ["freeze_blocks"]
 SCHEDULE = "epochs lr lr_warmup_steps lr_schedule lr_decay_share".split()
 SCHEDULE_OF_LORA = "lora_lr_factor lora_rewarm_steps".split()
 # What a fork may have different without a word: they shape nothing.
-UNSAID = "run_dir resume fork max_steps keep_every eval_every profile".split()
+UNSAID = "run_dir resume fork max_steps keep_every eval_every profile log_displacement".split()
 
 
 @dataclass
@@ -216,8 +216,7 @@ def open_log(cfg, start: Start, last_step: int) -> RunLogger:
     for record in start.records:
         log.copy(record)
     if start.checkpoint:
-        frozen_at = get_freeze_step(log.epochs) if s.phase == "lora" else None
-        start.notes += describe_schedule(cfg, start, frozen_at)
+        start.notes += describe_schedule(cfg, start, log.epochs)
     if len(start.hosts) > 1:
         log.message(describe_places(start.hosts))
     for note in start.notes:
@@ -514,17 +513,21 @@ def get_schedule(cfg, total_steps: int) -> dict:
     )
 
 
-def describe_schedule(cfg, start: Start, frozen_at: int | None) -> list[str]:
-    """A sentence on the learning rate, where the steps to come have another schedule than those behind.
-    `frozen_at`: the freeze's step, in the lora phase. (The rise after the freeze, lora_rewarm_steps, comes on
-    top of it.)"""
-    old, step = get_config(cfg, start.checkpoint, start.meta), start.state.step
-    names = SCHEDULE if frozen_at is None else [*SCHEDULE, "lora_lr_factor"]
-    if all(getattr(cfg, name) == getattr(old, name) for name in names):
-        return []
+def describe_schedule(cfg, start: Start, epochs: list[dict]) -> list[str]:
+    """A sentence on the learning rate, where a step that is left has another than it would have had by the
+    checkpoint's settings. `epochs`: the records so far. (The rise after the freeze, lora_rewarm_steps, comes
+    on top of it.)"""
+    old, s = get_config(cfg, start.checkpoint, start.meta), start.state
+    warmed_up = sum(epoch["phase"] == "warmup" for epoch in epochs)
+    is_frozen = s.phase == "lora" or (s.phase == "warmup" and warmed_up >= cfg.lora_warmup_epochs)
+    also = {"rewarm_steps": 0, "frozen_at": get_freeze_step(epochs) if is_frozen else None}
     steps_per_epoch = start.meta["train_images"] // cfg.batch_size
-    before = get_schedule(old, old.epochs * steps_per_epoch) | {"rewarm_steps": 0, "frozen_at": frozen_at}
-    after = get_schedule(cfg, cfg.epochs * steps_per_epoch) | {"rewarm_steps": 0, "frozen_at": frozen_at}
+    total_steps = cfg.epochs * steps_per_epoch
+    before = get_schedule(old, old.epochs * steps_per_epoch) | also
+    after = get_schedule(cfg, total_steps) | also
+    if all(get_lr(step, **before) == get_lr(step, **after) for step in range(s.step, total_steps)):
+        return []
+    step = s.step
     last, following = get_lr(step - 1, **before), get_lr(step, **after)
     kind = "fork" if start.forked else "resume"
     return [

@@ -192,7 +192,7 @@ def get_controls(arm: Arm, costs: dict[str, float]) -> np.ndarray | None:
     controls = {load_run(get_kept(control, 0)).config["epochs"]: get_top1(control) for control in family}
     values = []
     for seed, run in enumerate(load_arm(arm)):
-        epochs = max(math.ceil(get_full_epochs(run, costs) - 1e-6), min(controls))
+        epochs = math.ceil(get_full_epochs(run, costs) - 1e-6)
         if epochs not in controls or seed >= len(controls[epochs]):
             return None
         values.append(controls[epochs][seed])
@@ -395,6 +395,7 @@ def copy_with_seconds(arm: Arm, seed: int) -> Path:
     """A copy of a kept log for the figures, its epochs' seconds and images/s those measured side by side, as
     in the table."""
     source, costs = get_kept(arm, seed), get_costs()["measured"]
+    batch_size = load_run(source).config["batch_size"]
     copy = RUNS / "timed" / source.name
     copy.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "config.json", copy)
@@ -402,7 +403,7 @@ def copy_with_seconds(arm: Arm, seed: int) -> Path:
         for record in read_events(source / "metrics.jsonl"):
             if record["event"] == "epoch":
                 images = record["epoch_seconds"] * record["images_per_second"]
-                steps = images / get_config(arm, load_run(source)).batch_size
+                steps = images / batch_size
                 step = costs["milliseconds"]["full"] / 1e3 * costs[arm.name][get_stage(record)]
                 record["epoch_seconds"] = step * steps
                 record["images_per_second"] = images / record["epoch_seconds"]

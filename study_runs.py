@@ -251,10 +251,12 @@ def call(run_dir: Path, argv: list[str]) -> None:
 
 
 def is_done(run_dir: Path, epochs: int) -> bool:
+    """By its checkpoint: a run that was killed has logged its last epoch before it could save it."""
     try:
-        return load_run(run_dir).epochs[-1]["epoch"] == epochs
-    except UserError:  # not begun, or no epoch is finished
+        path, meta, _ = checkpoint.find(run_dir)
+    except UserError:
         return False
+    return path is not None and meta["state"]["epoch"] == epochs
 
 
 running: set[subprocess.Popen] = set()

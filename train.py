@@ -49,7 +49,7 @@ from model.pretrained import copy_weights
 from model.variants import LORA_FAMILIES, LORA_REST, VARIANTS, get_lowest
 from model.vit import VisionTransformer
 from monitor.clock import EpochClock
-from monitor.convergence import get_mean_position, get_signs, rank_signs, switch_due
+from monitor.convergence import get_mean_position, get_signs, mean_signs, rank_signs, switch_due
 from monitor.log import get_freeze_step
 from monitor.logger import RunLogger
 from monitor.norms import get_norms
@@ -80,7 +80,7 @@ class Config:
     keep_every: NonNegativeInt = 0  # keep every so many epochs' checkpoint, besides last two and switches'
     eval_every: PositiveInt = 1  # evaluate after every so many epochs, and after the last
     baseline: PathStr | None = None  # run directory of a mode=full run, to warn of a loss plateau above it
-    log_displacement: bool = False  # log each window's step per layer, without weight decay, and its turn
+    log_displacement: bool = False  # log how far each window moves each layer, without weight decay's part
     profile: bool = False  # a Kineto trace of two steps of each phase, into run_dir/profile
     fork: PathStr | None = None  # start from another run's checkpoint: RUN@epoch; RUN for the latest to share
     init_from: PathStr | None = None  # start from weights: timm:NAME or FILE.safetensors, timm's or HF's
@@ -136,13 +136,13 @@ class Config:
     rank_rule: Literal["minmax", "uniform", "budget"] = "minmax"  # Algorithm 2; one for all; by the change
     rank_budget: PositiveFloat | None = None  # uniform, budget: adapters' share of the base; None = minmax's
     lora_scaling: Literal["authors", "alpha", "rslora", "matched", "coherent"] = "authors"  # lora/layers.py
-    lora_alpha: PositiveFloat | None = None  # of these scalings but authors', which is 1; None: matched's own
+    lora_alpha: PositiveFloat | None = None  # of alpha, rslora; a factor of matched, coherent: None = 1
     target_modules: tuple[str, ...] = tuple(LORA_FAMILIES)  # the Linears of adapters, ranks and the test
     lora_trainable: Literal["adapters", "adapters+rest"] = "adapters"  # rest: head, norms, embeddings
     freeze_blocks: NonNegativeInt = 0  # lowest blocks, and embeddings, frozen: in lora; full: at switch_epoch
     freeze_mean: bool = False  # freeze the base at its mean over the ends of the last window_epochs epochs
     optimizer_at_switch: Literal["keep", "reset"] = "keep"  # reset: fresh at both switches, as the authors'
-    lora_lr_factor: PositiveFloat | None = None  # k: from k × lr at the freeze linearly to 0; None: goes on
+    lora_lr_factor: PositiveFloat | None = None  # lora phase: from k × the rate there to 0; None = goes on
     lora_rewarm_steps: NonNegativeInt = 0  # after the freeze lr rises from 0 again (the authors': 100 steps)
 
     def __post_init__(self):
@@ -386,7 +386,8 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             costs = compile_phase(cfg, s, model, optimizer, device)
             seconds = time.perf_counter() - began
             record = get_switch_record(s, previous, peak_bytes, costs, seconds, mean_epochs)
-            log.switch(record, rank_signs(cfg, ranks) if previous == "full" and ranks else [])
+            signs = rank_signs(cfg, ranks) if previous == "full" and ranks else []
+            log.switch(record, signs + mean_signs(cfg, record))
 
         # -- an epoch of training, or what is left of it
         steps = min(steps_per_epoch - s.epoch_step, last_step - s.step)

@@ -78,6 +78,10 @@ def check_training(cfg) -> None:
         f"batch_size {cfg.batch_size} is not divisible by grad_accum_steps {cfg.grad_accum_steps}",
     )
     require(
+        cfg.lr_schedule == "cosine" or cfg.lr_decay_share > 0,
+        "lr_schedule wsd needs a --lr_decay_share above 0: without one the learning rate never falls",
+    )
+    require(
         cfg.residual_dtype == "float32" or cfg.dtype == "bfloat16",
         "residual_dtype bfloat16 goes with products in bfloat16: it needs --dtype bfloat16",
     )
@@ -136,6 +140,10 @@ def check_switch(cfg) -> None:
 
 
 def check_freeze(cfg) -> None:
+    require(
+        not cfg.freeze_mean or cfg.window_epochs > 1,
+        "freeze_mean is the mean of window_epochs epochs' ends: with 1 there is nothing to take it of",
+    )
     depth = VARIANTS[cfg.model]["depth"]
     require(
         cfg.freeze_blocks < depth,
@@ -166,6 +174,12 @@ def check_data(cfg, images: int, classes: list[str] | None, val_classes: list[st
         raise UserError(
             f"lr_warmup_steps {cfg.lr_warmup_steps} leaves nothing of the {total_steps} steps of "
             f"{cfg.epochs} epochs"
+        )
+    decay_steps = round(cfg.lr_decay_share * total_steps)
+    if cfg.lr_schedule == "wsd" and cfg.lr_warmup_steps + decay_steps > total_steps:
+        raise UserError(
+            f"lr_decay_share {cfg.lr_decay_share} of {total_steps} steps begins within lr_warmup_steps "
+            f"{cfg.lr_warmup_steps}"
         )
 
 

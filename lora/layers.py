@@ -32,11 +32,11 @@ def get_scaling(rule: str, alpha: float | None, rank: int, inputs: int) -> float
 
     "authors": 1, as PreLoRA's authors have it.
     "alpha": alpha / r (Hu et al. 2106.09685); 1 without an alpha.
-    "rslora": alpha / √r (Kalajdzievski 2312.03732).
+    "rslora": alpha / √r (Kalajdzievski 2312.03732); 1 without an alpha.
     "matched": √(3 n / r), times alpha if there is one.
     "coherent": √3 n / r, times alpha if there is one.
 
-    With the last two an Adam step on the adapter moves W as far as a step on W would, in one of two limits.
+    With the last two an adapter's first Adam step moves W as far as a step on W would, in one of two limits.
     Adam's first step is learning rate · sign(gradient): on W it is a matrix of ± lr. At B = 0 only B has a
     gradient, so the adapter's step on W is s ΔB A, of ΔB = ± lr and a Kaiming-uniform(√5) A, whose numbers
     have the variance 1 / (3 n) whatever the rank is.
@@ -48,8 +48,7 @@ def get_scaling(rule: str, alpha: float | None, rank: int, inputs: int) -> float
       s lr ‖A x‖₁ = s lr r √(2/π) x_rms / √3. "coherent" makes them equal (muP's argument). Its steps are
       √(n / r) × as long as a full one's, and lie in the few directions of A.
 
-    So a good s is between the two: near the coherent one for gradients that agree from step to step, and
-    below where the learning rate is high. Raises ValueError for a rule that there is not.
+    Which of them is right for a whole run neither says: docs/study.md has measured both. Raises ValueError for a rule that there is not.
     """
     if rule == "matched":
         return (alpha or 1.0) * math.sqrt(3 * inputs / rank)
@@ -89,6 +88,7 @@ class LoRALinear(nn.Linear):
         # on meta: from_linear puts the base's own weight and bias in
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
         check_ranks(in_features, out_features, ranks)
+        get_scaling(scaling_rule, alpha, 1, in_features)  # refuses an unknown rule
         self.ranks, self.alpha, self.scaling_rule = list(ranks), alpha, scaling_rule
         empty = lambda *shape: torch.empty(*shape, device=device, dtype=dtype)
         self.lora_A = nn.Parameter(empty(sum(ranks), in_features))

@@ -1,8 +1,11 @@
 """The mean of the base's weights at the ends of the last epochs before the freeze: there it is frozen.
 
 A mean of weights along a run is close to where a falling learning rate would take them (LAWA, 2209.14981): it
-anneals the base without a step. Sharded weights have sharded means, and nothing is sent. They take 4 bytes a
-parameter of this process's shards, from the first epoch that counts to the freeze, and none before and after.
+anneals the base without a step. The base is all that is no adapter: head, norms and embeddings are set to
+their means, too, and go on from there where they are trained. Adapters keep their last values.
+
+Sharded weights have sharded means, and nothing is sent. They take 4 bytes a parameter of this process's shards
+while there is a mean: in the epochs that count, of each window where the switch may come at its end.
 """
 
 from pathlib import Path
@@ -25,9 +28,10 @@ class WeightMean:
 
     @torch.no_grad()
     def end_epoch(self, model: nn.Module, position: int) -> None:
-        """Count the weights at an epoch's end in. `position`: which of the epochs it is, from 1, where the
-        mean begins anew; 0 is none of them, and then there is no mean."""
-        if position <= 1:
+        """Count the weights at an epoch's end in. `position`: which of the epochs it is, from 1; 0 is none of
+        them, and then there is no mean. One that has counted more epochs than that reaches back too far (the
+        freeze was put off), and begins anew."""
+        if self.count >= position:
             self.count, self.means = 0, {}
         if not position:
             return

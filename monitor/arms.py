@@ -13,7 +13,7 @@ from monitor.log import get_stage, pick_events
 # fmt: off
 IGNORED = {
     "run_dir", "resume", "seed", "max_steps", "keep_every", "eval_every", "baseline", "fork", "loader",
-    "num_workers", "stage_dir", "fresh_head",
+    "num_workers", "stage_dir", "fresh_head", "log_displacement",
 }
 # fmt: on
 SEED_NAME = r"(s|seed)?[-_.]?\d+"  # seed0, s10, 3: directories named so tell seeds apart, not experiments

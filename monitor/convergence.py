@@ -345,3 +345,14 @@ def rank_signs(cfg, ranks: dict[str, list[int]]) -> list[str]:
             if len(layers) > 1 and set(layers) == {cfg.rank_min}:  # else the largest change gets rank_max
                 signs.append(f"every layer of {family} changed alike: all at rank {cfg.rank_min}")
     return signs
+
+
+def mean_signs(cfg, switch: dict) -> list[str]:
+    """A warning, as a sentence, where `freeze_mean` has frozen the base at the mean of fewer epochs than it
+    should: a run that had no mean was forked or resumed within them. `switch`: its record."""
+    if not cfg.freeze_mean or switch["to"] != "lora" or switch["mean_epochs"] == cfg.window_epochs:
+        return []
+    return [
+        f"the base is frozen at the mean of {switch['mean_epochs']} of the last {cfg.window_epochs} epochs: the "
+        "run had none before"
+    ]
