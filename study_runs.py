@@ -73,8 +73,6 @@ MAIN_FORKS = [
     Arm("prelora", seeds=5, text="Exp2, w 2, alpha 64 (the study before)"),
 ]
 OPTIONS = [
-    Arm("exp1_best", f"--lora_warmup_epochs 1 {BEST}", preset="study_exp1",
-        text="the same where Exp1's test says"),
     Arm("best10", f"{AT_10} {BEST}", text="the same at 10"),
     Arm("best_mean", f"{AT_14} {BEST} --freeze_mean True", text="at 14, frozen at the mean of two epochs"),
     Arm("best_frozen", f"{AT_14} {BEST} --freeze_blocks 1", text="at 14, the lowest of three blocks frozen"),
@@ -84,12 +82,8 @@ OPTIONS = [
 SWEEP = [
     Arm("alpha1024", f"{AT_14} {scaled('alpha', 1024.0)}", text="at 14, w 1, the cosine goes on: alpha 1024"),
     Arm("alpha2048", f"{AT_14} {scaled('alpha', 2048.0)}", text="alpha 2048"),
-    Arm("alpha1024_w0", f"{AT_14} --lora_warmup_epochs 0 {scaled('alpha', 1024.0)}", text="alpha 1024, w 0"),
     Arm("matched", f"{AT_14} {scaled('matched', 1.0)}", text="matched"),
-    Arm("matched2", f"{AT_14} {scaled('matched', 2.0)}", text="matched × 2"),
-    Arm("coherent05", f"{AT_14} {scaled('coherent', 0.5)}", text="coherent × 0.5"),
     Arm("coherent", f"{AT_14} {scaled('coherent', 1.0)}", text="coherent"),
-    Arm("coherent2", f"{AT_14} {scaled('coherent', 2.0)}", text="coherent × 2"),
     Arm("coherent_k1", f"{AT_14} {scaled('coherent', 1.0, 1.0)}", text="coherent, own decay from lr"),
     Arm("coherent_k3", f"{AT_14} {scaled('coherent', 1.0, 3.0)}", text="coherent, own decay from 3 × lr"),
     Arm("coherent2_k1", f"{AT_14} {scaled('coherent', 2.0, 1.0)}", text="coherent × 2, own decay from lr"),
@@ -98,7 +92,6 @@ SWEEP = [
 STATIC = [
     Arm(f"static_{name}", scaling, preset="study_static_lora", fork=False, text=f"static LoRA, {text}")
     for name, scaling, text in (
-        ("authors", scaled("authors", None), "scaling 1"),
         ("alpha64", "", "alpha 64"),
         ("matched05", scaled("matched", 0.5), "matched × 0.5"),
     )

@@ -20,7 +20,7 @@ mixup = 0.2
 tau = 0.5  # Exp2; Exp1 1.00 and 5.00, Exp3 0.25 and 1.00
 zeta = 2.5
 lora_warmup_epochs = 10
-# What docs/study.md found best, at its size. The authors' own is one flag away, --lora_scaling authors, and all
-# of theirs is config/authors.py.
+# What docs/study.md found best, at its size. The authors' own is one flag away, --lora_scaling authors, and
+# all of theirs is config/authors.py.
 lora_scaling = "coherent"
 lora_lr_factor = 2.0  # where half the peak is left, which it is about half way: so not above the peak

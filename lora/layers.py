@@ -48,7 +48,8 @@ def get_scaling(rule: str, alpha: float | None, rank: int, inputs: int) -> float
       s lr ‖A x‖₁ = s lr r √(2/π) x_rms / √3. "coherent" makes them equal (muP's argument). Its steps are
       √(n / r) × as long as a full one's, and lie in the few directions of A.
 
-    Which of them is right for a whole run neither says: docs/study.md has measured both. Raises ValueError for a rule that there is not.
+    Which of them is right for a whole run neither says: docs/study.md has measured both. Raises ValueError
+    for a rule that there is not.
     """
     if rule == "matched":
         return (alpha or 1.0) * math.sqrt(3 * inputs / rank)

@@ -4,8 +4,8 @@ A mean of weights along a run is close to where a falling learning rate would ta
 anneals the base without a step. The base is all that is no adapter: head, norms and embeddings are set to
 their means, too, and go on from there where they are trained. Adapters keep their last values.
 
-Sharded weights have sharded means, and nothing is sent. They take 4 bytes a parameter of this process's shards
-while there is a mean: in the epochs that count, of each window where the switch may come at its end.
+Sharded weights have sharded means, and nothing is sent. They take 4 bytes a parameter of this process's
+shards while there is a mean: in the epochs that count, of each window where the switch may come at its end.
 """
 
 from pathlib import Path

@@ -353,6 +353,6 @@ def mean_signs(cfg, switch: dict) -> list[str]:
     if not cfg.freeze_mean or switch["to"] != "lora" or switch["mean_epochs"] == cfg.window_epochs:
         return []
     return [
-        f"the base is frozen at the mean of {switch['mean_epochs']} of the last {cfg.window_epochs} epochs: the "
-        "run had none before"
+        f"the base is frozen at the mean of {switch['mean_epochs']} of the last {cfg.window_epochs} epochs: "
+        "the run had none before"
     ]

@@ -77,6 +77,16 @@ def test_the_mean_by_hand():
     assert not mean.means and not mean.count
 
 
+def test_a_freeze_that_is_put_off_does_not_reach_back():
+    """Third of four epochs, and then third again, because the freeze is an epoch later: the mean begins
+    anew."""
+    net, mean = nn.Linear(1, 1, bias=False), WeightMean()
+    for weight, position in ((8.0, 1), (2.0, 2), (2.0, 3), (5.0, 3), (7.0, 4)):
+        nn.init.constant_(net.weight, weight)
+        mean.end_epoch(net, position)
+    assert mean.count == 2 and mean.means["weight"].item() == 6.0
+
+
 # ---- a run
 
 
@@ -172,6 +182,8 @@ def test_forks_of_a_run_without_a_mean(small, frozen, baseline, tmp_path):
         f"{baseline}@4",
     )
     assert [switch["mean_epochs"] for switch in events(tmp_path / "late", "switch")] == [1]
+    said = [warning["message"] for warning in events(tmp_path / "late", "warning")]
+    assert any("frozen at the mean of 1 of the last 2 epochs" in message for message in said)
 
 
 def test_a_fork_at_the_freeze_that_does_not_want_the_mean(small, frozen, tmp_path):

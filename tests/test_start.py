@@ -696,6 +696,18 @@ def test_the_lora_phases_own_decay(small, baseline, tmp_path, schedule):
     assert lrs[frozen:] != pytest.approx([get_lr(step, **settings) for step in range(frozen, TOTAL_STEPS)])
 
 
+def test_a_schedule_that_changes_no_rate_is_not_said(small, tmp_path, capsys):
+    """lr_decay_share is wsd's, and lora_lr_factor comes after the freeze; at the freeze it is said."""
+    run_dir = tmp_path / "run"
+    run(small, run_dir, "--max_steps", 3)
+    assert resume(run_dir, "--max_steps", FREEZE * STEPS, "--lr_decay_share", 0.7) == 0
+    assert "learning rate was" not in capsys.readouterr().err
+    assert resume(run_dir, "--max_steps", None, "--lora_lr_factor", 3.0) == 0
+    lrs = [record["lr"] for record in get_steps(run_dir)][FREEZE * STEPS - 1 :][:2]
+    assert f"was {lrs[0]:.4g} at step 30 and goes on at {lrs[1]:.4g}" in capsys.readouterr().err
+    assert lrs[1] > 2 * lrs[0]
+
+
 def test_another_factor_within_the_lora_phase_is_said(small, tmp_path, capsys):
     run(small, tmp_path / "run", "--lora_lr_factor", 2.0, "--max_steps", FREEZE * STEPS + 4)
     assert resume(tmp_path / "run", "--max_steps", None, "--lora_lr_factor", 4.0) == 0

@@ -1,6 +1,7 @@
 """study.py's arithmetic, and its report from made-up runs."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -135,8 +136,8 @@ def test_report(fabricated, monkeypatch):
     cells = [cell.strip() for cell in row.split("|")][2:-1]
     # one point below the baseline in every seed; dev is five above held-out
     assert cells[:5] == ["5", "15, 16", "81.00 ± 1.58", "-1.00 [-1.00, -1.00]", "86.00"]
-    # 14 + 2 · 1.2 + 8 · 0.8 = 22.8 epochs: the control has 23 and lost a tenth; by the roofline 14 + 2 + 4 = 20
-    # epochs, of whose control there are three seeds only
+    # 14 + 2 · 1.2 + 8 · 0.8 = 22.8 epochs: the control has 23 and lost a tenth. By the roofline 14 + 2 + 4
+    # are 20, of whose control there are three seeds only.
     assert cells[5:] == ["22.80", "-0.90 [-0.90, -0.90]", "20.00", "", "0.80"]
     best = next(arm for arm in study.ARMS if arm.name == study.MAIN)
     assert study.get_row(best, study.get_costs())[6:8] == ["22.40", "-0.90 [-0.90, -0.90]"]
@@ -159,9 +160,10 @@ def test_report(fabricated, monkeypatch):
 
 
 def test_a_control_is_never_given_less_time(fabricated):
-    """22.0 epochs are 22, 22.01 are 23, 23.5 the baseline's 24, and 25 have no control."""
+    """22.0 epochs are 22, 22.01 are 23, 23.5 the baseline's 24; 25 have no control, and 20 one of three seeds
+    only."""
     arm = next(arm for arm in study.ARMS if arm.name == study.MAIN)  # 14 full, 1 warmup, 9 lora
-    for lora, epochs in ((7 / 9, 22), (7.01 / 9, 23), (8.5 / 9, 24), (10 / 9, None)):
+    for lora, epochs in ((7 / 9, 22), (7.01 / 9, 23), (8.5 / 9, 24), (10 / 9, None), (5 / 9, None)):
         controls = study.get_controls(arm, {"full": 1.0, "warmup": 1.0, "lora": lora})
         if epochs is None:
             assert controls is None
@@ -188,16 +190,24 @@ def test_a_failing_run_ends_the_study_with_its_last_line(tmp_path, monkeypatch):
     assert not study_runs.running
 
 
+def test_done_is_what_has_saved_its_last_epoch(reference, tmp_path):
+    """A run that was killed between its last record and its checkpoint goes on."""
+    run_dir = Path(shutil.copytree(reference, tmp_path / "run"))
+    assert study_runs.is_done(run_dir, 7) and not study_runs.is_done(run_dir, 8)
+    (run_dir / "checkpoints/latest").write_text("step_00000036")
+    assert not study_runs.is_done(run_dir, 7) and not study_runs.is_done(tmp_path / "nowhere", 7)
+
+
 def test_what_is_kept_is_not_trained_again(fabricated, monkeypatch):
     trained = []
     monkeypatch.setattr(study_runs, "train_run", lambda arm, seed, *_: trained.append((arm.name, seed)))
     study_runs.train_all()
     assert trained == []
-    (fabricated / "kept/exp1_best-2/metrics.jsonl").unlink()
+    (fabricated / "kept/best10-2/metrics.jsonl").unlink()
     (fabricated / "kept/equal20-1/metrics.jsonl").unlink()
     study_runs.train_all()
     assert trained[0] == ("baseline", 2)  # whose checkpoints the fork needs
-    assert sorted(trained[1:]) == [("equal20", 1), ("exp1_best", 2)]
+    assert sorted(trained[1:]) == [("equal20", 1), ("best10", 2)]
     trained.clear()
     study_runs.train_all(needs_checkpoints=(0,))
     assert ("baseline", 0) in trained
@@ -294,10 +304,10 @@ def test_no_image_serves_twice(tmp_path, monkeypatch):
 
 
 def test_a_missing_run_or_flag_is_one_line(fabricated, capsys):
-    (fabricated / "kept/exp1_best-2/metrics.jsonl").unlink()
+    (fabricated / "kept/best10-2/metrics.jsonl").unlink()
     (fabricated / "study.md").write_text(f"{study.MARKS[0]}\n{study.MARKS[1]}")
     assert study.main(["--report"]) == 1
-    assert "exp1_best-2 has no finished epoch" in capsys.readouterr().err
+    assert "best10-2 has no finished epoch" in capsys.readouterr().err
     assert study.main(["--reprot"]) == 2
 
 
