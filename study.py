@@ -45,11 +45,13 @@ from start import get_static_ranks
 from study_runs import (
     ARMS,
     BASELINE,
+    DECAYS,
     DRAWN,
     EQUAL,
     FORKS,
     KEPT,
     MAIN,
+    MAIN_FORKS,
     RUNS,
     WSD,
     Arm,
@@ -220,10 +222,20 @@ def get_row(arm: Arm, costs: dict[str, dict]) -> list[str]:
     for kind in ("measured", "a100"):
         own = costs[kind][arm.name]
         cells.append(f"{np.mean([get_full_epochs(run, own) for run in runs]):.2f}")
-        controls = None if arm is BASELINE or arm in [*EQUAL, *WSD[:2]] else get_controls(arm, own)
+        controls = None if arm is BASELINE or arm in [*EQUAL, *DECAYS, *WSD[:2]] else get_controls(arm, own)
         cells.append("" if controls is None else get_interval(top1 - controls))
     lora = costs["measured"][arm.name].get("lora")
     return [*cells, f"{lora:.2f}" if lora else ""]
+
+
+def compare_decays() -> str:
+    """The main arms against all parameters trained at the LoRA phase's own learning rates, in Markdown: the
+    control of the decay, where the others are of the time."""
+    lines = [f"| top-1 minus that of | {' | '.join(arm.text for arm in DECAYS)} |", "|---|---|---|"]
+    for arm in MAIN_FORKS:
+        differences = [get_interval(get_top1(arm) - get_top1(control)) for control in DECAYS]
+        lines.append(f"| {arm.text} | {' | '.join(differences)} |")
+    return "\n".join(lines)
 
 
 def check_replay() -> str:
@@ -351,6 +363,7 @@ def write_report() -> None:
         get_table(),
         f"Costs are in epochs with all parameters, whose step takes {full:.0f} ms here ({costs['machine']}). "
         f"{check_replay()}",
+        compare_decays(),
         f"Without training, seeds {', '.join(map(str, ORACLE_SEEDS))}:\n\n{get_mean_table()}",
     ]
     DOC.write_text(before + MARKS[0] + "\n" + "\n\n".join(tables) + "\n" + MARKS[1] + after)

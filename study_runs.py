@@ -29,6 +29,7 @@ from errors import UserError
 from files import read_json
 from lora.inject import merge_lora
 from model import checkpoint
+from model.optim import get_lr
 from monitor.log import Run, load_run, read_events
 
 RUNS = Path("runs/study")
@@ -44,6 +45,7 @@ class Arm:
     seeds: int = 3
     preset: str = "study"
     fork: bool = True  # from the baseline of its seed, where its own switch is due
+    at: int | None = None  # or after this epoch
     text: str = ""  # in the table
 
 
@@ -56,6 +58,7 @@ AT_10, AT_12, AT_14 = (f"--switch_epoch {epoch} --lora_warmup_epochs 1" for epoc
 BEST = scaled("coherent", 1.0, 2.0)
 RANK_8 = "--rank_min 8 --rank_max 8"
 DECAYED = "--lr_schedule wsd --lr_decay_share 0.4"
+COSINE = dict(peak=3e-4, warmup_steps=93, total_steps=24 * 93)  # config/study.py's
 MAIN = "best"  # the arm of the figures
 # fmt: off
 BASELINE = Arm("baseline", seeds=5, preset="study_baseline", fork=False, text="baseline, all parameters")
@@ -63,6 +66,14 @@ EQUAL = [
     Arm(f"equal{epochs}", f"--epochs {epochs}", seeds, "study_baseline", fork=False,
         text=f"all parameters, {epochs} epochs")
     for epochs, seeds in ((23, 5), (22, 5), (21, 5), (20, 3))
+]
+# The learning rates of `best` without its adapters: twice the cosine's rate where it begins, linearly to 0.
+OWN_DECAY = "--lr_schedule wsd --lr {} --lr_decay_share {}"
+DECAYS = [
+    Arm("decay24", OWN_DECAY.format(2 * get_lr(15 * 93, **COSINE), 9 / 24), 5, "study_baseline", at=15,
+        text="all parameters, own decay from 2 × lr after 15"),
+    Arm("decay23", OWN_DECAY.format(2 * get_lr(14 * 93, **COSINE), 9 / 23) + " --epochs 23", 5,
+        "study_baseline", at=14, text="all parameters, own decay from 2 × lr after 14, 23 epochs"),
 ]
 MAIN_FORKS = [
     Arm(MAIN, f"{AT_14} {BEST}", 5, text="**PreLoRA at 14: w 1, coherent, own decay from 2 × lr**"),
@@ -106,7 +117,7 @@ WSD = [
 ]
 # fmt: on
 FORKS = [*MAIN_FORKS, *OPTIONS, *SWEEP]
-ARMS = [BASELINE, *EQUAL, *MAIN_FORKS, *OPTIONS, *WSD, *STATIC, *SWEEP]
+ARMS = [BASELINE, *EQUAL, *DECAYS, *MAIN_FORKS, *OPTIONS, *WSD, *STATIC, *SWEEP]
 DRAWN = "baseline equal23 best best12 authors exp2_best static_alpha64".split()  # in figures 4 to 7
 # Fields in which a run may differ from what is asked for: they shape nothing.
 ANY = "num_workers fork keep_every eval_every log_displacement run_dir".split()
@@ -185,7 +196,8 @@ def build_command(arm: Arm, seed: int) -> tuple[train.Config, list[str]]:
     run_dir = get_run_dir(arm, seed)
     flags = ["--seed", str(seed), "--run_dir", str(run_dir), *arm.flags.split()]
     if arm.fork:
-        flags += ["--fork", str(get_run_dir(BASELINE, seed))]
+        source = str(get_run_dir(BASELINE, seed))
+        flags += ["--fork", source if arm.at is None else f"{source}@{arm.at}"]
     preset = f"config/{arm.preset}.py"
     cfg = parse_flags(flags, load_preset(train.Config, preset))
     check_config(cfg)
@@ -303,7 +315,7 @@ def train_all(needs_checkpoints: tuple[int, ...] = ()) -> None:
     torch.set_num_threads(1)  # of each of the pool's threads, which evaluate, too
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         train_stage(pool, [(BASELINE, seed) for seed in sorted(seeds)])
-        train_stage(pool, sorted(missing, key=lambda run: run[0] not in (*MAIN_FORKS, *EQUAL[:3])))
+        train_stage(pool, sorted(missing, key=lambda run: run[0] not in (*DECAYS, *MAIN_FORKS, *EQUAL[:3])))
 
 
 def train_stage(pool: ThreadPoolExecutor, runs: list[tuple[Arm, int]]) -> None:
