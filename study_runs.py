@@ -65,15 +65,15 @@ BASELINE = Arm("baseline", seeds=5, preset="study_baseline", fork=False, text="b
 EQUAL = [
     Arm(f"equal{epochs}", f"--epochs {epochs}", seeds, "study_baseline", fork=False,
         text=f"all parameters, {epochs} epochs")
-    for epochs, seeds in ((23, 5), (22, 5), (21, 5), (20, 3))
+    for epochs, seeds in ((23, 5), (22, 5), (21, 5))
 ]
 # The learning rates of `best` without its adapters: twice the cosine's rate where it begins, linearly to 0.
-OWN_DECAY = "--lr_schedule wsd --lr {} --lr_decay_share {}"
+OWN_DECAY = "--lr_schedule wsd --lr {} --lr_decay_share {} --epochs {}"
 DECAYS = [
-    Arm("decay24", OWN_DECAY.format(2 * get_lr(15 * 93, **COSINE), 9 / 24), 5, "study_baseline", at=15,
-        text="all parameters, own decay from 2 × lr after 15"),
-    Arm("decay23", OWN_DECAY.format(2 * get_lr(14 * 93, **COSINE), 9 / 23) + " --epochs 23", 5,
-        "study_baseline", at=14, text="all parameters, own decay from 2 × lr after 14, 23 epochs"),
+    Arm(f"decay{epochs}", OWN_DECAY.format(2 * get_lr((epochs - 9) * 93, **COSINE), 9 / epochs, epochs),
+        seeds, "study_baseline", at=epochs - 9,
+        text=f"all parameters, {epochs} epochs, the last 9 from 2 × lr to 0")
+    for epochs, seeds in ((24, 5), (23, 5), (20, 3), (18, 3))
 ]
 MAIN_FORKS = [
     Arm(MAIN, f"{AT_14} {BEST}", 5, text="**PreLoRA at 14: w 1, coherent, own decay from 2 × lr**"),
@@ -93,8 +93,6 @@ OPTIONS = [
 SWEEP = [
     Arm("alpha1024", f"{AT_14} {scaled('alpha', 1024.0)}", text="at 14, w 1, the cosine goes on: alpha 1024"),
     Arm("alpha2048", f"{AT_14} {scaled('alpha', 2048.0)}", text="alpha 2048"),
-    Arm("matched", f"{AT_14} {scaled('matched', 1.0)}", text="matched"),
-    Arm("coherent", f"{AT_14} {scaled('coherent', 1.0)}", text="coherent"),
     Arm("coherent_k1", f"{AT_14} {scaled('coherent', 1.0, 1.0)}", text="coherent, own decay from lr"),
     Arm("coherent_k3", f"{AT_14} {scaled('coherent', 1.0, 3.0)}", text="coherent, own decay from 3 × lr"),
     Arm("coherent2_k1", f"{AT_14} {scaled('coherent', 2.0, 1.0)}", text="coherent × 2, own decay from lr"),
@@ -108,10 +106,8 @@ STATIC = [
     )
 ]
 WSD = [
-    Arm("wsd", DECAYED, preset="study_baseline", fork=False,
-        text="wsd, all parameters: the last 0.4 is decay"),
     Arm("wsd23", f"{DECAYED} --epochs 23", preset="study_baseline", fork=False,
-        text="wsd, all parameters, 23 epochs"),
+        text="wsd, all parameters, 23 epochs, the last 0.4 decay"),
     Arm("wsd_prelora", f"{AT_14} {scaled('coherent', 1.0, 0.5)} {DECAYED}", fork=False,
         text="wsd, PreLoRA at 14: own decay from half the peak"),
 ]
