@@ -53,7 +53,6 @@ from study_runs import (
     MAIN,
     MAIN_FORKS,
     RUNS,
-    WSD,
     Arm,
     evaluate_held_out,
     get_config,
@@ -189,9 +188,10 @@ def get_dev(arm: Arm) -> np.ndarray:
 
 def get_controls(arm: Arm, costs: dict[str, float]) -> np.ndarray | None:
     """Of each seed the top-1 of all parameters trained for no less time than that seed's run took: for its
-    cost, rounded up to whole epochs, by the same schedule. None where that is not among the controls."""
-    family = [BASELINE, *EQUAL] if arm not in WSD else WSD[:1]
-    controls = {load_run(get_kept(control, 0)).config["epochs"]: get_top1(control) for control in family}
+    cost, rounded up to whole epochs. None where that is not among the controls."""
+    controls = {}
+    for control in (BASELINE, *EQUAL):
+        controls[load_run(get_kept(control, 0)).config["epochs"]] = get_top1(control)
     values = []
     for seed, run in enumerate(load_arm(arm)):
         epochs = math.ceil(get_full_epochs(run, costs) - 1e-6)
@@ -222,7 +222,7 @@ def get_row(arm: Arm, costs: dict[str, dict]) -> list[str]:
     for kind in ("measured", "a100"):
         own = costs[kind][arm.name]
         cells.append(f"{np.mean([get_full_epochs(run, own) for run in runs]):.2f}")
-        controls = None if arm is BASELINE or arm in [*EQUAL, *DECAYS, *WSD[:1]] else get_controls(arm, own)
+        controls = None if arm is BASELINE or arm in [*EQUAL, *DECAYS] else get_controls(arm, own)
         cells.append("" if controls is None else get_interval(top1 - controls))
     lora = costs["measured"][arm.name].get("lora")
     return [*cells, f"{lora:.2f}" if lora else ""]

@@ -57,7 +57,6 @@ def scaled(rule: str, alpha: float | None, factor: float | None = None) -> str:
 AT_10, AT_12, AT_14 = (f"--switch_epoch {epoch} --lora_warmup_epochs 1" for epoch in (10, 12, 14))
 BEST = scaled("coherent", 1.0, 2.0)
 RANK_8 = "--rank_min 8 --rank_max 8"
-DECAYED = "--lr_schedule wsd --lr_decay_share 0.4"
 COSINE = dict(peak=3e-4, warmup_steps=93, total_steps=24 * 93)  # config/study.py's
 MAIN = "best"  # the arm of the figures
 # fmt: off
@@ -73,7 +72,7 @@ DECAYS = [
     Arm(f"decay{epochs}", OWN_DECAY.format(2 * get_lr((epochs - 9) * 93, **COSINE), 9 / epochs, epochs),
         seeds, "study_baseline", at=epochs - 9,
         text=f"all parameters, {epochs} epochs, the last 9 from 2 × lr to 0")
-    for epochs, seeds in ((24, 5), (23, 5), (20, 3), (18, 3))
+    for epochs, seeds in ((24, 5), (23, 5), (22, 5), (20, 3), (18, 3))
 ]
 MAIN_FORKS = [
     Arm(MAIN, f"{AT_14} {BEST}", 5, text="**PreLoRA at 14: w 1, coherent, own decay from 2 × lr**"),
@@ -105,15 +104,9 @@ STATIC = [
         ("matched05", scaled("matched", 0.5), "matched × 0.5"),
     )
 ]
-WSD = [
-    Arm("wsd23", f"{DECAYED} --epochs 23", preset="study_baseline", fork=False,
-        text="wsd, all parameters, 23 epochs, the last 0.4 decay"),
-    Arm("wsd_prelora", f"{AT_14} {scaled('coherent', 1.0, 0.5)} {DECAYED}", fork=False,
-        text="wsd, PreLoRA at 14: own decay from half the peak"),
-]
 # fmt: on
 FORKS = [*MAIN_FORKS, *OPTIONS, *SWEEP]
-ARMS = [BASELINE, *EQUAL, *DECAYS, *MAIN_FORKS, *OPTIONS, *WSD, *STATIC, *SWEEP]
+ARMS = [BASELINE, *EQUAL, *DECAYS, *MAIN_FORKS, *OPTIONS, *STATIC, *SWEEP]
 DRAWN = "baseline equal23 best best12 authors exp2_best static_alpha64".split()  # in figures 4 to 7
 # Fields in which a run may differ from what is asked for: they shape nothing.
 ANY = "num_workers fork keep_every eval_every log_displacement run_dir".split()
