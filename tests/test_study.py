@@ -204,10 +204,10 @@ def test_what_is_kept_is_not_trained_again(fabricated, monkeypatch):
     study_runs.train_all()
     assert trained == []
     (fabricated / "kept/best10-2/metrics.jsonl").unlink()
-    (fabricated / "kept/equal20-1/metrics.jsonl").unlink()
+    (fabricated / "kept/decay20-1/metrics.jsonl").unlink()
     study_runs.train_all()
-    assert trained[0] == ("baseline", 2)  # whose checkpoints the fork needs
-    assert sorted(trained[1:]) == [("equal20", 1), ("best10", 2)]
+    assert trained[:2] == [("baseline", 1), ("baseline", 2)]  # whose checkpoints the forks need
+    assert sorted(trained[2:]) == [("best10", 2), ("decay20", 1)]
     trained.clear()
     study_runs.train_all(needs_checkpoints=(0,))
     assert ("baseline", 0) in trained
