@@ -58,7 +58,7 @@ AT_10, AT_12, AT_14 = (f"--switch_epoch {epoch} --lora_warmup_epochs 1" for epoc
 BEST = scaled("coherent", 1.0, 2.0)
 RANK_8 = "--rank_min 8 --rank_max 8"
 COSINE = dict(peak=3e-4, warmup_steps=93, total_steps=24 * 93)  # config/study.py's
-MAIN = "best"  # the arm of the figures
+MAIN = "exp2_best"  # the arm of the figures
 # fmt: off
 BASELINE = Arm("baseline", seeds=5, preset="study_baseline", fork=False, text="baseline, all parameters")
 EQUAL = [
@@ -75,10 +75,10 @@ DECAYS = [
     for epochs, seeds in ((24, 5), (23, 5), (22, 5), (20, 3), (18, 3))
 ]
 MAIN_FORKS = [
-    Arm(MAIN, f"{AT_14} {BEST}", 5, text="**PreLoRA at 14: w 1, coherent, own decay from 2 × lr**"),
+    Arm("best", f"{AT_14} {BEST}", 5, text="PreLoRA at 14: w 1, coherent, own decay from 2 × lr"),
     Arm("best12", f"{AT_12} {BEST}", 5, text="the same at 12"),
     Arm("best12_r8", f"{AT_12} {BEST} {RANK_8}", 5, text="the same at 12, rank 8 for all"),
-    Arm("exp2_best", f"--lora_warmup_epochs 1 {BEST}", 5, text="the same where Exp2's test says"),
+    Arm("exp2_best", f"--lora_warmup_epochs 1 {BEST}", 5, text="**the same where Exp2's test says**"),
     Arm("authors", scaled("authors", None), 5, text="Exp2, w 2, the authors' scaling 1"),
     Arm("prelora", seeds=5, text="Exp2, w 2, alpha 64 (the study before)"),
 ]
@@ -259,21 +259,23 @@ running: set[subprocess.Popen] = set()
 def keep_run(arm: Arm, seed: int, held_out: dict) -> None:
     """Write what the report needs of a run's log into docs/study/runs. `held_out`: `evaluate_held_out`'s."""
     source, folder = get_run_dir(arm, seed), get_kept(arm, seed)
-    wanted = "event epoch step phase frozen_blocks train_loss lr val_loss val_top1 trainable_params".split()
-    wanted += "epoch_seconds images_per_second peak_memory_bytes displacement".split()
+    wanted = "event epoch step phase frozen_blocks train_loss train_top1 lr val_loss val_top1".split()
+    wanted += "trainable_params epoch_seconds images_per_second peak_memory_bytes displacement".split()
     if arm is BASELINE or arm.name in DRAWN:
         wanted += ["weight_norms", "adapter_norms"]
     lines = []
     for event in read_events(source / "metrics.jsonl"):
         if event["event"] == "epoch":
-            lines.append({key: event[key] for key in wanted if key in event})
+            line = round_floats({key: event[key] for key in wanted if key in event})
+            if arm is BASELINE:  # a replay decides by them, to the bit
+                line["weight_norms"] = event["weight_norms"]
+            lines.append(line)
         elif event["event"] == "switch":
-            lines.append(event)
+            lines.append(round_floats(event))
+    lines.append(round_floats({"event": "held_out", **held_out}))
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "config.json", folder)
-    text = "".join(
-        json.dumps(round_floats(line)) + "\n" for line in [*lines, {"event": "held_out", **held_out}]
-    )
+    text = "".join(json.dumps(line) + "\n" for line in lines)
     partial = folder / "metrics.tmp"
     partial.write_text(text)
     partial.replace(folder / "metrics.jsonl")  # last, and whole: a run with it is kept
