@@ -76,26 +76,35 @@ DECAYS = [
 ]
 MAIN_FORKS = [
     Arm("best", f"{AT_14} {BEST}", 5, text="PreLoRA at 14: w 1, coherent, own decay from 2 × lr"),
-    Arm("best12", f"{AT_12} {BEST}", 5, text="the same at 12"),
-    Arm("best12_r8", f"{AT_12} {BEST} {RANK_8}", 5, text="the same at 12, rank 8 for all"),
-    Arm("exp2_best", f"--lora_warmup_epochs 1 {BEST}", 5, text="**the same where Exp2's test says**"),
+    Arm("best12", f"{AT_12} {BEST}", 5, text="PreLoRA at 12, else the same"),
+    Arm("best12_r8", f"{AT_12} {BEST} {RANK_8}", 5, text="PreLoRA at 12, rank 8 for all, else the same"),
+    Arm("exp2_best", f"--lora_warmup_epochs 1 {BEST}", 5,
+        text="**PreLoRA where Exp2's test says, else the same**"),
     Arm("authors", scaled("authors", None), 5, text="Exp2, w 2, the authors' scaling 1"),
     Arm("prelora", seeds=5, text="Exp2, w 2, alpha 64 (the study before)"),
 ]
 OPTIONS = [
-    Arm("best10", f"{AT_10} {BEST}", text="the same at 10"),
-    Arm("best_mean", f"{AT_14} {BEST} --freeze_mean True", text="at 14, frozen at the mean of two epochs"),
-    Arm("best_frozen", f"{AT_14} {BEST} --freeze_blocks 1", text="at 14, the lowest of three blocks frozen"),
+    Arm("best10", f"{AT_10} {BEST}", text="PreLoRA at 10, else the same"),
+    Arm("best_mean", f"{AT_14} {BEST} --freeze_mean True",
+        text="PreLoRA at 14, frozen at the mean of two epochs"),
+    Arm("best_frozen", f"{AT_14} {BEST} --freeze_blocks 1",
+        text="PreLoRA at 14, the lowest of three blocks frozen"),
     Arm("frozen_full", "--switch_epoch 14 --freeze_blocks 1", preset="study_baseline",
         text="all parameters, the lowest block frozen at 14"),
 ]
 SWEEP = [
-    Arm("alpha1024", f"{AT_14} {scaled('alpha', 1024.0)}", text="at 14, w 1, the cosine goes on: alpha 1024"),
-    Arm("alpha2048", f"{AT_14} {scaled('alpha', 2048.0)}", text="alpha 2048"),
-    Arm("coherent_k1", f"{AT_14} {scaled('coherent', 1.0, 1.0)}", text="coherent, own decay from lr"),
-    Arm("coherent_k3", f"{AT_14} {scaled('coherent', 1.0, 3.0)}", text="coherent, own decay from 3 × lr"),
-    Arm("coherent2_k1", f"{AT_14} {scaled('coherent', 2.0, 1.0)}", text="coherent × 2, own decay from lr"),
-    Arm("coherent2_k2", f"{AT_14} {scaled('coherent', 2.0, 2.0)}", text="coherent × 2, own decay, 2 × lr"),
+    Arm("alpha1024", f"{AT_14} {scaled('alpha', 1024.0)}",
+        text="PreLoRA at 14, the cosine goes on: alpha 1024"),
+    Arm("alpha2048", f"{AT_14} {scaled('alpha', 2048.0)}",
+        text="PreLoRA at 14, the cosine goes on: alpha 2048"),
+    Arm("coherent_k1", f"{AT_14} {scaled('coherent', 1.0, 1.0)}",
+        text="PreLoRA at 14, coherent, own decay from lr"),
+    Arm("coherent_k3", f"{AT_14} {scaled('coherent', 1.0, 3.0)}",
+        text="PreLoRA at 14, coherent, own decay from 3 × lr"),
+    Arm("coherent2_k1", f"{AT_14} {scaled('coherent', 2.0, 1.0)}",
+        text="PreLoRA at 14, coherent × 2, own decay from lr"),
+    Arm("coherent2_k2", f"{AT_14} {scaled('coherent', 2.0, 2.0)}",
+        text="PreLoRA at 14, coherent × 2, own decay from 2 × lr"),
 ]
 STATIC = [
     Arm(f"static_{name}", scaling, preset="study_static_lora", fork=False, text=f"static LoRA, {text}")
@@ -301,12 +310,11 @@ def train_all(needs_checkpoints: tuple[int, ...] = ()) -> None:
     signal.signal(signal.SIGTERM, stop)
     missing = [(arm, seed) for arm in ARMS for seed in range(arm.seeds) if not is_kept(arm, seed)]
     seeds = {seed for arm, seed in missing if arm.fork or arm is BASELINE}
-    if needs_checkpoints:
-        seeds |= set(needs_checkpoints)
+    seeds |= set(needs_checkpoints)
     torch.set_num_threads(1)  # of each of the pool's threads, which evaluate, too
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         train_stage(pool, [(BASELINE, seed) for seed in sorted(seeds)])
-        train_stage(pool, sorted(missing, key=lambda run: run[0] not in (*DECAYS, *MAIN_FORKS, *EQUAL[:3])))
+        train_stage(pool, sorted(missing, key=lambda run: run[0] not in (*DECAYS, *MAIN_FORKS, *EQUAL)))
 
 
 def train_stage(pool: ThreadPoolExecutor, runs: list[tuple[Arm, int]]) -> None:
