@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ def get_empty_preset(folder) -> str:
 def resume(run_dir, *more) -> int:
     """The exit status of a run that goes on with what its own config says, but for what `more` says."""
     return train.main(["--run_dir", str(run_dir), "--resume", "True", *map(str, more)])
+
+
+def rolled_back(source, run_dir, step):
+    """A copy of the run, back at its checkpoint of that step."""
+    shutil.copytree(source, run_dir)
+    (run_dir / "checkpoints/latest").write_text(f"step_{step:08d}")
+    return run_dir
 
 
 def events(run_dir, *kinds) -> list[dict]:

@@ -3,7 +3,6 @@ resumed, forked, on two processes, and its memory."""
 
 import copy
 import math
-import shutil
 from unittest import mock
 
 import pytest
@@ -17,6 +16,7 @@ from small_runs import (
     held,
     no_figures,  # noqa: F401 (a fixture)
     resume,
+    rolled_back,
     run,
     saved_at,
     weights,
@@ -310,13 +310,6 @@ def test_resumed_in_the_middle_of_windows_to_the_bit(small, logged, tmp_path):
 
 def get_notes(run_dir):
     return [note for note in events(run_dir, "start")[-1]["notes"] if note.startswith("log_displacement")]
-
-
-def rolled_back(source, run_dir, step):
-    """A copy of the run, back at its checkpoint of that step."""
-    shutil.copytree(source, run_dir)
-    (run_dir / "checkpoints/latest").write_text(f"step_{step:08d}")
-    return run_dir
 
 
 def test_control_a_resume_that_loses_the_copies_is_seen(logged, tmp_path, monkeypatch):

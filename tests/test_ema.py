@@ -4,7 +4,6 @@ resumed, forked, sharded, evaluated, exported."""
 import copy
 import json
 import math
-import shutil
 from contextlib import contextmanager
 from unittest import mock
 
@@ -24,6 +23,7 @@ from small_runs import (
     held,
     no_figures,  # noqa: F401 (a fixture)
     resume,
+    rolled_back,
     run,
     saved_at,
     weights,
@@ -317,13 +317,6 @@ def test_resumed_in_the_middle_of_each_phase_to_the_bit(small, averaged, tmp_pat
             assert (state["step"], state["phase"]) == (step, phase) and state["epoch_step"]
     assert resume(run_dir, "--max_steps", None) == 0
     assert_same_run(run_dir, averaged)
-
-
-def rolled_back(source, run_dir, step):
-    """A copy of the run, back at its checkpoint of that step."""
-    shutil.copytree(source, run_dir)
-    (run_dir / "checkpoints/latest").write_text(f"step_{step:08d}")
-    return run_dir
 
 
 def test_control_a_resume_that_loses_the_averages_is_seen(averaged, tmp_path, monkeypatch):

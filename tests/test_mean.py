@@ -1,6 +1,5 @@
 """freeze_mean: which epochs count, the mean by hand, and a base frozen at it: resumed, forked, sharded."""
 
-import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,6 +12,7 @@ from small_runs import (
     events,
     no_figures,  # noqa: F401 (a fixture)
     resume,
+    rolled_back,
     run,
     saved_at,
     weights,
@@ -155,9 +155,7 @@ def test_resumed_around_the_freeze_to_the_bit(small, frozen, tmp_path):
 
 
 def test_control_a_resume_that_loses_the_mean_is_seen(frozen, tmp_path):
-    run_dir = tmp_path / "run"
-    shutil.copytree(frozen, run_dir)
-    (run_dir / "checkpoints/latest").write_text(f"step_{COUNTED[1]:08d}")
+    run_dir = rolled_back(frozen, tmp_path / "run", COUNTED[1])
     with mock.patch.object(WeightMean, "load", lambda *args: True):
         assert resume(run_dir) == 0
     assert events(run_dir, "switch")[-1]["mean_epochs"] == 0
@@ -247,9 +245,7 @@ def test_the_same_on_two_processes(on_ranks, small, tmp_path, flags):
     first, second = (get_model(saved_at(runs[2], step)) for step in (16, 20))
     for name, weight in mine.items():
         torch.testing.assert_close(weight, (first[name] + second[name]) / 2, rtol=1e-5, atol=1e-6)
-    again = tmp_path / "again"
-    shutil.copytree(runs[2], again)
-    (again / "checkpoints/latest").write_text("step_00000020")
+    again = rolled_back(runs[2], tmp_path / "again", 20)
     assert on_ranks(2, go_on_rank, ["--resume", True, "--run_dir", again]) == [0, 0]
     assert_same(weights(again), weights(runs[2]))
     assert without_times(events(again, "epoch")) == without_times(events(runs[2], "epoch"))
