@@ -513,6 +513,12 @@ def get_schedule(cfg, total_steps: int) -> dict:
     )
 
 
+def get_rates(cfg, total_steps: int) -> list[float]:
+    """The learning rate of each step of a run of so many steps with all parameters."""
+    schedule = get_schedule(cfg, total_steps)
+    return [get_lr(step, **schedule) for step in range(total_steps)]
+
+
 def describe_schedule(cfg, start: Start, epochs: list[dict]) -> list[str]:
     """A sentence on the learning rate, where a step that is left has another than it would have had by the
     checkpoint's settings. `epochs`: the records so far. (The rise after the freeze, lora_rewarm_steps, comes
@@ -584,7 +590,7 @@ def get_own_switch(cfg, run: str, epochs: list[dict]) -> int | None:
     if cfg.mode == "lora":
         return None
     try:
-        return find_switch(full, cfg)
+        return find_switch(full, cfg, get_rates)
     except FloatingPointError as error:
         raise UserError(f"{run}: {error}") from None
 

@@ -53,7 +53,7 @@ from monitor.convergence import get_mean_position, get_signs, mean_signs, rank_s
 from monitor.log import get_freeze_step
 from monitor.logger import RunLogger
 from monitor.norms import get_norms
-from monitor.perf import count_flops, peak_memory, reset_peak_memory
+from monitor.perf import count_flops, peak_memory, reset_peak_memory, time_phases
 from monitor.records import get_epoch_record, get_start_record, get_switch_record, look
 from start import (
     Start,
@@ -63,7 +63,9 @@ from start import (
     choose_base,
     decide_ranks,
     get_meta,
+    get_rates,
     get_schedule,
+    get_static_ranks,
     open_log,
     say_done,
     watch_layers,
@@ -125,11 +127,17 @@ class Config:
     frozen_base: Literal["replicate", "shard"] = "replicate"  # lora phase: base whole on each GPU, or not
     # PreLoRA
     mode: Literal["prelora", "full", "lora"] = "prelora"  # full: baseline; lora: static LoRA, adapters+rest
+    switch_rule: Literal["algorithm1", "forecast"] = (
+        "algorithm1"  # forecast: no thresholds (monitor/forecast.py)
+    )
     tau: PositiveFloat = 0.5  # Algorithm 1: threshold on the weight norms' change between windows, in %
     zeta: PositiveFloat = 2.5  # Algorithm 1: threshold on the training loss's change between windows, in %
-    num_windows: int = 3  # Algorithm 1: k, consecutive windows that must agree
-    window_epochs: PositiveInt = 3  # Algorithm 1: m, epochs per window
-    switch_epoch: PositiveInt | None = None  # switch after so many epochs instead of by the test
+    num_windows: int = 3  # k, consecutive windows that must agree; forecast: fits up to their ends
+    window_epochs: PositiveInt = 3  # m, epochs per window
+    forecast_share: PositiveFloat | None = None  # forecast: of the learning left, what adapters deliver
+    warmup_cost: PositiveFloat | None = None  # forecast: a step of the warmup in full ones; None = timed
+    lora_cost: PositiveFloat | None = None  # forecast: a step of the lora phase; None = timed at the start
+    switch_epoch: PositiveInt | None = None  # switch after so many epochs instead of by a rule
     lora_warmup_epochs: NonNegativeInt = 10  # w: epochs in which base and adapters train together
     rank_min: PowerOfTwo = 8  # smallest rank of a layer (Algorithm 2)
     rank_max: PowerOfTwo = 64  # largest; mode lora: of every layer
@@ -274,6 +282,28 @@ def compile_phase(cfg: Config, s: State, model: nn.Module, optimizer, device: to
     return {**compiled, "trainable_params": trained, "flops_per_image": flops}
 
 
+def time_costs(cfg: Config, net: nn.Module, device: torch.device, mesh: DeviceMesh | None) -> None:
+    """Set cfg's warmup_cost and lora_cost, for the forecast, from steps on black images at learning rate 0
+    with every rank rank_max, which is what adapters cost at most. The slowest process's time counts."""
+    ranks = get_static_ranks(cfg, net)
+    size = get_spec(cfg.dataset, cfg.image_size).image_size
+    micro_batch = cfg.batch_size // (cfg.grad_accum_steps * distributed.get_world_size())
+    batches = itertools.repeat(build_black_batch(micro_batch, size, device))
+    failed = torch.zeros((), dtype=torch.bool, device=device)
+
+    def build_step(phase: str):
+        model = build_model(cfg, phase, None if phase == "full" else ranks, device, mesh)
+        model.init_weights(cfg.seed)
+        init_adapters(model, cfg.seed)
+        optimizer = build_optimizer(model, cfg.weight_decay)
+        return lambda: train_step(cfg, model.train(), optimizer, batches, 0, 0.0, failed)
+
+    seconds = time_phases(build_step, device)
+    slowest = {phase: distributed.max_over_processes(each, device) for phase, each in seconds.items()}
+    cfg.warmup_cost = cfg.warmup_cost or round(slowest["warmup"] / slowest["full"], 3)
+    cfg.lora_cost = cfg.lora_cost or round(slowest["lora"] / slowest["full"], 3)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # one step
 
@@ -316,12 +346,14 @@ def train_step(
 
 
 def get_next_phase(cfg: Config, s: State, epochs: list[dict]) -> tuple[str, Ranks | None, int]:
-    """Phase, ranks, frozen blocks of the next epoch, from the log: Algorithm 1 (monitor/convergence.py) ends
-    the full phase, Algorithm 2 gives the ranks, `lora_warmup_epochs` epochs end the warmup."""
+    """Phase, ranks, frozen blocks of the next epoch, from the log: Algorithm 1 (monitor/convergence.py) or
+    the forecast ends the full phase, Algorithm 2 gives the ranks, lora_warmup_epochs epochs end the
+    warmup."""
     phase, ranks, frozen_blocks = s.phase, s.ranks, s.frozen_blocks
     if s.epoch_step:  # resumed within an epoch, which ends in its phase whatever settings are new
         return phase, ranks, frozen_blocks
-    due = phase == "full" and switch_due(epochs, cfg)  # asked in mode full, too: it raises for norms of nan
+    # Asked in mode full, too: it raises for norms of nan.
+    due = phase == "full" and switch_due(epochs, cfg, get_rates)
     if due and cfg.mode == "prelora":
         phase, ranks = "warmup", decide_ranks(cfg, build_net(cfg), epochs)
     elif due:  # mode full stays in its phase
@@ -346,6 +378,11 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     # A run that was stopped between an epoch's last step and its evaluation still has that to do.
     if s.step >= last_step and s.epoch_step < steps_per_epoch:
         return say_done(cfg, s, total_steps)
+    if cfg.switch_rule == "forecast" and s.phase == "full" and not (cfg.warmup_cost and cfg.lora_cost):
+        time_costs(cfg, build_net(cfg), device, mesh)
+        start.notes.append(
+            f"forecast: steps cost {cfg.warmup_cost} (warmup), {cfg.lora_cost} (lora) full ones"
+        )
 
     model = build_model(cfg, s.phase, s.ranks, device, mesh, s.frozen_blocks)
     optimizer = build_optimizer(model, cfg.weight_decay)

@@ -121,6 +121,8 @@ def check_switch(cfg) -> None:
         cfg.num_windows >= 2,
         f"num_windows must be at least 2, not {cfg.num_windows}: the test compares consecutive windows",
     )
+    if cfg.switch_rule == "forecast":
+        check_forecast(cfg)
     if cfg.switch_epoch is None:
         return
     freezes = cfg.mode == "full" and cfg.freeze_blocks > 0
@@ -136,6 +138,19 @@ def check_switch(cfg) -> None:
     require(
         cfg.switch_epoch < cfg.epochs,
         f"switch_epoch {cfg.switch_epoch} is not before the last epoch {cfg.epochs}",
+    )
+
+
+def check_forecast(cfg) -> None:
+    require(
+        cfg.mode == "prelora",
+        f"switch_rule forecast says when adapters are put in, mode {cfg.mode} does not ask: it needs "
+        "--switch_rule algorithm1",
+    )
+    require(
+        cfg.forecast_share is not None,
+        "switch_rule forecast needs --forecast_share, what adapters deliver of the learning that is left: "
+        "`python replay.py BASELINE --calibrate FORK` measures it",
     )
 
 

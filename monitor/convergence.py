@@ -9,23 +9,27 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from errors import UserError
+from monitor.forecast import GetRates, get_outlook
 
 
 class Settings(Protocol):
     """What the switch depends on: train.Config has these fields."""
 
     mode: str  # full: there are no ranks, and switch_epoch is when blocks are frozen
+    switch_rule: str  # algorithm1, or forecast, which depends on ForecastSettings instead of thresholds
     tau: float  # threshold on the weight norms' change between windows, in %
     zeta: float  # threshold on the training loss's change between windows, in %
     num_windows: int  # consecutive windows that must agree, k in the paper
     window_epochs: int  # epochs per window, m in the paper
-    switch_epoch: int | None  # switch after so many epochs instead of by the test
+    switch_epoch: int | None  # switch after so many epochs instead of by a rule
     lr_warmup_steps: int  # windows that begin in the learning rate's warmup don't count for the test
     target_modules: Sequence[str]  # the families whose norms are looked at
 
 
 # Those that a run may change when it goes on. Each start's record has them, as "switch_settings".
-CHANGEABLE = ("tau", "zeta", "num_windows", "switch_epoch", "lr_warmup_steps")
+CHANGEABLE = ("switch_rule", "tau", "zeta", "num_windows", "switch_epoch", "lr_warmup_steps")
+FORECAST = ("forecast_share", "warmup_cost", "lora_cost", "lora_warmup_epochs", "epochs")  # and, by that rule
+FORECAST += ("lr", "lr_schedule", "lr_decay_share")
 
 
 class Window(NamedTuple):
@@ -94,19 +98,28 @@ def get_windows(epochs: list[dict], cfg: Settings) -> list[Window]:
     return [build_window(epochs[start : start + size], cfg.target_modules) for start in starts]
 
 
-def switch_due(epochs: list[dict], cfg: Settings) -> bool:
+def get_switch_settings(cfg: Settings) -> dict:
+    """Of what the switch depends on, what a run may change when it goes on."""
+    names = CHANGEABLE + FORECAST if cfg.switch_rule == "forecast" else CHANGEABLE
+    return {name: getattr(cfg, name) for name in names}
+
+
+def switch_due(epochs: list[dict], cfg: Settings, get_rates: GetRates | None = None) -> bool:
     """Whether the switch is due after the last of these records of a full phase: switch_epoch is reached or,
-    without one, a window ends just there and Algorithm 1 passes over the last num_windows.
+    without one, a window ends just there and Algorithm 1 passes over the last num_windows, or the forecast
+    (monitor/forecast.py, which needs `get_rates`) says so.
 
     A window that begins before the learning rate's warmup has ended does not count. Raises as `get_windows`.
     """
-    return is_due_after(len(epochs), get_windows(epochs, cfg), get_warmup_epochs(epochs, cfg), cfg)
+    return is_due_after(epochs, get_windows(epochs, cfg), get_warmup_epochs(epochs, cfg), cfg, get_rates)
 
 
-def find_switch(epochs: list[dict], cfg: Settings, first: int = 1) -> int | None:
+def find_switch(
+    epochs: list[dict], cfg: Settings, get_rates: GetRates | None = None, first: int = 1
+) -> int | None:
     """After how many of these epochs the switch was first due: the smallest n from `first` on for which
-    switch_due(epochs[:n], cfg) holds. None if it is not due yet. Raises as `get_windows`, but for values
-    after the switch.
+    switch_due(epochs[:n], cfg, get_rates) holds. None if it is not due yet. Raises as `get_windows`, but for
+    values after the switch.
     """
     check_settings(cfg)
     check_order(epochs)
@@ -116,7 +129,7 @@ def find_switch(epochs: list[dict], cfg: Settings, first: int = 1) -> int | None
         check_record(record, cfg.target_modules)
         if count % size == 0:
             windows.append(build_window(epochs[count - size : count], cfg.target_modules))
-        if count >= first and is_due_after(count, windows, warmup_epochs, cfg):
+        if count >= first and is_due_after(epochs[:count], windows, warmup_epochs, cfg, get_rates):
             return count
     return None
 
@@ -140,12 +153,15 @@ def get_spans(events: list[dict]) -> list[tuple[int, dict]]:
     return spans
 
 
-def find_own_switch(epochs: list[dict], cfg: Settings, spans: list[tuple[int, dict]]) -> int | None:
+def find_own_switch(
+    epochs: list[dict], cfg: Settings, spans: list[tuple[int, dict]], get_rates: GetRates | None = None
+) -> int | None:
     """`find_switch` by the settings of `get_spans`, each at the epochs for which it held. `cfg`, a dataclass,
     says the rest. Before the first span, epochs that a fork shares, nothing was due."""
     ends = [since for since, _ in spans[1:]]
     for (since, settings), end in zip(spans, [*ends, len(epochs) + 1]):
-        found = find_switch(epochs[: end - 1], dataclasses.replace(cfg, **settings), first=since)
+        judge = dataclasses.replace(cfg, **settings)
+        found = find_switch(epochs[: end - 1], judge, get_rates, first=since)
         if found is not None:
             return found
     return None
@@ -183,12 +199,20 @@ def get_changes(epochs: list[dict], cfg: Settings) -> dict[str, list[float]]:
     return changes
 
 
-def is_due_after(count: int, windows: list[Window], warmup_epochs: float, cfg: Settings) -> bool:
-    """`switch_due` after `count` epochs, whose full windows are given."""
+def is_due_after(
+    epochs: list[dict],
+    windows: list[Window],
+    warmup_epochs: float,
+    cfg: Settings,
+    get_rates: GetRates | None,
+) -> bool:
+    """`switch_due` after these epochs, whose full windows are given."""
     if cfg.switch_epoch is not None:
-        return count >= cfg.switch_epoch
-    if count % cfg.window_epochs != 0:
+        return len(epochs) >= cfg.switch_epoch
+    if not epochs or len(epochs) % cfg.window_epochs != 0:
         return False
+    if cfg.switch_rule == "forecast":
+        return get_outlook(epochs, cfg, get_rates).verdict == "switch"
     counting = [window for window in windows if window.start >= warmup_epochs]
     if len(counting) < cfg.num_windows:
         return False
@@ -267,12 +291,12 @@ def get_signs(cfg, s, epochs: list[dict], baseline: list[dict] | None, next_phas
     signs = failure_signs(epochs, cfg.window_epochs, cfg.zeta, baseline)
     if cfg.mode == "prelora" and s.phase == "full" and s.epoch == cfg.epochs:
         if next_phase == "full":
-            signs.append(
-                f"the convergence test did not pass in time: tau {cfg.tau}, zeta {cfg.zeta}, "
-                f"windows of {cfg.window_epochs}"
-            )
+            what = f"the convergence test did not pass in time: tau {cfg.tau}, zeta {cfg.zeta}"
+            if cfg.switch_rule == "forecast":
+                what = "the forecast expected no gain of a switch, or its fits did not agree"
+            signs.append(f"{what}, windows of {cfg.window_epochs}")
         else:
-            signs.append("the convergence test passed after the last epoch: none is left to train adapters")
+            signs.append("the switch was due after the last epoch: none is left to train adapters")
     return signs
 
 

@@ -1,9 +1,11 @@
 """What a run costs: FLOPs, MFU, peak memory, time on the device, time spent waiting for data, traces."""
 
 import contextlib
+import gc
 import resource
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -98,6 +100,25 @@ class Stopwatch:
             torch.cuda.synchronize()
             return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
         return sum(end - begin for begin, end in pairs)
+
+
+def time_phases(build_step: Callable[[str], Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Median seconds of a step of each phase, each timed by itself and then forgotten, so that no two models
+    take memory at once. `build_step(phase)`: a function that takes a step."""
+    seconds = {}
+    for phase in ("full", "warmup", "lora"):
+        step = build_step(phase)
+        watches = []
+        for _ in range(3 + 9):  # the first three compile, and allocate
+            watch = Stopwatch(device)
+            watch.start()
+            step()
+            watch.stop()
+            watches.append(watch)
+        seconds[phase] = statistics.median(watch.seconds() for watch in watches[3:])
+        del step
+        gc.collect()  # compiled blocks stand in reference cycles, and hold the model
+    return seconds
 
 
 class TimedIterator:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from monitor.convergence import CHANGEABLE
+from monitor.convergence import get_switch_settings
 from monitor.logger import RunLogger
 from monitor.perf import peak_flops
 
@@ -26,7 +26,7 @@ def get_start_record(cfg, s, start, device: torch.device, mesh: DeviceMesh | Non
         "epoch_step": s.epoch_step,
         "phase": s.phase,
         "frozen_blocks": s.frozen_blocks,
-        "switch_settings": {name: getattr(cfg, name) for name in CHANGEABLE},
+        "switch_settings": get_switch_settings(cfg),
         "device": device.type,
         "world_size": len(start.hosts),
         "hosts": start.hosts,
