@@ -3,6 +3,7 @@
     python replay.py runs/baseline                                        the run's own settings
     python replay.py runs/baseline --tau 0.25 0.5 1 --zeta 1 2.5 5        all combinations, RUN/replay.csv too
     python replay.py runs/baseline --window_epochs 2 3 --times runs/exp2  time saved, by another run's epochs
+    python replay.py runs/baseline --switch_rule forecast --calibrate FORK      no thresholds, window by window
     python replay.py --ttest RUN_FULL RUN_LORA                            HPT's criterion on two forks' losses
 
 A run that has switched says nothing of what its weights would have done after that: settings that switch
@@ -28,12 +29,14 @@ from scipy import stats
 import train
 from config.checks import check_config
 from config.cli import parse_flags, typed_config
+from config.ranges import PositiveFloat
 from errors import UserError, exit_with
 from files import PathStr, expand_home
 from lora.ranks import Ranks, count_parameters
 from monitor.convergence import find_own_switch, find_switch, get_spans
+from monitor.forecast import get_outlook, measure_share
 from monitor.log import get_stage, load_run, pick_events, read_run
-from start import count_base, decide_ranks
+from start import count_base, decide_ranks, get_rates
 
 
 @dataclass
@@ -44,13 +47,18 @@ class Replay:
     zeta: tuple[float, ...] | None = None  # thresholds on the loss's change, in %
     num_windows: tuple[int, ...] | None = None  # consecutive windows that must agree
     window_epochs: tuple[int, ...] | None = None  # epochs per window; of --ttest a single number
+    switch_rule: tuple[Literal["algorithm1", "forecast"], ...] | None = None
     rank_rule: tuple[Literal["minmax", "uniform", "budget"], ...] | None = None
+    forecast_share: PositiveFloat | None = None  # forecast: what adapters deliver of the learning left
+    calibrate: PathStr | None = None  # or measure that by this run, which was forked from RUN and switched
+    warmup_cost: PositiveFloat | None = None  # forecast: a warmup step in full ones; None = the run's, or by
+    lora_cost: PositiveFloat | None = None  # and a lora step                         the epochs of `times`
     times: PathStr | None = None  # run with epochs of all phases, for the time saved; None = the run itself
     csv: PathStr | None = None  # where the table goes; None = RUN/replay.csv
     ttest: tuple[PathStr, ...] = ()  # RUN_FULL RUN_LORA: compare their step losses instead
 
 
-SETTINGS = ("tau", "zeta", "num_windows", "window_epochs", "rank_rule")
+SETTINGS = ("switch_rule", "tau", "zeta", "num_windows", "window_epochs", "rank_rule")
 SWITCH_SETTINGS = SETTINGS[:-1]
 # What the two runs of --ttest must share.
 SHARED = ("dataset", "image_size", "model", "epochs", "batch_size", "train_samples", "seed")
@@ -76,7 +84,10 @@ def replay_run(cfg: train.Config, epochs: list[dict], spans=()) -> tuple[int | N
     finite.
     """
     try:
-        epoch = find_own_switch(epochs, cfg, spans) if spans else find_switch(epochs, cfg)
+        if spans:
+            epoch = find_own_switch(epochs, cfg, spans, get_rates)
+        else:
+            epoch = find_switch(epochs, cfg, get_rates)
     except FloatingPointError as error:
         raise UserError(str(error)) from None
     if epoch is None:
@@ -121,9 +132,44 @@ def get_timing(cfg: train.Config, run: str, asked: Replay) -> dict[str, float] |
 
 
 def get_settings(cfg: train.Config, asked: Replay) -> list[dict]:
-    """Every combination of the settings that are asked for; those that are not are the run's."""
+    """Every combination of the settings that are asked for; those that are not are the run's. The forecast
+    has no thresholds: of its combinations that differ in them alone there is the first."""
     values = [getattr(asked, name) or (getattr(cfg, name),) for name in SETTINGS]
-    return [dict(zip(SETTINGS, combination)) for combination in itertools.product(*values)]
+    combinations = {}
+    for combination in itertools.product(*values):
+        setting = dict(zip(SETTINGS, combination))
+        key = dict(setting)
+        if setting["switch_rule"] == "forecast":
+            del key["tau"], key["zeta"]
+        combinations.setdefault(tuple(key.items()), setting)
+    return list(combinations.values())
+
+
+def add_forecast(
+    cfg: train.Config, run: str, asked: Replay, epochs: list[dict], seconds: dict[str, float] | None
+) -> train.Config:
+    """`cfg` with the share and the costs that a forecast needs: those that are `asked` for, the run's own, or
+    measured, by the fork to calibrate with and by `seconds`. Raises UserError for what is not to be had."""
+    given = {}
+    for name in ("forecast_share", "warmup_cost", "lora_cost"):
+        given[name] = getattr(asked, name) or getattr(cfg, name)
+    if asked.calibrate:
+        try:
+            share = measure_share(load_run(asked.calibrate).epochs, epochs, cfg.window_epochs)
+        except ValueError as error:
+            raise UserError(f"{asked.calibrate} and {run}: {error}") from None
+        given["forecast_share"] = round(share, 3)
+    for phase in ("warmup", "lora"):
+        if seconds and not given[f"{phase}_cost"] and phase in seconds:
+            given[f"{phase}_cost"] = round(seconds[phase] / seconds["full"], 3)
+    if cfg.lora_warmup_epochs == 0:
+        given["warmup_cost"] = 1.0  # of nothing
+    if not (given["warmup_cost"] and given["lora_cost"]):
+        raise UserError(
+            "the forecast needs what steps of the other phases cost: --times RUN, which has epochs of all of "
+            "them, or --warmup_cost and --lora_cost"
+        )
+    return dataclasses.replace(cfg, **given)
 
 
 def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
@@ -150,6 +196,8 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
         cfg = dataclasses.replace(cfg, **spans[-1][1])
     seconds = get_timing(cfg, run, asked)
     base, costs = count_base(cfg, train.build_net(cfg))
+    if asked.calibrate or "forecast" in (asked.switch_rule or (cfg.switch_rule,)):
+        cfg = add_forecast(cfg, run, asked, epochs, seconds)
     rows = []
     for setting in get_settings(cfg, asked):
         budget = None if setting["rank_rule"] == "minmax" else cfg.rank_budget
@@ -157,6 +205,8 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
         check_config(tried)
         epoch, ranks = replay_run(tried, full, spans)
         row = {**setting, "switch_epoch": epoch}
+        if tried.switch_rule == "forecast":
+            row["forecast"] = describe_forecast(tried, full)
         if epoch is None:
             row["after"] = len(full)
         else:
@@ -178,11 +228,37 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
     return rows, describe_spans(run, spans), reason
 
 
+def describe_forecast(cfg: train.Config, full: list[dict]) -> str:
+    """What the forecast thought at the end of each window of a full phase, as a table."""
+    titles = (
+        "after",
+        "final loss",
+        "if switched",
+        "epochs in equal time",
+        "their loss",
+        "gain by the last fits",
+    )
+    lines = []
+    for count in range(cfg.window_epochs, len(full) + 1, cfg.window_epochs):
+        outlook = get_outlook(full[:count], cfg, get_rates)
+        losses = (outlook.final, outlook.switched, outlook.equal)
+        final, switched, equal = ("-" if outlook.law is None else f"{loss:.4f}" for loss in losses)
+        gains = " ".join(f"{gain:+.4f}" for gain in outlook.gains) or "-"
+        lines.append(
+            (str(count), final, switched, f"{outlook.equal_epochs:.1f}", equal, gains, outlook.verdict)
+        )
+    costs = f"{cfg.warmup_cost:g} and {cfg.lora_cost:g}"
+    return (
+        f"forecast: steps of warmup and lora phase cost {costs} full ones, adapters deliver "
+        f"{cfg.forecast_share:g} of the learning that is left\n{align([(*titles, 'verdict'), *lines])}"
+    )
+
+
 def describe_spans(run: str, spans: list[tuple[int, dict]]) -> list[str]:
     """A sentence for each change of settings in `spans`."""
     sentences = []
     for (_, before), (since, after) in itertools.pairwise(spans):
-        changes = [f"{name} {value}" for name, value in after.items() if value != before[name]]
+        changes = [f"{name} {value}" for name, value in after.items() if value != before.get(name)]
         sentences.append(
             f"{run} has {', '.join(changes)} from the end of epoch {since} on, and was judged so"
         )
@@ -193,6 +269,7 @@ def format_table(rows: list[dict]) -> str:
     """The rows as text, ranks per family as lowest-highest."""
     ranks_title = "ranks of the layers, per family"
     titles = (
+        "switch rule",
         "tau %",
         "zeta %",
         "windows",
@@ -205,7 +282,10 @@ def format_table(rows: list[dict]) -> str:
     table = [titles]
     for row in rows:
         windows = f"{row['num_windows']} × {row['window_epochs']}"
-        cells = [f"{row['tau']:g}", f"{row['zeta']:g}", windows, row["rank_rule"]]
+        thresholds = [f"{row['tau']:g}", f"{row['zeta']:g}"]
+        if row["switch_rule"] == "forecast":
+            thresholds = ["-", "-"]
+        cells = [row["switch_rule"], *thresholds, windows, row["rank_rule"]]
         if row["switch_epoch"] is None:
             cells += [f"not by {row['after']}", "-", "-", "-"]
         else:
@@ -214,6 +294,11 @@ def format_table(rows: list[dict]) -> str:
             cells += [str(row["switch_epoch"]), f"{row['adapter_params']:,} ({row['share']:.1f} %)"]
             cells += [saved, " ".join(spans)]
         table.append(tuple(cells))
+    return align(table)
+
+
+def align(table: list[tuple[str, ...]]) -> str:
+    """Rows of cells as text, each column but the last right-aligned."""
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = []
     for line in table:
@@ -326,6 +411,8 @@ def main(argv: list[str]) -> int:
             raise UserError("which run? python replay.py RUN, or --ttest RUN_FULL RUN_LORA")
         rows, notes, reason = get_rows(run, asked)
         print(format_table(rows))
+        for table in dict.fromkeys(row["forecast"] for row in rows if "forecast" in row):
+            print(f"\n{table}")
         print("".join(f"{note}\n" for note in notes), end="")
         path = Path(asked.csv or Path(run) / "replay.csv")
         write_csv(path, rows)

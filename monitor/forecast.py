@@ -188,7 +188,7 @@ def measure_share(fork: list[dict], full: list[dict], window_epochs: int) -> flo
     freeze = shared[0]["epoch"] - 1 if shared else 0
     if len(shared) < 2 * window_epochs or freeze not in losses:
         raise ValueError(
-            f"they share {len(shared)} epochs after the freeze: a share needs two windows of {window_epochs}"
+            f"{len(shared)} epochs after the freeze in common, a share needs two windows of {window_epochs}"
         )
     last = shared[-window_epochs:]
     fork_end = np.mean([record["train_loss"] for record in last])
