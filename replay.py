@@ -3,7 +3,7 @@
     python replay.py runs/baseline                                        the run's own settings
     python replay.py runs/baseline --tau 0.25 0.5 1 --zeta 1 2.5 5        all combinations, RUN/replay.csv too
     python replay.py runs/baseline --window_epochs 2 3 --times runs/exp2  time saved, by another run's epochs
-    python replay.py runs/baseline --switch_rule forecast --calibrate FORK      no thresholds, window by window
+    python replay.py runs/baseline --switch_rule forecast --calibrate FORK     no thresholds, window by window
     python replay.py --ttest RUN_FULL RUN_LORA                            HPT's criterion on two forks' losses
 
 A run that has switched says nothing of what its weights would have done after that: settings that switch

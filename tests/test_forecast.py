@@ -1,0 +1,414 @@
+"""monitor/forecast.py: the rule by hand, on logs whose law is known, on truncated ones; and in a run."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from small_runs import events, get_error, no_figures, resume, run  # noqa: F401 (a fixture)
+
+import replay
+import train
+from config.checks import check_config
+from errors import UserError
+from model.optim import get_lr
+from monitor.convergence import find_own_switch, find_switch, get_switch_settings, switch_due
+from monitor.forecast import (
+    MEMORY,
+    LossLaw,
+    fit_law,
+    get_areas,
+    get_logged_rates,
+    get_outlook,
+    judge,
+    measure_share,
+)
+from monitor.perf import time_phases
+from start import get_rates
+
+STEPS, EPOCHS, WARMUP = 20, 24, 20  # an epoch, the run, the learning rate's warmup
+LAW = LossLaw(L0=0.2, A=0.03, alpha=0.6, C=0.5)
+SETTINGS = dict(
+    mode="prelora",
+    switch_rule="forecast",
+    epochs=EPOCHS,
+    window_epochs=2,
+    num_windows=3,
+    switch_epoch=None,
+    lr_warmup_steps=WARMUP,
+    lora_warmup_epochs=1,
+    warmup_cost=1.25,
+    lora_cost=0.75,
+    forecast_share=0.95,
+    tau=0.5,
+    zeta=2.5,
+    target_modules=("q",),
+)
+
+
+def get_settings(**changed):
+    return SimpleNamespace(**(SETTINGS | changed))
+
+
+def get_cosine(cfg, total_steps):
+    return [get_lr(step, 1e-3, cfg.lr_warmup_steps, total_steps) for step in range(total_steps)]
+
+
+def get_law_losses(law, rates) -> list[float]:
+    """The law's loss after each step, by its definition: a double sum over the falls and what is left of
+    them."""
+    losses = []
+    for end in range(len(rates)):
+        S1 = sum(rates[: end + 1])
+        S2 = 0.0
+        for k in range(WARMUP + 1, end + 1):
+            fall = rates[k - 1] - rates[k]
+            S2 += fall * sum(MEMORY ** (i - k) for i in range(k, end + 1))
+        losses.append(law.L0 + law.A * S1**-law.alpha - law.C * S2)
+    return losses
+
+
+def make_log(losses, rates, count=EPOCHS, noise=0.0) -> list[dict]:
+    """Epoch records of a full phase whose steps had these losses."""
+    random = np.random.default_rng(0)
+    records = []
+    for epoch in range(1, count + 1):
+        mean = float(np.mean(losses[(epoch - 1) * STEPS : epoch * STEPS]))
+        records.append(
+            {
+                "event": "epoch",
+                "epoch": epoch,
+                "step": epoch * STEPS,
+                "phase": "full",
+                "lr": rates[epoch * STEPS - 1],
+                "train_loss": mean + noise * float(random.standard_normal()),
+                "weight_norms": {"q": [1.0]},
+            }
+        )
+    return records
+
+
+@pytest.fixture(scope="module")
+def rates():
+    return get_cosine(get_settings(), EPOCHS * STEPS)
+
+
+@pytest.fixture(scope="module")
+def losses(rates):
+    return get_law_losses(LAW, rates)
+
+
+def test_areas_by_hand():
+    """Two steps of warmup; then the rate stays, falls by 1, by 1 again, and rises by 0.5."""
+    S1, S2 = get_areas(np.array([1.0, 2.0, 2.0, 1.0, 0.0, 0.5]), warmup_steps=2)
+    m = MEMORY
+    np.testing.assert_allclose(S1, [1, 3, 5, 6, 6, 6.5])
+    falls = [0, 0, 0, 1, 1 + m, -0.5 + m * (1 + m)]
+    np.testing.assert_allclose(S2, np.cumsum(falls))
+
+
+def test_the_areas_are_the_law_s_double_sum(losses, rates):
+    S1, S2 = get_areas(np.array(rates), WARMUP)
+    mine = [LAW.get_loss(*areas) for areas in zip(S1, S2)]
+    np.testing.assert_allclose(mine[WARMUP:], losses[WARMUP:], rtol=1e-12)
+
+
+def test_logged_rates_by_hand():
+    """The first epoch rises from 0, then straight lines from end to end."""
+    log = [{"step": 2, "lr": 2.0}, {"step": 4, "lr": 1.0}]
+    np.testing.assert_allclose(get_logged_rates(log), [1.0, 2.0, 1.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    "law", [LAW, LossLaw(0.0, 0.1, 0.3, 0.2), LossLaw(0.5, 0.01, 1.2, 0.0), LossLaw(1.0, 0.0, 0.5, 0.0)]
+)
+def test_a_fit_finds_the_law_that_made_the_log(law, rates):
+    losses = np.array(get_law_losses(law, rates))
+    S1, S2 = get_areas(np.array(rates), WARMUP)
+    epochs = np.stack([S1, S2, losses])[:, WARMUP:].reshape(3, EPOCHS - 1, STEPS)
+    found = fit_law(epochs[0], epochs[1], epochs[2].mean(axis=1))
+    assert found.L0 + found.C + found.A >= 0 and min(found) >= 0
+    np.testing.assert_allclose(found.get_loss(S1, S2)[WARMUP:], losses[WARMUP:], atol=1e-5)
+    if law.A:  # else alpha is anything
+        np.testing.assert_allclose(found, law, rtol=0.01, atol=2e-3)
+
+
+def test_a_fit_never_goes_below_0(rates):
+    """A log that rises as the rate falls: no law of this form has that, and the nearest is flat."""
+    S1, S2 = (area[WARMUP:].reshape(-1, STEPS) for area in get_areas(np.array(rates), WARMUP))
+    rising = np.linspace(0.5, 1.0, EPOCHS - 1)
+    found = fit_law(S1, S2, rising)
+    assert min(found) >= 0 and found.C == 0
+    assert found.get_loss(S1, S2).mean(axis=1) == pytest.approx(rising.mean(), abs=0.01)
+
+
+def get_truth(losses, count, cfg):
+    """(final, switched, equal) after `count` epochs, from the law itself and not from a fit."""
+    freeze = count + cfg.lora_warmup_epochs
+    final, left = losses[-1], losses[freeze * STEPS - 1] - losses[-1]
+    equal_epochs = count + cfg.lora_warmup_epochs * cfg.warmup_cost
+    equal_epochs += (cfg.epochs - freeze) * cfg.lora_cost
+    equal = get_law_losses(LAW, get_cosine(cfg, round(equal_epochs * STEPS)))[-1]
+    return final, final + (1 - cfg.forecast_share) * left, equal_epochs, equal
+
+
+@pytest.mark.parametrize("count", [10, 12, 16, 20, 22])
+def test_the_outlook_on_a_truncated_log_is_the_law_s_own(losses, rates, count):
+    cfg = get_settings()
+    outlook = get_outlook(make_log(losses, rates, count), cfg, get_cosine)
+    final, switched, equal_epochs, equal = get_truth(losses, count, cfg)
+    assert outlook.epoch == count and outlook.equal_epochs == equal_epochs
+    # In the log the rate runs straight from epoch to epoch, so a hair beside the cosine.
+    assert outlook.final == pytest.approx(final, abs=2e-3)
+    assert outlook.switched == pytest.approx(switched, abs=2e-3)
+    assert outlook.equal == pytest.approx(equal, abs=2e-3)
+
+
+def test_the_switch_is_where_the_law_puts_it(losses, rates):
+    """At the first window's end at which the law itself, unfitted, expects a gain; with enough fits."""
+    log = make_log(losses, rates)
+    found = {}
+    for share in (0.5, 0.815, 0.825, 0.9, 1.0):
+        cfg = get_settings(forecast_share=share)
+        ends = range(12, EPOCHS, 2)  # the first with fits up to 8, 10 and 12 epochs
+        truth = [count for count in ends if get_gain(losses, count, cfg) > 0]
+        found[share] = find_switch(log, cfg, get_cosine)
+        assert found[share] == (truth[0] if truth else None)
+    assert list(found.values()) == [None, 16, 14, 12, 12]
+
+
+def get_gain(losses, count, cfg):
+    _, switched, _, equal = get_truth(losses, count, cfg)
+    return equal - switched
+
+
+def test_a_cheap_lora_phase_switches_earlier_and_a_dear_one_never(losses, rates):
+    log = make_log(losses, rates)
+    cheap, dear = get_settings(lora_cost=0.4, forecast_share=0.9), get_settings(lora_cost=1.0)
+    assert find_switch(log, cheap, get_cosine) == 12
+    assert find_switch(log, dear, get_cosine) is None
+
+
+def test_it_is_due_only_at_a_window_s_end_and_never_before_there_are_enough_fits(losses, rates):
+    cfg = get_settings(forecast_share=1.0)
+    due = [n for n in range(EPOCHS) if switch_due(make_log(losses, rates, n), cfg, get_cosine)]
+    assert due[0] == 12 and all(n % 2 == 0 for n in due)
+    verdicts = [get_outlook(make_log(losses, rates, n), cfg, get_cosine).verdict for n in (2, 6, 8, 10)]
+    assert verdicts == ["too early"] * 4
+    assert get_outlook(make_log(losses, rates, 6), cfg, get_cosine).law is None  # 5 epochs after the warmup
+
+
+def test_successive_fits_that_disagree_decide_nothing(losses, rates):
+    """From epoch 10 on the loss falls more slowly than before: fits up to there expect too much of the
+    annealing that is left, and no gain of a switch; later ones expect one. All three must."""
+    kinked = make_log(losses, rates)
+    for record in kinked[10:]:
+        record["train_loss"] += 0.0125 * (record["epoch"] - 10)
+    cfg = get_settings(forecast_share=0.82)
+    outlooks = {n: get_outlook(kinked[:n], cfg, get_cosine) for n in (12, 14, 16)}
+    assert [outlook.verdict for outlook in outlooks.values()] == ["fits disagree", "fits disagree", "switch"]
+    assert outlooks[14].gains[0] < 0 < outlooks[14].gains[2]
+    assert find_switch(kinked, cfg, get_cosine) == 16
+    newest = get_settings(forecast_share=0.82, num_windows=2)  # fewer are to agree: it is less careful
+    assert find_switch(kinked, newest, get_cosine) == 14
+
+
+@pytest.mark.parametrize(
+    "gains, verdict",
+    [
+        ((), "too early"),
+        ((0.1, 0.2), "too early"),
+        ((0.1, 0.2, 0.3), "switch"),
+        ((0.1, 0.0, 0.3), "fits disagree"),
+        ((0.1, 0.2, -0.3), "fits disagree"),
+        ((-0.1, 0.0, -0.3), "wait"),
+    ],
+)
+def test_verdicts(gains, verdict):
+    assert judge(gains, needed=3) == verdict
+
+
+def test_the_end_of_the_run_is_no_place_to_switch(losses, rates):
+    """After the last epoch nothing is left to be gained, nor before it where only the warmup would follow."""
+    cfg = get_settings(forecast_share=1.0)
+    last = get_outlook(make_log(losses, rates), cfg, get_cosine)
+    assert last.equal_epochs == EPOCHS and last.gains[-1] == pytest.approx(0, abs=1e-3)
+    only_warmup = get_settings(forecast_share=1.0, lora_warmup_epochs=2)
+    assert get_outlook(make_log(losses, rates, 22), only_warmup, get_cosine).verdict == "wait"
+
+
+def test_a_loss_that_is_not_finite_is_an_error(losses, rates):
+    log = make_log(losses, rates, 12)
+    log[3]["train_loss"] = math.nan
+    with pytest.raises(FloatingPointError, match="epoch 4: the training loss is not finite"):
+        get_outlook(log, get_settings(), get_cosine)
+
+
+def test_settings_that_changed_on_the_way_judge_from_then_on(losses, rates):
+    """Spans as a run's starts have them: share 0.5 up to epoch 15's end, 1.0 from then on."""
+
+    @dataclasses.dataclass
+    class Settings:
+        pass
+
+    cfg = dataclasses.make_dataclass("Settings", [*SETTINGS, "lr", "lr_schedule", "lr_decay_share"])(
+        **SETTINGS, lr=1e-3, lr_schedule="cosine", lr_decay_share=0.2
+    )
+    strict = get_switch_settings(dataclasses.replace(cfg, forecast_share=0.5))
+    loose = get_switch_settings(dataclasses.replace(cfg, forecast_share=1.0))
+    log = make_log(losses, rates)
+    assert {"forecast_share", "lora_cost", "epochs", "lr"} <= strict.keys()
+    assert find_own_switch(log, cfg, [(0, strict), (15, loose)], get_cosine) == 16
+    assert find_own_switch(log, cfg, [(0, strict)], get_cosine) is None
+    by_thresholds = dataclasses.replace(cfg, switch_rule="algorithm1")
+    assert "forecast_share" not in get_switch_settings(by_thresholds)
+
+
+# ---- calibration
+
+
+def get_losses_log(phases: str, losses: list[float]) -> list[dict]:
+    names = {"f": "full", "w": "warmup", "l": "lora"}
+    return [
+        {"event": "epoch", "epoch": i, "phase": names[phase], "train_loss": loss}
+        for i, (phase, loss) in enumerate(zip(phases, losses), 1)
+    ]
+
+
+def test_share_by_hand():
+    """From 1.0 at the freeze, after epoch 3, all parameters come to 0.6 and the fork to 0.7: 0.3 of 0.4."""
+    full = get_losses_log("fffffff", [2.0, 1.5, 1.0, 0.9, 0.8, 0.7, 0.5])
+    fork = get_losses_log("ffwllll", [2.0, 1.5, 1.1, 1.2, 0.9, 0.8, 0.6])
+    assert measure_share(fork, full, window_epochs=2) == pytest.approx(0.75)
+    # A fork that stopped earlier shares four epochs less one: windows 5 and 6, (0.85, 0.75).
+    assert measure_share(fork[:-1], full, window_epochs=1) == pytest.approx((1.0 - 0.8) / (1.0 - 0.7))
+
+
+def test_shares_that_can_t_be_had():
+    full = get_losses_log("fffffff", [2.0, 1.5, 1.0, 0.9, 0.8, 0.7, 0.5])
+    fork = get_losses_log("ffwllll", [2.0, 1.5, 1.1, 1.2, 0.9, 0.8, 0.6])
+    with pytest.raises(ValueError, match="3 epochs after the freeze in common"):
+        measure_share(fork[:-1], full, window_epochs=2)
+    with pytest.raises(ValueError, match="0 epochs after the freeze in common"):
+        measure_share(full, full, window_epochs=2)
+    flat = get_losses_log("fffffff", [1.0] * 7)
+    with pytest.raises(ValueError, match="all parameters learned nothing after epoch 3"):
+        measure_share(fork, flat, window_epochs=2)
+
+
+# ---- costs
+
+
+def test_phases_are_timed_one_by_one_and_forgotten():
+    taken, alive = [], []
+
+    class Step:
+        def __init__(self, phase):
+            self.phase = phase
+            alive.append(phase)
+
+        def __call__(self):
+            taken.append(self.phase)
+
+        def __del__(self):
+            alive.remove(self.phase)
+
+    def build_step(phase):
+        assert not alive  # the one before is gone
+        return Step(phase)
+
+    seconds = time_phases(build_step, torch.device("cpu"))
+    assert list(seconds) == ["full", "warmup", "lora"] and min(seconds.values()) > 0
+    assert taken == ["full"] * 12 + ["warmup"] * 12 + ["lora"] * 12 and not alive
+
+
+# ---- in a run
+
+RUN = "--switch_rule forecast --forecast_share 1.5 --lora_warmup_epochs 1 --window_epochs 1 --num_windows 2"
+RUN = [*RUN.split(), "--epochs", 12, "--lora_cost", 0.5]
+
+
+def test_a_run_switches_by_the_forecast_and_replay_says_the_same(small, tmp_path, capsys):
+    """The costs that are not given are timed before the first step, written where a resume finds them, and
+    leave the run as it would have been."""
+    run_dir = tmp_path / "run"
+    did = run(small, run_dir, *RUN)
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["lora_cost"] == 0.5 and config["warmup_cost"] > 0
+    start = next(record for record in did if record["event"] == "start")
+    assert start["switch_settings"]["warmup_cost"] == config["warmup_cost"]
+    assert any("forecast: steps cost" in note for note in start["notes"])
+    switches = [record for record in did if record["event"] == "switch"]
+    assert [switch["to"] for switch in switches] == ["warmup", "lora"]
+    assert replay.main([str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines()]
+    assert [row[7] for row in rows if row and row[0] == "forecast"] == [str(switches[0]["epoch"])]
+    assert "adapters deliver 1.5 of the learning that is left" in said
+    assert [row[0] for row in rows if row and row[-1] == "switch"] == [str(switches[0]["epoch"])]
+
+    given = ["--warmup_cost", config["warmup_cost"]]  # nothing is timed
+    again = run(small, tmp_path / "again", *RUN, *given)
+    assert not any("forecast" in note for note in again[0]["notes"])
+    losses = [record["train_loss"] for record in did if record["event"] == "epoch"]
+    assert losses == [record["train_loss"] for record in again if record["event"] == "epoch"]
+
+
+def test_a_resumed_run_keeps_the_costs_that_were_timed(small, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    run(small, run_dir, *RUN, "--max_steps", 15)
+    timed = json.loads((run_dir / "config.json").read_text())["warmup_cost"]
+    monkeypatch.setattr(train, "time_phases", None)  # a second timing would be an error
+    assert resume(run_dir, "--max_steps", "None") == 0
+    assert json.loads((run_dir / "config.json").read_text())["warmup_cost"] == timed
+    assert [event["to"] for event in events(run_dir, "switch")] == ["warmup", "lora"]
+
+
+def test_a_run_whose_forecast_never_expects_a_gain_says_so_at_its_end(small, tmp_path):
+    costs = ["--warmup_cost", 2.0, "--lora_cost", 2.0, "--forecast_share", 0.1]
+    did = run(small, tmp_path / "run", *RUN, *costs)
+    assert not [record for record in did if record["event"] == "switch"]
+    warnings = [record["message"] for record in did if record["event"] == "warning"]
+    assert any("the forecast expected no gain of a switch" in warning for warning in warnings)
+
+
+def test_replay_measures_share_and_costs(small, tmp_path, capsys):
+    full, fork, csv = tmp_path / "full", tmp_path / "fork", tmp_path / "x.csv"
+    run(small, full, "--mode", "full", "--epochs", 10, "--keep_every", 1)
+    switch = ["--mode", "prelora", "--switch_epoch", 3, "--lora_warmup_epochs", 1]
+    run(small, fork, "--epochs", 10, "--fork", f"{full}@3", *switch)
+    asked = [str(full), "--switch_rule", "forecast", "--calibrate", str(fork), "--csv", str(csv)]
+    assert replay.main([*asked, "--times", str(fork)]) == 0
+    share = measure_share(events(fork, "epoch"), events(full, "epoch"), 1)
+    assert f"adapters deliver {round(share, 3):g} of the learning" in capsys.readouterr().out
+    assert replay.main(asked) == 2
+    assert "needs what steps of the other phases cost: --times RUN" in get_error(capsys)
+    asked[4] = str(full)
+    assert replay.main([*asked, "--times", str(fork)]) == 2
+    assert "0 epochs after the freeze in common" in get_error(capsys)
+    assert replay.main([str(full), "--switch_rule", "forecast", "--times", str(fork)]) == 2
+    assert "needs --forecast_share" in get_error(capsys)
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"mode": "full"}, "mode full does not ask"),
+        ({"mode": "lora"}, "mode lora does not ask"),
+        ({"forecast_share": None}, "needs --forecast_share"),
+    ],
+)
+def test_settings_that_make_no_forecast(changed, said):
+    fine = train.Config(switch_rule="forecast", forecast_share=0.9)
+    check_config(fine)
+    with pytest.raises(UserError, match=said):
+        check_config(dataclasses.replace(fine, **changed))
+
+
+def test_the_rates_are_those_of_the_run():
+    cfg = train.Config(lr_schedule="wsd", lr_warmup_steps=10, lr=2e-3)
+    rates = get_rates(cfg, 100)
+    assert rates == [get_lr(step, 2e-3, 10, 100, "wsd", 0.2) for step in range(100)]
