@@ -29,12 +29,12 @@ from scipy import stats
 import train
 from config.checks import check_config
 from config.cli import parse_flags, typed_config
-from config.ranges import PositiveFloat
+from config.ranges import NonNegativeFloat, PositiveFloat
 from errors import UserError, exit_with
 from files import PathStr, expand_home
 from lora.ranks import Ranks, count_parameters
 from monitor.convergence import find_own_switch, find_switch, get_spans
-from monitor.forecast import get_outlook, measure_share
+from monitor.forecast import get_outlook, measure_shortfall
 from monitor.log import get_stage, load_run, pick_events, read_run
 from start import count_base, decide_ranks, get_rates
 
@@ -49,7 +49,7 @@ class Replay:
     window_epochs: tuple[int, ...] | None = None  # epochs per window; of --ttest a single number
     switch_rule: tuple[Literal["algorithm1", "forecast"], ...] | None = None
     rank_rule: tuple[Literal["minmax", "uniform", "budget"], ...] | None = None
-    forecast_share: PositiveFloat | None = None  # forecast: what adapters deliver of the learning left
+    forecast_shortfall: NonNegativeFloat | None = None  # forecast: what adapters leave undelivered
     calibrate: PathStr | None = None  # or measure that by this run, which was forked from RUN and switched
     warmup_cost: PositiveFloat | None = None  # forecast: a warmup step in full ones; None = the run's, or by
     lora_cost: PositiveFloat | None = None  # and a lora step                         the epochs of `times`
@@ -148,17 +148,18 @@ def get_settings(cfg: train.Config, asked: Replay) -> list[dict]:
 def add_forecast(
     cfg: train.Config, run: str, asked: Replay, epochs: list[dict], seconds: dict[str, float] | None
 ) -> train.Config:
-    """`cfg` with the share and the costs that a forecast needs: those that are `asked` for, the run's own, or
-    measured, by the fork to calibrate with and by `seconds`. Raises UserError for what is not to be had."""
+    """`cfg` with the shortfall and the costs that a forecast needs: those that are `asked` for, the run's
+    own, or measured, by the fork to calibrate with and by `seconds`. Raises UserError for what is not to be
+    had."""
     given = {}
-    for name in ("forecast_share", "warmup_cost", "lora_cost"):
-        given[name] = getattr(asked, name) or getattr(cfg, name)
+    for name in ("forecast_shortfall", "warmup_cost", "lora_cost"):
+        given[name] = getattr(cfg, name) if getattr(asked, name) is None else getattr(asked, name)
     if asked.calibrate:
         try:
-            share = measure_share(load_run(asked.calibrate).epochs, epochs, cfg.window_epochs)
+            shortfall = measure_shortfall(load_run(asked.calibrate).epochs, epochs, cfg.window_epochs)
         except ValueError as error:
             raise UserError(f"{asked.calibrate} and {run}: {error}") from None
-        given["forecast_share"] = round(share, 3)
+        given["forecast_shortfall"] = round(shortfall, 3)
     for phase in ("warmup", "lora"):
         if seconds and not given[f"{phase}_cost"] and phase in seconds:
             given[f"{phase}_cost"] = round(seconds[phase] / seconds["full"], 3)
@@ -249,8 +250,8 @@ def describe_forecast(cfg: train.Config, full: list[dict]) -> str:
         )
     costs = f"{cfg.warmup_cost:g} and {cfg.lora_cost:g}"
     return (
-        f"forecast: steps of warmup and lora phase cost {costs} full ones, adapters deliver "
-        f"{cfg.forecast_share:g} of the learning that is left\n{align([(*titles, 'verdict'), *lines])}"
+        f"forecast: steps of warmup and lora phase cost {costs} full ones, the shortfall is "
+        f"{cfg.forecast_shortfall:g}\n{align([(*titles, 'verdict'), *lines])}"
     )
 
 

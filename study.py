@@ -30,6 +30,7 @@ from scipy import stats
 
 import evaluate
 import replay
+import study_method
 import train
 from benchmarks.choices import describe_device, get_ranks, repeat_noise
 from benchmarks.contenders import build_contender
@@ -371,6 +372,7 @@ def write_report() -> None:
     DOC.write_text(before + MARKS[0] + "\n" + "\n\n".join(tables) + "\n" + MARKS[1] + after)
     print(f"wrote {DOC}")
     draw_figures()
+    study_method.write_report(costs["measured"][study_method.MAIN.name])
 
 
 def draw_figures() -> None:

@@ -84,7 +84,7 @@ MAIN_FORKS = [
     Arm("prelora", seeds=5, text="Exp2, w 2, alpha 64 (the study before)"),
 ]
 OPTIONS = [
-    Arm("best10", f"{AT_10} {BEST}", text="PreLoRA at 10, else the same"),
+    Arm("best10", f"{AT_10} {BEST}", 5, text="PreLoRA at 10, else the same"),
     Arm("best_mean", f"{AT_14} {BEST} --freeze_mean True",
         text="PreLoRA at 14, frozen at the mean of two epochs"),
     Arm("best_frozen", f"{AT_14} {BEST} --freeze_blocks 1",
@@ -114,6 +114,16 @@ STATIC = [
     )
 ]
 # fmt: on
+# docs/method.md's: the arm `best` switched at every other window's end. (10, 12 and 14 stand above.)
+WINDOWS = [
+    Arm(
+        f"best{epoch}",
+        f"--switch_epoch {epoch} --lora_warmup_epochs 1 {BEST}",
+        5,
+        text=f"PreLoRA at {epoch}, else the same",
+    )
+    for epoch in (4, 6, 8, 16, 18, 20, 22)
+]
 FORKS = [*MAIN_FORKS, *OPTIONS, *SWEEP]
 ARMS = [BASELINE, *EQUAL, *DECAYS, *MAIN_FORKS, *OPTIONS, *STATIC, *SWEEP]
 DRAWN = "baseline equal23 best best12 authors exp2_best static_alpha64".split()  # in figures 4 to 7
@@ -308,7 +318,9 @@ def train_all(needs_checkpoints: tuple[int, ...] = ()) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    missing = [(arm, seed) for arm in ARMS for seed in range(arm.seeds) if not is_kept(arm, seed)]
+    missing = [
+        (arm, seed) for arm in (*ARMS, *WINDOWS) for seed in range(arm.seeds) if not is_kept(arm, seed)
+    ]
     seeds = {seed for arm, seed in missing if arm.fork or arm is BASELINE}
     seeds |= set(needs_checkpoints)
     torch.set_num_threads(1)  # of each of the pool's threads, which evaluate, too

@@ -134,7 +134,7 @@ class Config:
     zeta: PositiveFloat = 2.5  # Algorithm 1: threshold on the training loss's change between windows, in %
     num_windows: int = 3  # k, consecutive windows that must agree; forecast: fits up to their ends
     window_epochs: PositiveInt = 3  # m, epochs per window
-    forecast_share: PositiveFloat | None = None  # forecast: of the learning left, what adapters deliver
+    forecast_shortfall: NonNegativeFloat | None = None  # forecast: of adapters, by one fork (replay.py)
     warmup_cost: PositiveFloat | None = None  # forecast: a step of the warmup in full ones; None = timed
     lora_cost: PositiveFloat | None = None  # forecast: a step of the lora phase; None = timed at the start
     switch_epoch: PositiveInt | None = None  # switch after so many epochs instead of by a rule

@@ -148,9 +148,9 @@ def check_forecast(cfg) -> None:
         "--switch_rule algorithm1",
     )
     require(
-        cfg.forecast_share is not None,
-        "switch_rule forecast needs --forecast_share, what adapters deliver of the learning that is left: "
-        "`python replay.py BASELINE --calibrate FORK` measures it",
+        cfg.forecast_shortfall is not None,
+        "switch_rule forecast needs --forecast_shortfall, what adapters leave undelivered: "
+        "`python replay.py BASELINE --switch_rule forecast --calibrate FORK` measures it",
     )
 
 

@@ -28,7 +28,13 @@ class Settings(Protocol):
 
 # Those that a run may change when it goes on. Each start's record has them, as "switch_settings".
 CHANGEABLE = ("switch_rule", "tau", "zeta", "num_windows", "switch_epoch", "lr_warmup_steps")
-FORECAST = ("forecast_share", "warmup_cost", "lora_cost", "lora_warmup_epochs", "epochs")  # and, by that rule
+FORECAST = (
+    "forecast_shortfall",
+    "warmup_cost",
+    "lora_cost",
+    "lora_warmup_epochs",
+    "epochs",
+)  # and, by that rule
 FORECAST += ("lr", "lr_schedule", "lr_decay_share")
 
 

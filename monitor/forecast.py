@@ -7,10 +7,14 @@ expected final losses, both from a loss law fitted to the full phase's log (arXi
     L = L0 + A · S1^-α - C · S2        S1: the sum of the learning rates so far; S2: what has been annealed
 
 With L(T) for all parameters over the whole run of T epochs, w epochs of warmup, costs c in full epochs, and
-`share`, what adapters deliver of the learning that is left at the freeze:
+`left` = L(e + w) - L(T), the learning that is left at the freeze:
 
-    switched after e:   L(T) + (1 - share) · (L(e + w) - L(T))
+    switched after e:   L(T) + shortfall · left²
     equal time:         L'(T') with T' = e + w · c_warmup + (T - e - w) · c_lora, its own schedule over T'
+
+Of the learning that is left adapters deliver the share 1 - shortfall · left: the more there is, the less of
+it fits into their few directions. So docs/method.md found it, where a share that is the same at every switch
+was right at one of them only. One fork, wherever it switched, calibrates `shortfall` (1 / loss).
 
 The log is the state: these are functions of epoch records, and keep nothing. `get_rates(cfg, n)` gives the
 learning rate of each step that a run of n steps with all parameters would have.
@@ -43,7 +47,7 @@ class ForecastSettings(Protocol):
     lora_warmup_epochs: int  # w
     warmup_cost: float | None  # an epoch of the warmup, in epochs with all parameters
     lora_cost: float | None  # and one of the lora phase
-    forecast_share: float | None  # of the learning left at the freeze, what adapters deliver
+    forecast_shortfall: float | None  # loss that adapters leave undelivered, over (loss left at the freeze)²
 
 
 class LossLaw(NamedTuple):
@@ -144,7 +148,11 @@ def get_outlook(epochs: list[dict], cfg: ForecastSettings, get_rates: GetRates) 
         """(final, switched, equal) by this law."""
         final = law.get_loss(S1[-1], S2[-1])
         left = law.get_loss(S1[freeze * steps_per_epoch - 1], S2[freeze * steps_per_epoch - 1]) - final
-        return final, final + (1 - cfg.forecast_share) * left, law.get_loss(equal_S1[-1], equal_S2[-1])
+        return (
+            final,
+            final + cfg.forecast_shortfall * left * abs(left),
+            law.get_loss(equal_S1[-1], equal_S2[-1]),
+        )
 
     first = math.ceil(cfg.lr_warmup_steps / steps_per_epoch)  # the epochs before it are not fitted
     losses = np.array([record["train_loss"] for record in epochs])
@@ -176,9 +184,10 @@ def judge(gains: tuple[float, ...], needed: int) -> str:
     return "fits disagree"
 
 
-def measure_share(fork: list[dict], full: list[dict], window_epochs: int) -> float:
-    """`forecast_share` from a run that was forked off another and switched: of the training loss that all
-    parameters took off from the freeze to the last epochs that both have, what the fork's adapters took off.
+def measure_shortfall(fork: list[dict], full: list[dict], window_epochs: int) -> float:
+    """`forecast_shortfall` from a run that was forked off another and switched: how much higher its training
+    loss ended, in the last epochs that both have, over the square of what all parameters took off from the
+    freeze to there. 0 for a fork that ended lower.
 
     `fork`, `full`: epoch records. The ends are means over the last window_epochs epochs. Raises ValueError
     where the fork's lora phase and the full run share less than two windows, or nothing was left to learn.
@@ -188,7 +197,8 @@ def measure_share(fork: list[dict], full: list[dict], window_epochs: int) -> flo
     freeze = shared[0]["epoch"] - 1 if shared else 0
     if len(shared) < 2 * window_epochs or freeze not in losses:
         raise ValueError(
-            f"{len(shared)} epochs after the freeze in common, a share needs two windows of {window_epochs}"
+            f"{len(shared)} epochs after the freeze in common, a calibration needs two windows of "
+            f"{window_epochs}"
         )
     last = shared[-window_epochs:]
     fork_end = np.mean([record["train_loss"] for record in last])
@@ -196,6 +206,6 @@ def measure_share(fork: list[dict], full: list[dict], window_epochs: int) -> flo
     left = losses[freeze] - full_end
     if not left > 0:
         raise ValueError(
-            f"all parameters learned nothing after epoch {freeze}: {losses[freeze]} -> {full_end}"
+            f"all parameters learned nothing after epoch {freeze}: {losses[freeze]:.4f} -> {full_end:.4f}"
         )
-    return float((losses[freeze] - fork_end) / left)
+    return max(float((fork_end - full_end) / left**2), 0.0)

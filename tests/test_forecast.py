@@ -24,7 +24,7 @@ from monitor.forecast import (
     get_logged_rates,
     get_outlook,
     judge,
-    measure_share,
+    measure_shortfall,
 )
 from monitor.perf import time_phases
 from start import get_rates
@@ -42,7 +42,7 @@ SETTINGS = dict(
     lora_warmup_epochs=1,
     warmup_cost=1.25,
     lora_cost=0.75,
-    forecast_share=0.95,
+    forecast_shortfall=1.0,
     tau=0.5,
     zeta=2.5,
     target_modules=("q",),
@@ -152,7 +152,7 @@ def get_truth(losses, count, cfg):
     equal_epochs = count + cfg.lora_warmup_epochs * cfg.warmup_cost
     equal_epochs += (cfg.epochs - freeze) * cfg.lora_cost
     equal = get_law_losses(LAW, get_cosine(cfg, round(equal_epochs * STEPS)))[-1]
-    return final, final + (1 - cfg.forecast_share) * left, equal_epochs, equal
+    return final, final + cfg.forecast_shortfall * left**2, equal_epochs, equal
 
 
 @pytest.mark.parametrize("count", [10, 12, 16, 20, 22])
@@ -171,13 +171,13 @@ def test_the_switch_is_where_the_law_puts_it(losses, rates):
     """At the first window's end at which the law itself, unfitted, expects a gain; with enough fits."""
     log = make_log(losses, rates)
     found = {}
-    for share in (0.5, 0.815, 0.825, 0.9, 1.0):
-        cfg = get_settings(forecast_share=share)
+    for shortfall in (100.0, 20.0, 10.0, 5.0, 0.0):
+        cfg = get_settings(forecast_shortfall=shortfall)
         ends = range(12, EPOCHS, 2)  # the first with fits up to 8, 10 and 12 epochs
         truth = [count for count in ends if get_gain(losses, count, cfg) > 0]
-        found[share] = find_switch(log, cfg, get_cosine)
-        assert found[share] == (truth[0] if truth else None)
-    assert list(found.values()) == [None, 16, 14, 12, 12]
+        found[shortfall] = find_switch(log, cfg, get_cosine)
+        assert found[shortfall] == (truth[0] if truth else None)
+    assert list(found.values()) == [None, 20, 18, 14, 12]
 
 
 def get_gain(losses, count, cfg):
@@ -187,13 +187,15 @@ def get_gain(losses, count, cfg):
 
 def test_a_cheap_lora_phase_switches_earlier_and_a_dear_one_never(losses, rates):
     log = make_log(losses, rates)
-    cheap, dear = get_settings(lora_cost=0.4, forecast_share=0.9), get_settings(lora_cost=1.0)
-    assert find_switch(log, cheap, get_cosine) == 12
-    assert find_switch(log, dear, get_cosine) is None
+    found = [
+        find_switch(log, get_settings(lora_cost=cost, forecast_shortfall=10.0), get_cosine)
+        for cost in (0.4, 0.75, 1.0)
+    ]
+    assert found == [12, 18, None]
 
 
 def test_it_is_due_only_at_a_window_s_end_and_never_before_there_are_enough_fits(losses, rates):
-    cfg = get_settings(forecast_share=1.0)
+    cfg = get_settings(forecast_shortfall=0.0)
     due = [n for n in range(EPOCHS) if switch_due(make_log(losses, rates, n), cfg, get_cosine)]
     assert due[0] == 12 and all(n % 2 == 0 for n in due)
     verdicts = [get_outlook(make_log(losses, rates, n), cfg, get_cosine).verdict for n in (2, 6, 8, 10)]
@@ -207,12 +209,12 @@ def test_successive_fits_that_disagree_decide_nothing(losses, rates):
     kinked = make_log(losses, rates)
     for record in kinked[10:]:
         record["train_loss"] += 0.0125 * (record["epoch"] - 10)
-    cfg = get_settings(forecast_share=0.82)
+    cfg = get_settings(forecast_shortfall=12.0)
     outlooks = {n: get_outlook(kinked[:n], cfg, get_cosine) for n in (12, 14, 16)}
     assert [outlook.verdict for outlook in outlooks.values()] == ["fits disagree", "fits disagree", "switch"]
     assert outlooks[14].gains[0] < 0 < outlooks[14].gains[2]
     assert find_switch(kinked, cfg, get_cosine) == 16
-    newest = get_settings(forecast_share=0.82, num_windows=2)  # fewer are to agree: it is less careful
+    newest = get_settings(forecast_shortfall=12.0, num_windows=2)  # fewer are to agree: it is less careful
     assert find_switch(kinked, newest, get_cosine) == 14
 
 
@@ -233,10 +235,10 @@ def test_verdicts(gains, verdict):
 
 def test_the_end_of_the_run_is_no_place_to_switch(losses, rates):
     """After the last epoch nothing is left to be gained, nor before it where only the warmup would follow."""
-    cfg = get_settings(forecast_share=1.0)
+    cfg = get_settings(forecast_shortfall=0.0)
     last = get_outlook(make_log(losses, rates), cfg, get_cosine)
     assert last.equal_epochs == EPOCHS and last.gains[-1] == pytest.approx(0, abs=1e-3)
-    only_warmup = get_settings(forecast_share=1.0, lora_warmup_epochs=2)
+    only_warmup = get_settings(forecast_shortfall=0.0, lora_warmup_epochs=2)
     assert get_outlook(make_log(losses, rates, 22), only_warmup, get_cosine).verdict == "wait"
 
 
@@ -248,7 +250,7 @@ def test_a_loss_that_is_not_finite_is_an_error(losses, rates):
 
 
 def test_settings_that_changed_on_the_way_judge_from_then_on(losses, rates):
-    """Spans as a run's starts have them: share 0.5 up to epoch 15's end, 1.0 from then on."""
+    """Spans as a run's starts have them: a shortfall of 100 up to epoch 15's end, none from then on."""
 
     @dataclasses.dataclass
     class Settings:
@@ -257,14 +259,14 @@ def test_settings_that_changed_on_the_way_judge_from_then_on(losses, rates):
     cfg = dataclasses.make_dataclass("Settings", [*SETTINGS, "lr", "lr_schedule", "lr_decay_share"])(
         **SETTINGS, lr=1e-3, lr_schedule="cosine", lr_decay_share=0.2
     )
-    strict = get_switch_settings(dataclasses.replace(cfg, forecast_share=0.5))
-    loose = get_switch_settings(dataclasses.replace(cfg, forecast_share=1.0))
+    strict = get_switch_settings(dataclasses.replace(cfg, forecast_shortfall=100.0))
+    loose = get_switch_settings(dataclasses.replace(cfg, forecast_shortfall=0.0))
     log = make_log(losses, rates)
-    assert {"forecast_share", "lora_cost", "epochs", "lr"} <= strict.keys()
+    assert {"forecast_shortfall", "lora_cost", "epochs", "lr"} <= strict.keys()
     assert find_own_switch(log, cfg, [(0, strict), (15, loose)], get_cosine) == 16
     assert find_own_switch(log, cfg, [(0, strict)], get_cosine) is None
     by_thresholds = dataclasses.replace(cfg, switch_rule="algorithm1")
-    assert "forecast_share" not in get_switch_settings(by_thresholds)
+    assert "forecast_shortfall" not in get_switch_settings(by_thresholds)
 
 
 # ---- calibration
@@ -278,25 +280,27 @@ def get_losses_log(phases: str, losses: list[float]) -> list[dict]:
     ]
 
 
-def test_share_by_hand():
-    """From 1.0 at the freeze, after epoch 3, all parameters come to 0.6 and the fork to 0.7: 0.3 of 0.4."""
+def test_shortfall_by_hand():
+    """From 1.0 at the freeze, after epoch 3, all parameters come to 0.6 and the fork to 0.7: 0.1 / 0.4²."""
     full = get_losses_log("fffffff", [2.0, 1.5, 1.0, 0.9, 0.8, 0.7, 0.5])
     fork = get_losses_log("ffwllll", [2.0, 1.5, 1.1, 1.2, 0.9, 0.8, 0.6])
-    assert measure_share(fork, full, window_epochs=2) == pytest.approx(0.75)
-    # A fork that stopped earlier shares four epochs less one: windows 5 and 6, (0.85, 0.75).
-    assert measure_share(fork[:-1], full, window_epochs=1) == pytest.approx((1.0 - 0.8) / (1.0 - 0.7))
+    assert measure_shortfall(fork, full, window_epochs=2) == pytest.approx(0.1 / 0.4**2)
+    # Of a fork that stopped an epoch earlier, with windows of one epoch: 0.8 and 0.7 there.
+    assert measure_shortfall(fork[:-1], full, window_epochs=1) == pytest.approx(0.1 / 0.3**2)
+    lower = get_losses_log("ffwllll", [2.0, 1.5, 1.1, 1.2, 0.9, 0.5, 0.4])
+    assert measure_shortfall(lower, full, window_epochs=2) == 0
 
 
-def test_shares_that_can_t_be_had():
+def test_shortfalls_that_can_t_be_had():
     full = get_losses_log("fffffff", [2.0, 1.5, 1.0, 0.9, 0.8, 0.7, 0.5])
     fork = get_losses_log("ffwllll", [2.0, 1.5, 1.1, 1.2, 0.9, 0.8, 0.6])
     with pytest.raises(ValueError, match="3 epochs after the freeze in common"):
-        measure_share(fork[:-1], full, window_epochs=2)
+        measure_shortfall(fork[:-1], full, window_epochs=2)
     with pytest.raises(ValueError, match="0 epochs after the freeze in common"):
-        measure_share(full, full, window_epochs=2)
+        measure_shortfall(full, full, window_epochs=2)
     flat = get_losses_log("fffffff", [1.0] * 7)
     with pytest.raises(ValueError, match="all parameters learned nothing after epoch 3"):
-        measure_share(fork, flat, window_epochs=2)
+        measure_shortfall(fork, flat, window_epochs=2)
 
 
 # ---- costs
@@ -327,7 +331,9 @@ def test_phases_are_timed_one_by_one_and_forgotten():
 
 # ---- in a run
 
-RUN = "--switch_rule forecast --forecast_share 1.5 --lora_warmup_epochs 1 --window_epochs 1 --num_windows 2"
+RUN = (
+    "--switch_rule forecast --forecast_shortfall 0.0 --lora_warmup_epochs 1 --window_epochs 1 --num_windows 2"
+)
 RUN = [*RUN.split(), "--epochs", 12, "--lora_cost", 0.5]
 
 
@@ -347,7 +353,7 @@ def test_a_run_switches_by_the_forecast_and_replay_says_the_same(small, tmp_path
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines()]
     assert [row[7] for row in rows if row and row[0] == "forecast"] == [str(switches[0]["epoch"])]
-    assert "adapters deliver 1.5 of the learning that is left" in said
+    assert "the shortfall is 0\n" in said
     assert [row[0] for row in rows if row and row[-1] == "switch"] == [str(switches[0]["epoch"])]
 
     given = ["--warmup_cost", config["warmup_cost"]]  # nothing is timed
@@ -368,29 +374,29 @@ def test_a_resumed_run_keeps_the_costs_that_were_timed(small, tmp_path, monkeypa
 
 
 def test_a_run_whose_forecast_never_expects_a_gain_says_so_at_its_end(small, tmp_path):
-    costs = ["--warmup_cost", 2.0, "--lora_cost", 2.0, "--forecast_share", 0.1]
+    costs = ["--warmup_cost", 2.0, "--lora_cost", 2.0, "--forecast_shortfall", 9.0]
     did = run(small, tmp_path / "run", *RUN, *costs)
     assert not [record for record in did if record["event"] == "switch"]
     warnings = [record["message"] for record in did if record["event"] == "warning"]
     assert any("the forecast expected no gain of a switch" in warning for warning in warnings)
 
 
-def test_replay_measures_share_and_costs(small, tmp_path, capsys):
+def test_replay_measures_shortfall_and_costs(small, tmp_path, capsys):
     full, fork, csv = tmp_path / "full", tmp_path / "fork", tmp_path / "x.csv"
     run(small, full, "--mode", "full", "--epochs", 10, "--keep_every", 1)
     switch = ["--mode", "prelora", "--switch_epoch", 3, "--lora_warmup_epochs", 1]
     run(small, fork, "--epochs", 10, "--fork", f"{full}@3", *switch)
     asked = [str(full), "--switch_rule", "forecast", "--calibrate", str(fork), "--csv", str(csv)]
     assert replay.main([*asked, "--times", str(fork)]) == 0
-    share = measure_share(events(fork, "epoch"), events(full, "epoch"), 1)
-    assert f"adapters deliver {round(share, 3):g} of the learning" in capsys.readouterr().out
+    shortfall = measure_shortfall(events(fork, "epoch"), events(full, "epoch"), 1)
+    assert f"the shortfall is {round(shortfall, 3):g}\n" in capsys.readouterr().out
     assert replay.main(asked) == 2
     assert "needs what steps of the other phases cost: --times RUN" in get_error(capsys)
     asked[4] = str(full)
     assert replay.main([*asked, "--times", str(fork)]) == 2
     assert "0 epochs after the freeze in common" in get_error(capsys)
     assert replay.main([str(full), "--switch_rule", "forecast", "--times", str(fork)]) == 2
-    assert "needs --forecast_share" in get_error(capsys)
+    assert "needs --forecast_shortfall" in get_error(capsys)
 
 
 @pytest.mark.parametrize(
@@ -398,11 +404,11 @@ def test_replay_measures_share_and_costs(small, tmp_path, capsys):
     [
         ({"mode": "full"}, "mode full does not ask"),
         ({"mode": "lora"}, "mode lora does not ask"),
-        ({"forecast_share": None}, "needs --forecast_share"),
+        ({"forecast_shortfall": None}, "needs --forecast_shortfall"),
     ],
 )
 def test_settings_that_make_no_forecast(changed, said):
-    fine = train.Config(switch_rule="forecast", forecast_share=0.9)
+    fine = train.Config(switch_rule="forecast", forecast_shortfall=0.0)
     check_config(fine)
     with pytest.raises(UserError, match=said):
         check_config(dataclasses.replace(fine, **changed))
