@@ -495,6 +495,8 @@ def begin(argv: list[str]) -> tuple[Config, Tensor, Tensor]:
         )
     cfg.text_sha256 = found
     train_text, held_out = split_text(text)
+    if cfg.context >= len(held_out):
+        raise UserError(f"context {cfg.context} is too long for a held-out text of {len(held_out)} bytes")
     try:
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
