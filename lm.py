@@ -131,7 +131,8 @@ def check_config(cfg: Config) -> None:
     check_ranges(cfg)
     unknown = [family for family in cfg.target_modules if family not in LM_FAMILIES]
     total_steps = cfg.epochs * cfg.steps_per_epoch
-    needs_alpha = cfg.lora_scaling in ("alpha", "rslora")
+    has_alpha, needs_alpha = cfg.lora_alpha is not None, cfg.lora_scaling in ("alpha", "rslora")
+    has_budget, is_minmax = cfg.rank_budget is not None, cfg.rank_rule == "minmax"
     switch = cfg.switch_epoch
     for wrong, sentence in (
         (cfg.run_dir == "", "run_dir is empty"),
@@ -140,7 +141,9 @@ def check_config(cfg: Config) -> None:
         (not cfg.target_modules, "target_modules is empty"),
         (cfg.rank_min > cfg.rank_max, f"rank_min {cfg.rank_min} is above rank_max {cfg.rank_max}"),
         (cfg.rank_max > cfg.width, f"rank_max {cfg.rank_max} is above the width {cfg.width}"),
-        (needs_alpha and cfg.lora_alpha is None, f"lora_scaling {cfg.lora_scaling} needs --lora_alpha"),
+        (needs_alpha and not has_alpha, f"lora_scaling {cfg.lora_scaling} needs --lora_alpha"),
+        (has_alpha and cfg.lora_scaling == "authors", "lora_scaling authors is 1 and has no lora_alpha"),
+        (has_budget and is_minmax, "rank_budget is for rank_rule uniform or budget; minmax has none"),
         (cfg.num_windows < 2, f"num_windows must be at least 2, not {cfg.num_windows}"),
         (switch and cfg.mode != "prelora", f"switch_epoch has no meaning with mode {cfg.mode}"),
         (

@@ -293,6 +293,8 @@ def test_ttest_is_of_one_text(watched, baseline, tmp_path, capsys):
         ("--rank_min 32", "rank_min 32 is above rank_max 16"),
         ("--rank_max 64", "rank_max 64 is above the width 32"),
         ("--lora_scaling rslora", "lora_scaling rslora needs --lora_alpha"),
+        ("--lora_scaling authors --lora_alpha 2", "lora_scaling authors is 1 and has no lora_alpha"),
+        ("--rank_budget 0.1", "rank_budget is for rank_rule uniform or budget"),
         ("--target_modules q fc1", "unknown target modules ['fc1']"),
         ("--num_windows 1", "num_windows must be at least 2"),
         ("--switch_epoch 1", "switch_epoch 1 is not in 2"),
