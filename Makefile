@@ -2,6 +2,7 @@
 # make test    set up, run the tests; make test-slow: those that take minutes
 # make lint    the layout of the code and what a linter finds: ruff
 # make study   does a switch pay? Experiments and controls on Fashion-MNIST, under three hours on 2 cores (with FFCV): docs/study.md
+# make lm      set up without Fashion-MNIST and FFCV, train a byte-level GPT through the three phases: docs/lm.md
 # make slurm   install Slurm (Debian's), on which the tests then start a cluster of their own
 # LOADER=folder does without FFCV, its system libraries and root; PYTHON=python3.12 picks the interpreter;
 # TORCH=2.11.0 is another torch than requirements.txt's, in an environment of its own: 2.11 to 2.14 are supported
@@ -17,7 +18,7 @@ TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 LIBRARIES := python3-venv python3-dev g++ pkg-config libopencv-dev libturbojpeg0-dev
 
-.PHONY: setup data train study slurm lint test test-slow
+.PHONY: setup data train study lm slurm lint test test-slow
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.requirements $(if $(filter ffcv,$(LOADER)),$(VENV)/.ffcv)
@@ -65,6 +66,12 @@ train: setup data
 
 study: setup data
 	$(PY) study.py
+
+# it needs neither FFCV nor images
+lm:
+	$(MAKE) setup LOADER=folder
+	$(PY) lm.py
+	$(PY) -m monitor.plot runs/lm
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .

@@ -21,6 +21,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -61,7 +62,7 @@ class Replay:
 SETTINGS = ("switch_rule", "tau", "zeta", "num_windows", "window_epochs", "rank_rule")
 SWITCH_SETTINGS = SETTINGS[:-1]
 # What the two runs of --ttest must share.
-SHARED = ("dataset", "image_size", "model", "epochs", "batch_size", "train_samples", "seed")
+SHARED = ("text_sha256", "dataset", "image_size", "model", "epochs", "batch_size", "train_samples", "seed")
 SHARED += (
     "lr",
     "lr_warmup_steps",
@@ -74,8 +75,18 @@ SHARED += (
     "cutmix",
 )
 
+# Whose runs are replayed: train.py's, and those of a module that has functions of these names, as lm.py.
+TASK = SimpleNamespace(
+    Config=train.Config,
+    build_net=train.build_net,
+    get_rates=get_rates,
+    check_config=check_config,
+    count_base=count_base,
+    decide_ranks=decide_ranks,
+)
 
-def replay_run(cfg: train.Config, epochs: list[dict], spans=()) -> tuple[int | None, Ranks | None]:
+
+def replay_run(cfg, epochs: list[dict], spans=(), task=TASK) -> tuple[int | None, Ranks | None]:
     """(epoch of the switch, ranks) under `cfg`, from the epoch records of a full phase; (None, None) if they
     end before it. `spans`: of monitor.convergence.get_spans, where settings were changed on the way.
 
@@ -85,14 +96,14 @@ def replay_run(cfg: train.Config, epochs: list[dict], spans=()) -> tuple[int | N
     """
     try:
         if spans:
-            epoch = find_own_switch(epochs, cfg, spans, get_rates)
+            epoch = find_own_switch(epochs, cfg, spans, task.get_rates)
         else:
-            epoch = find_switch(epochs, cfg, get_rates)
+            epoch = find_switch(epochs, cfg, task.get_rates)
     except FloatingPointError as error:
         raise UserError(str(error)) from None
     if epoch is None:
         return None, None
-    return epoch, decide_ranks(cfg, train.build_net(cfg), epochs[:epoch])
+    return epoch, task.decide_ranks(cfg, task.build_net(cfg), epochs[:epoch])
 
 
 def get_phase_seconds(run: str) -> dict[str, float]:
@@ -173,7 +184,7 @@ def add_forecast(
     return dataclasses.replace(cfg, **given)
 
 
-def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
+def get_rows(run: str, asked: Replay, task=TASK) -> tuple[list[dict], list[str], str]:
     """A row for every combination of settings, sentences on settings that the run was given on its way, and
     one on those that this log can't answer ("" if there are none).
 
@@ -182,8 +193,9 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
     """
     config, events = read_run(run)
     epochs = pick_events(events, "epoch")
-    cfg = typed_config(train.Config, config, f"{run}/config.json")
-    cfg = dataclasses.replace(cfg, mode="prelora", fork=None, baseline=None)
+    cfg = typed_config(task.Config, config, f"{run}/config.json")
+    of_other_runs = {name: None for name in ("fork", "baseline") if name in config}
+    cfg = dataclasses.replace(cfg, mode="prelora", **of_other_runs)
     freezes = config["mode"] == "full"  # then switch_epoch is when blocks are frozen, and no switch
     full = [record for record in epochs if get_stage(record) == "full"]
     if not full:
@@ -196,18 +208,18 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
     if spans:  # what came after the switch, or has judged no epoch yet, has not decided
         cfg = dataclasses.replace(cfg, **spans[-1][1])
     seconds = get_timing(cfg, run, asked)
-    base, costs = count_base(cfg, train.build_net(cfg))
+    base, costs = task.count_base(cfg, task.build_net(cfg))
     if asked.calibrate or "forecast" in (asked.switch_rule or (cfg.switch_rule,)):
         cfg = add_forecast(cfg, run, asked, epochs, seconds)
     rows = []
     for setting in get_settings(cfg, asked):
         budget = None if setting["rank_rule"] == "minmax" else cfg.rank_budget
         tried = dataclasses.replace(cfg, **setting, rank_budget=budget)
-        check_config(tried)
-        epoch, ranks = replay_run(tried, full, spans)
+        task.check_config(tried)
+        epoch, ranks = replay_run(tried, full, spans, task)
         row = {**setting, "switch_epoch": epoch}
         if tried.switch_rule == "forecast":
-            row["forecast"] = describe_forecast(tried, full)
+            row["forecast"] = describe_forecast(tried, full, task)
         if epoch is None:
             row["after"] = len(full)
         else:
@@ -229,7 +241,7 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
     return rows, describe_spans(run, spans), reason
 
 
-def describe_forecast(cfg: train.Config, full: list[dict]) -> str:
+def describe_forecast(cfg, full: list[dict], task=TASK) -> str:
     """What the forecast thought at the end of each window of a full phase, as a table."""
     titles = (
         "after",
@@ -241,7 +253,7 @@ def describe_forecast(cfg: train.Config, full: list[dict]) -> str:
     )
     lines = []
     for count in range(cfg.window_epochs, len(full) + 1, cfg.window_epochs):
-        outlook = get_outlook(full[:count], cfg, get_rates)
+        outlook = get_outlook(full[:count], cfg, task.get_rates)
         losses = (outlook.final, outlook.switched, outlook.equal)
         final, switched, equal = ("-" if outlook.law is None else f"{loss:.4f}" for loss in losses)
         gains = " ".join(f"{gain:+.4f}" for gain in outlook.gains) or "-"
@@ -339,7 +351,7 @@ def compare_losses(run_full: str, run_lora: str, window_epochs: int | None) -> l
     """
     full, lora = load_run(run_full), load_run(run_lora)
     for name in SHARED:
-        here, there = full.config[name], lora.config[name]
+        here, there = full.config.get(name), lora.config.get(name)  # each task has some of them
         if here != there:
             raise UserError(
                 f"{run_full} and {run_lora} differ in more than the switch: {name} is {here} and {there}"
@@ -387,7 +399,7 @@ def print_losses(rows: list[dict]) -> None:
         print(f"{window:>7}  {losses}  {row['t']:7.2f}  {row['p']:7.4f}  {told}")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], task=TASK) -> int:
     """Exit status: 0; 2 for what can't be read or is out of range; 1, after the table, where the log can't
     answer for all settings.
     """
@@ -410,7 +422,7 @@ def main(argv: list[str]) -> int:
             return 0
         if not run:
             raise UserError("which run? python replay.py RUN, or --ttest RUN_FULL RUN_LORA")
-        rows, notes, reason = get_rows(run, asked)
+        rows, notes, reason = get_rows(run, asked, task)
         print(format_table(rows))
         for table in dict.fromkeys(row["forecast"] for row in rows if "forecast" in row):
             print(f"\n{table}")

@@ -25,6 +25,7 @@ from small_runs import assert_same, no_figures, weights  # noqa: F401 (a fixture
 import bench
 import evaluate
 import export
+import lm
 import replay
 import train
 from config.checks import check_config
@@ -261,8 +262,19 @@ def check_with(default) -> Callable[[list[str]], None]:
     return check
 
 
+def check_lm(words: list[str]) -> None:
+    """A command line of lm.py's, which hands --replay and --study on."""
+    if words[:1] == ["--replay"]:
+        CHECKS["replay.py"](words[1:])
+    elif words[:1] == ["--study"]:
+        check_flags(words[1:], ["--report"])
+    else:
+        lm.check_config(parse_flags(words, lm.Config()))
+
+
 CHECKS = {
     "train.py": check_train,
+    "lm.py": check_lm,
     "launch/job.py": check_train,
     "launch/submit.py": check_submit,
     "replay.py": check_with(replay.Replay()),
@@ -295,7 +307,7 @@ def get_anchors(path: Path) -> set[str]:
 
 @functools.cache
 def get_known_flags() -> set[str]:
-    kinds = (train.Config, submit.Launch, replay.Replay, evaluate.Evaluation, export.Export)
+    kinds = (train.Config, lm.Config, submit.Launch, replay.Replay, evaluate.Evaluation, export.Export)
     known = {"--ttest", "--help"}
     for kind in kinds:
         known.update(f"--{field.name}" for field in dataclasses.fields(kind))
