@@ -33,7 +33,7 @@ from files import PathStr, expand_home
 from lora.ranks import Ranks, count_parameters
 from monitor.convergence import find_own_switch, find_switch, get_spans
 from monitor.log import get_stage, load_run, pick_events, read_run
-from start import count_base, decide_ranks
+from start import check_spectrum, count_base, decide_ranks
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Replay:
     zeta: tuple[float, ...] | None = None  # thresholds on the loss's change, in %
     num_windows: tuple[int, ...] | None = None  # consecutive windows that must agree
     window_epochs: tuple[int, ...] | None = None  # epochs per window; of --ttest a single number
-    rank_rule: tuple[Literal["minmax", "uniform", "budget"], ...] | None = None
+    rank_rule: tuple[Literal["minmax", "uniform", "budget", "spectrum"], ...] | None = None
     times: PathStr | None = None  # run with epochs of all phases, for the time saved; None = the run itself
     csv: PathStr | None = None  # where the table goes; None = RUN/replay.csv
     ttest: tuple[PathStr, ...] = ()  # RUN_FULL RUN_LORA: compare their step losses instead
@@ -72,8 +72,8 @@ def replay_run(cfg: train.Config, epochs: list[dict], spans=()) -> tuple[int | N
     end before it. `spans`: of monitor.convergence.get_spans, where settings were changed on the way.
 
     What a run with `cfg` would have done, if its full phase was this one: train.py decides by the same
-    functions. Raises UserError for records without a family that `cfg` wants, or with values that are not
-    finite.
+    functions. Raises UserError for records without a family that `cfg` wants, without the spectrum that it
+    wants, or with values that are not finite.
     """
     try:
         epoch = find_own_switch(epochs, cfg, spans) if spans else find_switch(epochs, cfg)
@@ -81,7 +81,9 @@ def replay_run(cfg: train.Config, epochs: list[dict], spans=()) -> tuple[int | N
         raise UserError(str(error)) from None
     if epoch is None:
         return None, None
-    return epoch, decide_ranks(cfg, train.build_net(cfg), epochs[:epoch])
+    net = train.build_net(cfg)
+    check_spectrum(cfg, net, epochs[:epoch])
+    return epoch, decide_ranks(cfg, net, epochs[:epoch])
 
 
 def get_phase_seconds(run: str) -> dict[str, float]:
@@ -155,6 +157,11 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
         budget = None if setting["rank_rule"] == "minmax" else cfg.rank_budget
         tried = dataclasses.replace(cfg, **setting, rank_budget=budget)
         check_config(tried)
+        if tried.rank_rule == "spectrum" and tried.window_epochs != cfg.window_epochs:
+            raise UserError(
+                f"{run} has the spectra of windows of {cfg.window_epochs} epochs: rank_rule spectrum can't "
+                f"be replayed with window_epochs {tried.window_epochs}"
+            )
         epoch, ranks = replay_run(tried, full, spans)
         row = {**setting, "switch_epoch": epoch}
         if epoch is None:
