@@ -28,7 +28,6 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-import evaluate
 import replay
 import train
 from benchmarks.choices import describe_device, get_ranks, repeat_noise
@@ -37,14 +36,20 @@ from benchmarks.roofline import count_kernels, get_ceilings, seconds_by_kind
 from errors import UserError
 from files import read_json, write_json
 from lora.ranks import Ranks
-from model import checkpoint
 from monitor.figures import build_figure
 from monitor.log import FROZEN, Run, find_first_switch, get_stage, load_run, pick_events, read_events
 from monitor.plot import plot_runs
 from start import get_static_ranks
+from study_oracle import (
+    ORACLE_SEEDS,
+    RULES,
+    compute_oracle,
+    compute_rules,
+)
 from study_runs import (
     ARMS,
     BASELINE,
+    BEST_ARM,
     DECAYS,
     DRAWN,
     EQUAL,
@@ -52,12 +57,13 @@ from study_runs import (
     KEPT,
     MAIN,
     MAIN_FORKS,
+    OF_RULES,
+    RULE_ARMS,
     RUNS,
     Arm,
-    evaluate_held_out,
     get_config,
     get_kept,
-    get_run_dir,
+    is_trained,
     load_arm,
     prepare_data,
     round_floats,
@@ -66,11 +72,15 @@ from study_runs import (
 
 ROOT, DOC = Path(__file__).parent, Path("docs/study.md")
 MARKS = ("<!-- written by study.py -->", "<!-- end -->")
-ORACLE_SEEDS, ORACLE_RANKS = (0, 1, 2), (4, 16, 64)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # what an epoch takes
+
+
+def get_arms() -> list[Arm]:
+    """The arms of the report: all but those of rank rules that are not trained yet."""
+    return [arm for arm in ARMS if arm not in OF_RULES or is_trained(arm)]
 
 
 def get_stages(run: Run) -> list[str]:
@@ -98,7 +108,7 @@ def measure_costs(rounds: int = 31) -> dict[str, dict[str, float]]:
     take turns, on one core, so that what else the machine does costs all of them the same."""
     torch.set_num_threads(1)
     steps: dict[tuple[str, str], Callable] = {}
-    for arm in ARMS:
+    for arm in get_arms():
         run = load_run(get_kept(arm, 0))
         cfg = get_config(arm, run)
         for stage in get_stages(run):
@@ -120,7 +130,7 @@ def count_costs() -> dict[str, dict[str, float]]:
     seconds: dict[tuple[str, str], float] = {}
     counted: dict[tuple, float] = {}
     ceilings = get_ceilings("a100-40gb")
-    for arm in ARMS:
+    for arm in get_arms():
         run = load_run(get_kept(arm, 0))
         own = get_config(arm, run)
         for stage in get_stages(run):
@@ -139,7 +149,7 @@ def count_costs() -> dict[str, dict[str, float]]:
 
 def divide_by_full(seconds: dict[tuple[str, str], float]) -> dict[str, dict[str, float]]:
     """{arm: {stage: seconds of the baseline's full step}}."""
-    costs: dict[str, dict[str, float]] = {arm.name: {"full": 1.0} for arm in ARMS}
+    costs: dict[str, dict[str, float]] = {arm.name: {"full": 1.0} for arm in get_arms()}
     for (name, stage), value in seconds.items():
         costs[name][stage] = value / seconds[BASELINE.name, "full"]
     return costs
@@ -149,7 +159,7 @@ def get_costs() -> dict[str, dict]:
     """Both costs, measured and counted once, and kept in docs/study/runs/costs.json with the machine's name.
     What an arm lacks there is measured anew, with all others."""
     path = KEPT / "costs.json"
-    if not path.exists() or any(arm.name not in read_json(path)["measured"] for arm in ARMS):
+    if not path.exists() or any(arm.name not in read_json(path)["measured"] for arm in get_arms()):
         print("timing the stages of all arms side by side …", flush=True)
         costs = {"measured": measure_costs(), "a100": count_costs(), "machine": describe_device()}
         write_json(path, round_floats(costs))
@@ -207,7 +217,7 @@ def get_table() -> str:
     titles += ["cost", "− equal time [95 %]", "A100 cost", "− equal time there [95 %]", "LoRA step"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     costs = get_costs()
-    return "\n".join(lines + [f"| {' | '.join(get_row(arm, costs))} |" for arm in ARMS])
+    return "\n".join(lines + [f"| {' | '.join(get_row(arm, costs))} |" for arm in get_arms()])
 
 
 def get_row(arm: Arm, costs: dict[str, dict]) -> list[str]:
@@ -244,7 +254,7 @@ def check_replay() -> str:
     """Whether replay.py, given the baseline's log and an arm's settings, names the epoch and the ranks of
     what the arm's run did."""
     agree, total = 0, 0
-    for arm in FORKS:
+    for arm in [arm for arm in FORKS if arm in get_arms()]:
         for seed, run in enumerate(load_arm(arm)):
             cfg = get_config(arm, run)
             if cfg.mode != "prelora":  # it never switches
@@ -260,65 +270,7 @@ def check_replay() -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# from the baseline's checkpoints: means of weights, and the oracle
-
-
-def compute_oracle() -> dict:
-    """What the baselines' own checkpoints say without training, top-1 on the held-out images of each seed:
-    `means`, the mean of the weights at two epochs' ends, and at the second; `oracle`, by rank, the weights
-    after 14 epochs and of what training did to each Linear from there on the part of that rank, by SVD,
-    everything else as it was at the end."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    out: dict[str, dict[str, list[float]]] = {"means": {}, "oracle": {}}
-
-    def add(kind: str, name: str, cfg, weights: dict[str, torch.Tensor]) -> None:
-        out[kind].setdefault(name, []).append(evaluate_weights(cfg, weights))
-
-    for seed in ORACLE_SEEDS:
-        cfg, after = load_weights(seed, (13, 14, 23, 24))
-        for first, second in ((13, 14), (23, 24)):
-            mean = {name: (after[first][name] + after[second][name]) / 2 for name in after[first]}
-            add("means", f"mean of {first} and {second}", cfg, mean)
-            add("means", f"after {second}", cfg, after[second])
-        for rank in ORACLE_RANKS:
-            add("oracle", str(rank), cfg, take_low_rank(after[14], after[24], rank))
-    return out
-
-
-def load_weights(seed: int, epochs: tuple[int, ...]) -> tuple[train.Config, dict[int, dict]]:
-    """(settings, {epoch: {name: weight}}) of a baseline's checkpoints."""
-    steps = {}
-    for path, meta in checkpoint.kept(get_run_dir(BASELINE, seed)):
-        steps[meta["state"]["epoch"]] = path, meta
-    after = {}
-    for epoch in epochs:
-        path, meta = steps[epoch]
-        cfg, s = evaluate.load_checkpoint(path, meta)
-        after[epoch] = dict(evaluate.build_checkpoint(cfg, s, path).state_dict())
-    return cfg, after
-
-
-def take_low_rank(before: dict, end: dict, rank: int) -> dict[str, torch.Tensor]:
-    """The weights at the `end`, but of each part of the blocks' Linears `before` plus what was done to it,
-    cut to `rank`."""
-    out = dict(end)
-    for name, weight in end.items():
-        if name.startswith("blocks.") and weight.ndim == 2:
-            parts = 3 if ".qkv." in name else 1
-            changes = (weight - before[name]).chunk(parts)
-            cut = []
-            for change in changes:
-                U, S, V = torch.linalg.svd(change, full_matrices=False)
-                cut.append((U[:, :rank] * S[:rank]) @ V[:rank])
-            out[name] = before[name] + torch.cat(cut)
-    return out
-
-
-def evaluate_weights(cfg: train.Config, weights: dict[str, torch.Tensor]) -> float:
-    """Top-1 in % on the held-out images."""
-    model = train.build_model(cfg, "full", None, torch.device("cpu"))
-    model.load_state_dict(weights)
-    return evaluate_held_out(cfg, model)["val_top1"]
+# from the baseline's checkpoints, computed once and kept
 
 
 def get_oracle() -> dict:
@@ -328,6 +280,19 @@ def get_oracle() -> dict:
         print("evaluating means and low-rank parts of the baselines' weights …", flush=True)
         write_json(path, round_floats(compute_oracle()))
     return read_json(path)
+
+
+def get_rules() -> tuple[dict, str]:
+    """(`compute_rules`'s, once computed kept in docs/study/runs/rules.json; ""), or ({}, what it lacks)."""
+    path = KEPT / "rules.json"
+    if not path.exists():
+        print("comparing rank rules with what the baselines did …", flush=True)
+        try:
+            rules = compute_rules(BEST_ARM, ORACLE_SEEDS)
+        except UserError as error:
+            return {}, str(error)
+        write_json(path, round_floats(rules))
+    return read_json(path), ""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -356,6 +321,40 @@ def get_mean_table() -> str:
     return "\n".join(lines)
 
 
+def get_rule_table() -> str:
+    """The rank rules beside each other, in Markdown, and in a sentence each what is still missing of them."""
+    rules, missing = get_rules()
+    titles = [
+        "ranks by",
+        "adapter parameters",
+        "% of the rest's σ²",
+        "after 14 and that part of the rest, top-1 %",
+    ]
+    titles += ["trained, top-1 %", "− minmax [95 %]"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for rule in RULES:
+        cells = [RULES[rule], "", "", ""]
+        if rules:
+            found = rules[rule]
+            cells[1] = f"{np.mean(found['parameters']):,.0f}"
+            cells[2] = f"{100 * np.mean(found['share']):.1f}"
+            cells[3] = f"{np.mean(found['top1']):.2f}"
+        arm = RULE_ARMS.get(rule)
+        if arm and is_trained(arm):
+            top1 = get_top1(arm)
+            cells.append(f"{top1.mean():.2f} ± {top1.std(ddof=1):.2f}")
+            cells.append(get_interval(top1 - get_top1(BEST_ARM)) if arm is not BEST_ARM else "")
+        else:
+            cells += ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    sentences = []
+    if missing:
+        sentences.append(f"What a rule captures is not computed yet: {missing}.")
+    if untrained := [arm.name for arm in RULE_ARMS.values() if not is_trained(arm)]:
+        sentences.append(f"Not trained yet: {', '.join(untrained)}.")
+    return "\n".join(lines) + "\n\n" + " ".join(sentences)
+
+
 def write_report() -> None:
     """Write the tables between the marks of DOC, and the figures beside it."""
     before, after = read_doc()
@@ -367,8 +366,9 @@ def write_report() -> None:
         f"{check_replay()}",
         compare_decays(),
         f"Without training, seeds {', '.join(map(str, ORACLE_SEEDS))}:\n\n{get_mean_table()}",
+        f"Rank rules, in the arm that switches at 14:\n\n{get_rule_table()}",
     ]
-    DOC.write_text(before + MARKS[0] + "\n" + "\n\n".join(tables) + "\n" + MARKS[1] + after)
+    DOC.write_text(before + MARKS[0] + "\n" + "\n\n".join(tables).rstrip() + "\n" + MARKS[1] + after)
     print(f"wrote {DOC}")
     draw_figures()
 
@@ -436,7 +436,8 @@ def main(argv: list[str]) -> int:
         read_doc()  # before hours of training
         if not argv:
             prepare_data()
-            train_all(() if (KEPT / "oracle.json").exists() else ORACLE_SEEDS)
+            is_computed = all((KEPT / name).exists() for name in ("oracle.json", "rules.json"))
+            train_all(() if is_computed else ORACLE_SEEDS)
         write_report()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

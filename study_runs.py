@@ -113,9 +113,17 @@ STATIC = [
         ("matched05", scaled("matched", 0.5), "matched × 0.5"),
     )
 ]
+BEST_ARM = MAIN_FORKS[0]
+# The same arm with ranks by the other rules, at minmax's parameters.
+RULE_ARMS = {"minmax": BEST_ARM} | {
+    rule: Arm(f"best_{rule}", f"{AT_14} {BEST} --rank_rule {rule}", 5,
+              text=f"PreLoRA at 14, else the same, ranks by {rule}")
+    for rule in ("uniform", "budget", "spectrum")
+}
 # fmt: on
-FORKS = [*MAIN_FORKS, *OPTIONS, *SWEEP]
-ARMS = [BASELINE, *EQUAL, *DECAYS, *MAIN_FORKS, *OPTIONS, *STATIC, *SWEEP]
+OF_RULES = [arm for arm in RULE_ARMS.values() if arm is not BEST_ARM]
+FORKS = [*MAIN_FORKS, *OPTIONS, *SWEEP, *OF_RULES]
+ARMS = [BASELINE, *EQUAL, *DECAYS, *MAIN_FORKS, *OPTIONS, *STATIC, *SWEEP, *OF_RULES]
 DRAWN = "baseline equal23 best best12 authors exp2_best static_alpha64".split()  # in figures 4 to 7
 # Fields in which a run may differ from what is asked for: they shape nothing.
 ANY = "num_workers fork keep_every eval_every log_displacement run_dir".split()
@@ -220,6 +228,11 @@ def is_kept(arm: Arm, seed: int) -> bool:
     return (get_kept(arm, seed) / "metrics.jsonl").exists()
 
 
+def is_trained(arm: Arm) -> bool:
+    """Whether all of its runs are kept."""
+    return all(is_kept(arm, seed) for seed in range(arm.seeds))
+
+
 def train_run(arm: Arm, seed: int, epochs: int, argv: list[str]) -> None:
     """Train one run, or go on with it, and keep its log. Raises UserError with the last line of its output if
     it fails."""
@@ -270,6 +283,8 @@ def keep_run(arm: Arm, seed: int, held_out: dict) -> None:
     source, folder = get_run_dir(arm, seed), get_kept(arm, seed)
     wanted = "event epoch step phase frozen_blocks train_loss train_top1 lr val_loss val_top1".split()
     wanted += "trainable_params epoch_seconds images_per_second peak_memory_bytes displacement".split()
+    if arm is BASELINE:  # a replay and a comparison of rank rules go by it
+        wanted.append("spectrum")
     if arm is BASELINE or arm.name in DRAWN:
         wanted += ["weight_norms", "adapter_norms"]
     lines = []

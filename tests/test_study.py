@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import study
+import study_oracle
 import study_runs
 import train
 from config.cli import load_preset, parse_flags
@@ -84,6 +85,8 @@ def write_kept(arm, seed, cfg):
     for e in epochs:  # they come to rest after epoch 10; each layer in its own way
         norms = {family: [1.0, 2.0 + max(0, 10 - e["epoch"]), 3.0] for family in cfg.target_modules}
         e |= {"train_loss": 1.0, "weight_norms": norms}
+        if arm is study.BASELINE and e["epoch"] % cfg.window_epochs == 0:
+            e["spectrum"] = {family: [[1.0] * 32] * 3 for family in cfg.target_modules}
         e["adapter_norms"] = {} if e["phase"] == "full" else norms
     for s in switches:
         layer_ranks = [4, 4, 4] if s["from"] == "full" else [4, 8, 32]
@@ -113,6 +116,9 @@ def fabricated(tmp_path, monkeypatch):
     (tmp_path / "kept/costs.json").write_text(json.dumps(whole))
     oracle = {"means": {"after 14": [70.0, 71.0, 72.0]}, "oracle": {"4": [80.0, 80.0, 80.0]}}
     (tmp_path / "kept/oracle.json").write_text(json.dumps(oracle))
+    rules = {rule: {"parameters": [1000] * 3, "share": [0.5] * 3, "top1": [70.0] * 3} for rule in study.RULES}
+    rules["spectrum"] = {"parameters": [999, 998, 997], "share": [0.6, 0.7, 0.8], "top1": [71.0, 72.0, 73.0]}
+    (tmp_path / "kept/rules.json").write_text(json.dumps(rules))
     return tmp_path
 
 
@@ -155,8 +161,40 @@ def test_report(fabricated, monkeypatch):
     assert [e["epoch_seconds"] for e in epochs] == pytest.approx(expected, rel=1e-6) and len(switches) == 2
     assert epochs[0]["images_per_second"] == pytest.approx(93 * 64 / 4.65, rel=1e-6)
     assert "forked runs switch at the epoch" in text and " 0 of " not in text
+    assert (
+        "| spectrum, of the last window | 998 | 70.0 | 72.00 | 81.00 ± 1.58 | +0.00 [+0.00, +0.00] |" in text
+    )
+    assert "| minmax (Algorithm 2) | 1,000 | 50.0 | 70.00 | 81.00 ± 1.58 |  |" in text
+    assert "| the spectrum of the rest itself | 1,000 | 50.0 | 70.00 |  |  |" in text
+    assert "Not trained yet" not in text and "not computed yet" not in text
     study.write_report()
     assert (fabricated / "study.md").read_text() == text  # a second one replaces the first
+
+
+def test_the_report_says_what_it_has_not_of_the_rank_rules(fabricated, monkeypatch):
+    """Rules that were not trained, and baselines without a spectrum: all other arms are reported as ever."""
+    monkeypatch.setattr(study, "draw_figures", lambda: None)
+    (fabricated / "study.md").write_text(f"{study.MARKS[0]}{study.MARKS[1]}")
+    (fabricated / "kept/rules.json").unlink()
+    for seed in range(5):
+        shutil.rmtree(fabricated / f"kept/best_budget-{seed}")
+    (fabricated / "kept/best_spectrum-4/metrics.jsonl").unlink()
+    assert study.main(["--report"]) == 0
+    text = (fabricated / "study.md").read_text()
+    assert (
+        "What a rule captures is not computed yet: " in text and "-0 keeps no checkpoint of epoch 14." in text
+    )
+    assert "Not trained yet: best_budget, best_spectrum." in text and "by uniform | 5 |" in text
+    assert text.count("| PreLoRA at 14: w 1, coherent, own decay from 2 × lr | 5 | ") == 1
+    for path in (fabricated / "kept").glob("baseline-*/metrics.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line.pop("spectrum", None)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for seed in range(5):
+        shutil.rmtree(fabricated / f"kept/best_spectrum-{seed}")
+    assert study.main(["--report"]) == 0
+    assert "finds no spectrum in the log up to epoch 14" in (fabricated / "study.md").read_text()
 
 
 def test_a_control_is_never_given_less_time(fabricated):
@@ -237,8 +275,41 @@ def test_a_run_leaves_what_the_report_needs(small, tmp_path, monkeypatch):
     assert (tmp_path / f"kept/{study.MAIN}-0/metrics.jsonl").stat().st_size < 15_000
     # the baseline's own checkpoints serve the oracle
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
-    cfg, after = study.load_weights(0, (2, 6))
-    assert 0 <= study.evaluate_weights(cfg, study.take_low_rank(after[2], after[6], 4)) <= 100
+    cfg, after = study_oracle.load_weights(0, (2, 6))
+    assert 0 <= study_oracle.evaluate_weights(cfg, take_low_rank(after[2], after[6], 4)) <= 100
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # as few as the tests have
+    check_rules(arm, cfg, after[6])
+
+
+def check_rules(arm, cfg, end):
+    """The rank rules beside the oracle, of that run: each fills minmax's parameters, and nothing captures
+    more of the rest than its own spectrum does."""
+    kept = load_run(study_runs.get_kept(study_runs.BASELINE, 0)).epochs
+    assert [len(epoch.get("spectrum", {})) for epoch in kept] == [0, 6] * 3
+    assert "spectrum" not in load_run(study_runs.get_kept(arm, 0)).epochs[1]
+    rules = study_oracle.compute_rules(arm, (0,))
+    allowed, largest_block = rules["minmax"]["parameters"][0], 8 * (320 + 1280)
+    for rule, found in rules.items():
+        assert 0 <= found["top1"][0] <= 100 and 0 < found["share"][0] < 1
+        assert allowed - found["parameters"][0] <= (largest_block if rule != "uniform" else allowed / 2)
+    assert rules["oracle"]["share"][0] > max(found["share"][0] for r, found in rules.items() if r != "oracle")
+    # The rest is just the last window, whose spectrum is in the log.
+    _, after = study_oracle.load_weights(0, (4,))
+    net = train.build_net(cfg)
+    spectrum = study_oracle.get_rest(cfg, net, after[4], end, study_oracle.get_decay(cfg, 4, 6))
+    for family, layers in kept[-1]["spectrum"].items():
+        for logged, values in zip(layers, spectrum[family]):
+            assert logged == pytest.approx(values[:32], rel=0.05)
+
+
+def test_the_share_by_hand():
+    spectrum = {"q": [[3.0, 1.0], [2.0, 0.0]], "v": [[1.0, 1.0]]}  # squares: 9 and 1, 4, 1 and 1
+    assert study_oracle.get_share(spectrum, {"q": [1, 1], "v": [0]}) == pytest.approx(13 / 16)
+    assert study_oracle.get_share(spectrum, {"q": [2, 2], "v": [2]}) == 1
+
+
+def take_low_rank(before, end, rank):
+    return study_oracle.take_low_rank(before, end, study_oracle.decompose(before, end), rank)
 
 
 def test_the_low_rank_part():
@@ -250,11 +321,14 @@ def test_the_low_rank_part():
     end["blocks.0.attn.qkv.weight"] = before["blocks.0.attn.qkv.weight"] + torch.cat(
         [low, torch.zeros(4, 4), torch.randn(4, 4)]
     )
-    whole, cut = study.take_low_rank(before, end, 4), study.take_low_rank(before, end, 1)
+    whole, cut = take_low_rank(before, end, 4), take_low_rank(before, end, 1)
     for name in end:
         torch.testing.assert_close(whole[name], end[name])
     name = "blocks.0.attn.qkv.weight"
     torch.testing.assert_close(cut[name][:8], end[name][:8])
+    each = take_low_rank(before, end, {("blocks.0.attn.qkv", part): r for part, r in enumerate((1, 0, 4))})
+    torch.testing.assert_close(each[name], end[name])
+    assert torch.equal(each[name][4:8], before[name][4:8])
     change = cut[name][8:] - before[name][8:]
     assert torch.linalg.matrix_rank(change) == 1 and not torch.allclose(cut[name][8:], end[name][8:])
     assert torch.equal(cut["head.weight"], end["head.weight"])  # everything else is the end's
@@ -372,8 +446,8 @@ def test_an_edited_step_is_what_is_timed(monkeypatch):
 def test_what_this_repository_keeps_is_of_these_arms():
     """docs/study/runs has every run of every arm, with the settings that the arm has today, and no other."""
     kept = {path.name for path in study.KEPT.iterdir() if path.is_dir()}
-    assert kept == {f"{arm.name}-{seed}" for arm in study.ARMS for seed in range(arm.seeds)}
-    for arm in study.ARMS:
+    assert kept == {f"{arm.name}-{seed}" for arm in study.get_arms() for seed in range(arm.seeds)}
+    for arm in study.get_arms():  # all but those of rank rules that are not trained yet
         for seed in range(arm.seeds):
             study_runs.build_command(arm, seed)  # refuses another
             assert study.get_held_out(arm, seed)["val_top1"] > 50
