@@ -160,7 +160,7 @@ def get_rows(run: str, asked: Replay) -> tuple[list[dict], list[str], str]:
         if tried.rank_rule == "spectrum" and tried.window_epochs != cfg.window_epochs:
             raise UserError(
                 f"{run} has the spectra of windows of {cfg.window_epochs} epochs: rank_rule spectrum can't "
-                f"be replayed with window_epochs {tried.window_epochs}"
+                f"be replayed with window_epochs {tried.window_epochs}, choose another --rank_rule for that"
             )
         epoch, ranks = replay_run(tried, full, spans)
         row = {**setting, "switch_epoch": epoch}

@@ -313,15 +313,15 @@ def explain_spectrum(cfg, net: nn.Module, epochs: list[dict]) -> str:
     if not found:
         return (
             f"rank_rule spectrum finds no spectrum in the log up to epoch {len(epochs)}: choose another "
-            "rank_rule, or a log with a whole window of epochs with log_displacement True and nothing of "
-            "them changed on the way"
+            "rank_rule, or a log with a window that was trained with log_displacement True from its start "
+            "to its end, under the same settings"
         )
     epoch, spectrum = found
     for family, layers in match_families(net, LORA_FAMILIES, cfg.target_modules).items():
         for (name, _, parts), values in zip(layers, spectrum[family]):
             rows, columns = net.get_submodule(name).weight.shape
             if len(values) < min(cfg.rank_max, rows // parts, columns):
-                lower = 1 << (len(values).bit_length() - 1)
+                lower = 1 << (max(len(values), 1).bit_length() - 1)
                 return (
                     f"rank_rule spectrum needs {cfg.rank_max} singular values of each layer for rank_max "
                     f"{cfg.rank_max}, the newest in the log, of epoch {epoch}, are {len(values)}: rank_max "
@@ -509,7 +509,10 @@ def check_next_switch(cfg, start: Start, net: nn.Module) -> None:
     measured = get_first_window(cfg, s) + cfg.window_epochs  # by then there is one
     if not get_displacement_notes(cfg, start):
         measured = s.epoch - s.epoch % cfg.window_epochs + cfg.window_epochs  # the one under way goes on
-    is_due = not s.epoch_step and switch_due(epochs, cfg)
+    try:
+        is_due = not s.epoch_step and switch_due(epochs, cfg)
+    except FloatingPointError as error:
+        raise UserError(f"{start.checkpoint}: {error}") from None
     is_too_early = cfg.switch_epoch is not None and cfg.switch_epoch < measured
     if is_due or is_too_early:
         check_spectrum(cfg, net, epochs)
