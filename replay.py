@@ -37,7 +37,7 @@ from lora.ranks import Ranks, count_parameters
 from monitor.convergence import find_own_switch, find_switch, get_spans
 from monitor.forecast import get_outlook, measure_shortfall
 from monitor.log import get_stage, load_run, pick_events, read_run
-from start import count_base, decide_ranks, get_rates
+from start import check_spectrum, count_base, decide_ranks, get_rates
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Replay:
     num_windows: tuple[int, ...] | None = None  # consecutive windows that must agree
     window_epochs: tuple[int, ...] | None = None  # epochs per window; of --ttest a single number
     switch_rule: tuple[Literal["algorithm1", "forecast"], ...] | None = None
-    rank_rule: tuple[Literal["minmax", "uniform", "budget"], ...] | None = None
+    rank_rule: tuple[Literal["minmax", "uniform", "budget", "spectrum"], ...] | None = None
     forecast_shortfall: NonNegativeFloat | None = None  # forecast: what adapters leave undelivered
     calibrate: PathStr | None = None  # or measure that by this run, which was forked from RUN and switched
     warmup_cost: PositiveFloat | None = None  # forecast: a warmup step in full ones; None = the run's, or by
@@ -91,8 +91,8 @@ def replay_run(cfg, epochs: list[dict], spans=(), task=TASK) -> tuple[int | None
     end before it. `spans`: of monitor.convergence.get_spans, where settings were changed on the way.
 
     What a run with `cfg` would have done, if its full phase was this one: train.py decides by the same
-    functions. Raises UserError for records without a family that `cfg` wants, or with values that are not
-    finite.
+    functions. Raises UserError for records without a family that `cfg` wants, without the spectrum that it
+    wants, or with values that are not finite.
     """
     try:
         if spans:
@@ -103,7 +103,9 @@ def replay_run(cfg, epochs: list[dict], spans=(), task=TASK) -> tuple[int | None
         raise UserError(str(error)) from None
     if epoch is None:
         return None, None
-    return epoch, task.decide_ranks(cfg, task.build_net(cfg), epochs[:epoch])
+    net = task.build_net(cfg)
+    check_spectrum(cfg, net, epochs[:epoch])
+    return epoch, task.decide_ranks(cfg, net, epochs[:epoch])
 
 
 def get_phase_seconds(run: str) -> dict[str, float]:
@@ -216,6 +218,11 @@ def get_rows(run: str, asked: Replay, task=TASK) -> tuple[list[dict], list[str],
         budget = None if setting["rank_rule"] == "minmax" else cfg.rank_budget
         tried = dataclasses.replace(cfg, **setting, rank_budget=budget)
         task.check_config(tried)
+        if tried.rank_rule == "spectrum" and tried.window_epochs != cfg.window_epochs:
+            raise UserError(
+                f"{run} has the spectra of windows of {cfg.window_epochs} epochs: rank_rule spectrum can't "
+                f"be replayed with window_epochs {tried.window_epochs}, choose another --rank_rule for that"
+            )
         epoch, ranks = replay_run(tried, full, spans, task)
         row = {**setting, "switch_epoch": epoch}
         if tried.switch_rule == "forecast":

@@ -31,7 +31,7 @@ from launch.distributed import (
 )
 from launch.lock import Lock, take
 from lora.inject import drop_ranks, match_families, rank_costs
-from lora.ranks import Ranks, choose_ranks
+from lora.ranks import Ranks, Spectrum, choose_ranks
 from model import checkpoint
 from model.checkpoint import on_process_0
 from model.compiler import check_compiler
@@ -41,7 +41,14 @@ from model.pretrained import load_pretrained
 from model.tensors import get_stored
 from model.variants import LORA_FAMILIES, get_lowest
 from monitor.clock import EpochClock
-from monitor.convergence import find_switch, get_changes, get_mean_position
+from monitor.convergence import (
+    CHANGEABLE,
+    find_spectrum,
+    find_switch,
+    get_changes,
+    get_mean_position,
+    switch_due,
+)
 from monitor.displacement import Displacement
 from monitor.log import (
     check_logs,
@@ -66,6 +73,8 @@ ADAPTERS += ["freeze_blocks"]
 # What the learning rate of a step depends on, besides the step; and what it does after the freeze.
 SCHEDULE = "epochs lr lr_warmup_steps lr_schedule lr_decay_share".split()
 SCHEDULE_OF_LORA = "lora_lr_factor lora_rewarm_steps".split()
+# What a window of log_displacement depends on.
+WINDOW = ["log_displacement", *SCHEDULE, "weight_decay", "window_epochs", "target_modules"]
 # What a fork may have different without a word: they shape nothing.
 UNSAID = "run_dir resume fork max_steps keep_every eval_every profile log_displacement".split()
 
@@ -182,6 +191,7 @@ def find_start(cfg, net: nn.Module, start: Start) -> None:
         check_data(cfg, images, start.train_loader.classes, start.val_loader.classes)
         if cfg.mode == "prelora":
             check_budget(cfg, net)
+            check_next_switch(cfg, start, net)
         if cfg.init_from and not start.checkpoint and get_world_rank() == 0:
             start.weights, remarks = load_init(cfg, net)
             start.notes += remarks
@@ -283,7 +293,53 @@ def decide_ranks(cfg, net: nn.Module, epochs: list[dict]) -> Ranks:
     """Each layer's rank by `cfg.rank_rule`, from the epoch records of a full phase; 0 in the lowest
     `cfg.freeze_blocks` blocks, whose layers take part in the rule as all others do."""
     base, costs = count_base(cfg, net)
-    return drop_lowest(cfg, net, choose_ranks(cfg, get_changes(epochs, cfg), base, costs))
+    spectrum = None if explain_spectrum(cfg, net, epochs) else get_spectrum(cfg, epochs)
+    return drop_lowest(cfg, net, choose_ranks(cfg, get_changes(epochs, cfg), base, costs, spectrum))
+
+
+def get_spectrum(cfg, epochs: list[dict]) -> Spectrum | None:
+    """What `rank_rule` spectrum goes by, from the epoch records of a full phase; None where they have none,
+    or with another rule."""
+    found = find_spectrum(epochs, cfg) if cfg.rank_rule == "spectrum" else None
+    return found[1] if found else None
+
+
+def explain_spectrum(cfg, net: nn.Module, epochs: list[dict]) -> str:
+    """Why `rank_rule` spectrum can't go by these epoch records of a full phase, in a sentence; "" if it can,
+    or with another rule."""
+    if cfg.rank_rule != "spectrum":
+        return ""
+    found = find_spectrum(epochs, cfg)
+    if not found:
+        return (
+            f"rank_rule spectrum finds no spectrum in the log up to epoch {len(epochs)}: choose another "
+            "rank_rule, or a log with a window that was trained with log_displacement True from its start "
+            "to its end, under the same settings"
+        )
+    epoch, spectrum = found
+    for family, layers in match_families(net, LORA_FAMILIES, cfg.target_modules).items():
+        for (name, _, parts), values in zip(layers, spectrum[family]):
+            rows, columns = net.get_submodule(name).weight.shape
+            if len(values) < min(cfg.rank_max, rows // parts, columns):
+                lower = 1 << (max(len(values), 1).bit_length() - 1)
+                return (
+                    f"rank_rule spectrum needs {cfg.rank_max} singular values of each layer for rank_max "
+                    f"{cfg.rank_max}, the newest in the log, of epoch {epoch}, are {len(values)}: rank_max "
+                    f"{lower} can be had, or another rank_rule"
+                )
+    return ""
+
+
+def check_spectrum(cfg, net: nn.Module, epochs: list[dict]) -> None:
+    """Raise UserError where `rank_rule` spectrum can't go by these epoch records."""
+    if why := explain_spectrum(cfg, net, epochs):
+        raise UserError(why)
+
+
+def spectrum_signs(cfg, net: nn.Module, epochs: list[dict]) -> list[str]:
+    """A warning, as a sentence, where the switch after these epochs had to do without a spectrum."""
+    why = explain_spectrum(cfg, net, epochs)
+    return [f"the ranks are those of rank_rule budget: {why}"] if why else []
 
 
 def get_static_ranks(cfg, net: nn.Module) -> Ranks:
@@ -396,7 +452,7 @@ def watch_layers(cfg, start: Start, model: nn.Module, families: Families) -> Dis
     it can't, it begins with the next window. All processes together."""
     s = start.state
     watched = families if cfg.log_displacement else {}
-    displacement = Displacement(model, watched, cfg.window_epochs, cfg.weight_decay)
+    displacement = Displacement(model, watched, cfg.window_epochs, cfg.weight_decay, cfg.rank_max)
     taken = False
     if watched and start.checkpoint and not get_displacement_notes(cfg, start):
         stored = on_process_0(get_stored, start.checkpoint, "displacement.")
@@ -413,20 +469,53 @@ def get_displacement_notes(cfg, start: Start) -> list[str]:
     if not cfg.log_displacement:
         return []
     path, s, old = start.checkpoint, start.state, get_config(cfg, start.checkpoint, start.meta)
-    names = ["log_displacement", *SCHEDULE, "weight_decay", "window_epochs", "target_modules"]
-    if s.phase == "lora":
-        names += SCHEDULE_OF_LORA
+    names = WINDOW + SCHEDULE_OF_LORA if s.phase == "lora" else WINDOW
     changed = [name for name in names if getattr(cfg, name) != getattr(old, name)]
     if not changed:
         return []
-    first = s.epoch + -s.epoch % cfg.window_epochs
-    if s.epoch_step and first == s.epoch:
-        first += cfg.window_epochs
+    first = get_first_window(cfg, s)
     was = ", ".join(f"{name} {getattr(old, name)}" for name in changed)
     return [
         f"log_displacement: {path} has {was}: no window that began before it is reported, the first one "
         f"begins after epoch {first}"
     ]
+
+
+def get_first_window(cfg, s: State) -> int:
+    """The epoch after which the first window begins that is not under way in `s`."""
+    first = s.epoch + -s.epoch % cfg.window_epochs
+    if s.epoch_step and first == s.epoch:
+        first += cfg.window_epochs
+    return first
+
+
+def check_next_switch(cfg, start: Start, net: nn.Module) -> None:
+    """Raise UserError for a run with `rank_rule` spectrum that goes on in its full phase and is certain to
+    switch without one: at once, or at a switch_epoch before a window has been measured.
+
+    Not where it goes on with what it had: then it has been asked before, or has said at its own switch that
+    it had none, and must not end there."""
+    s = start.state
+    if cfg.rank_rule != "spectrum" or not start.checkpoint or s.phase != "full":
+        return
+    old = get_config(cfg, start.checkpoint, start.meta)
+    asked = ["rank_rule", "rank_max", *CHANGEABLE, *WINDOW]
+    if not start.forked and all(getattr(cfg, name) == getattr(old, name) for name in asked):
+        return
+    records = start.records
+    if not start.forked:
+        records = read_events_until(Path(cfg.run_dir, "metrics.jsonl"), s.metrics_bytes)
+    epochs = pick_events(records, "epoch")
+    measured = get_first_window(cfg, s) + cfg.window_epochs  # by then there is one
+    if not get_displacement_notes(cfg, start):
+        measured = s.epoch - s.epoch % cfg.window_epochs + cfg.window_epochs  # the one under way goes on
+    try:
+        is_due = not s.epoch_step and switch_due(epochs, cfg)
+    except FloatingPointError as error:
+        raise UserError(f"{start.checkpoint}: {error}") from None
+    is_too_early = cfg.switch_epoch is not None and cfg.switch_epoch < measured
+    if is_due or is_too_early:
+        check_spectrum(cfg, net, epochs)
 
 
 def check_same(cfg, old, names: list[str], where: Path) -> None:
@@ -572,8 +661,8 @@ def find_fork(cfg) -> tuple[Path, dict, list[dict], list[str]]:
     checkpoint.verify(path)
     checkpoint.get_base(path, meta)
     check_fork(cfg, path, meta, epochs, switches, due)
-    records = get_shared_records(cfg, run, epochs, switches, at)
     old = get_config(cfg, path, meta)
+    records = get_shared_records(cfg, old, run, epochs, switches, at)
     notes = []
     for name, value in vars(cfg).items():
         if value != getattr(old, name) and name not in UNSAID:
@@ -657,9 +746,9 @@ def check_fork(
         check_warmup(cfg, path, read_state(meta, path), epochs)
 
 
-def get_shared_records(cfg, run: str, epochs: list[dict], switches: list[dict], at: int) -> list[dict]:
-    """The epochs and switches of `run` up to epoch `at`, in order, with the norms of cfg's target modules
-    alone."""
+def get_shared_records(cfg, old, run: str, epochs: list[dict], switches: list[dict], at: int) -> list[dict]:
+    """The epochs and switches of `run`, whose config is `old`, up to epoch `at`, in order, with the norms of
+    cfg's target modules alone, and without spectra of windows that are not cfg's."""
 
     def only_targets(norms: dict) -> dict:
         return {family: norms[family] for family in cfg.target_modules if family in norms}
@@ -671,7 +760,11 @@ def get_shared_records(cfg, run: str, epochs: list[dict], switches: list[dict], 
             if "displacement" in epoch:
                 kinds = epoch["displacement"].items()
                 norms["displacement"] = {kind: only_targets(layers) for kind, layers in kinds}
+            if "spectrum" in epoch:
+                norms["spectrum"] = only_targets(epoch["spectrum"])
             shared.append(epoch | norms)
+            if old.window_epochs != cfg.window_epochs:
+                shared[-1].pop("spectrum", None)
     if [epoch["epoch"] for epoch in shared] != list(range(1, at + 1)):
         raise UserError(f"{run}/metrics.jsonl is damaged: it does not hold the epochs 1 to {at}")
     shared += [switch for switch in switches if switch["epoch"] < at]

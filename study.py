@@ -28,7 +28,6 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-import evaluate
 import replay
 import study_method
 import train
@@ -38,14 +37,15 @@ from benchmarks.roofline import count_kernels, get_ceilings, seconds_by_kind
 from errors import UserError
 from files import read_json, write_json
 from lora.ranks import Ranks
-from model import checkpoint
 from monitor.figures import build_figure
 from monitor.log import FROZEN, Run, find_first_switch, get_stage, load_run, pick_events, read_events
 from monitor.plot import plot_runs
 from start import get_static_ranks
+from study_oracle import ORACLE_SEEDS, compute_oracle
 from study_runs import (
     ARMS,
     BASELINE,
+    BEST_ARM,
     DECAYS,
     DRAWN,
     EQUAL,
@@ -55,10 +55,8 @@ from study_runs import (
     MAIN_FORKS,
     RUNS,
     Arm,
-    evaluate_held_out,
     get_config,
     get_kept,
-    get_run_dir,
     load_arm,
     prepare_data,
     round_floats,
@@ -67,7 +65,6 @@ from study_runs import (
 
 ROOT, DOC = Path(__file__).parent, Path("docs/study.md")
 MARKS = ("<!-- written by study.py -->", "<!-- end -->")
-ORACLE_SEEDS, ORACLE_RANKS = (0, 1, 2), (4, 16, 64)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -261,65 +258,7 @@ def check_replay() -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# from the baseline's checkpoints: means of weights, and the oracle
-
-
-def compute_oracle() -> dict:
-    """What the baselines' own checkpoints say without training, top-1 on the held-out images of each seed:
-    `means`, the mean of the weights at two epochs' ends, and at the second; `oracle`, by rank, the weights
-    after 14 epochs and of what training did to each Linear from there on the part of that rank, by SVD,
-    everything else as it was at the end."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    out: dict[str, dict[str, list[float]]] = {"means": {}, "oracle": {}}
-
-    def add(kind: str, name: str, cfg, weights: dict[str, torch.Tensor]) -> None:
-        out[kind].setdefault(name, []).append(evaluate_weights(cfg, weights))
-
-    for seed in ORACLE_SEEDS:
-        cfg, after = load_weights(seed, (13, 14, 23, 24))
-        for first, second in ((13, 14), (23, 24)):
-            mean = {name: (after[first][name] + after[second][name]) / 2 for name in after[first]}
-            add("means", f"mean of {first} and {second}", cfg, mean)
-            add("means", f"after {second}", cfg, after[second])
-        for rank in ORACLE_RANKS:
-            add("oracle", str(rank), cfg, take_low_rank(after[14], after[24], rank))
-    return out
-
-
-def load_weights(seed: int, epochs: tuple[int, ...]) -> tuple[train.Config, dict[int, dict]]:
-    """(settings, {epoch: {name: weight}}) of a baseline's checkpoints."""
-    steps = {}
-    for path, meta in checkpoint.kept(get_run_dir(BASELINE, seed)):
-        steps[meta["state"]["epoch"]] = path, meta
-    after = {}
-    for epoch in epochs:
-        path, meta = steps[epoch]
-        cfg, s = evaluate.load_checkpoint(path, meta)
-        after[epoch] = dict(evaluate.build_checkpoint(cfg, s, path).state_dict())
-    return cfg, after
-
-
-def take_low_rank(before: dict, end: dict, rank: int) -> dict[str, torch.Tensor]:
-    """The weights at the `end`, but of each part of the blocks' Linears `before` plus what was done to it,
-    cut to `rank`."""
-    out = dict(end)
-    for name, weight in end.items():
-        if name.startswith("blocks.") and weight.ndim == 2:
-            parts = 3 if ".qkv." in name else 1
-            changes = (weight - before[name]).chunk(parts)
-            cut = []
-            for change in changes:
-                U, S, V = torch.linalg.svd(change, full_matrices=False)
-                cut.append((U[:, :rank] * S[:rank]) @ V[:rank])
-            out[name] = before[name] + torch.cat(cut)
-    return out
-
-
-def evaluate_weights(cfg: train.Config, weights: dict[str, torch.Tensor]) -> float:
-    """Top-1 in % on the held-out images."""
-    model = train.build_model(cfg, "full", None, torch.device("cpu"))
-    model.load_state_dict(weights)
-    return evaluate_held_out(cfg, model)["val_top1"]
+# from the baseline's checkpoints, computed once and kept
 
 
 def get_oracle() -> dict:
@@ -372,7 +311,7 @@ def write_report() -> None:
     DOC.write_text(before + MARKS[0] + "\n" + "\n\n".join(tables) + "\n" + MARKS[1] + after)
     print(f"wrote {DOC}")
     draw_figures()
-    study_method.write_report(costs["measured"][study_method.MAIN.name])
+    study_method.write_report(costs["measured"][BEST_ARM.name])
 
 
 def draw_figures() -> None:
@@ -438,7 +377,8 @@ def main(argv: list[str]) -> int:
         read_doc()  # before hours of training
         if not argv:
             prepare_data()
-            train_all(() if (KEPT / "oracle.json").exists() else ORACLE_SEEDS)
+            is_computed = all((KEPT / name).exists() for name in ("oracle.json", "rules.json"))
+            train_all(() if is_computed else ORACLE_SEEDS)
         write_report()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,10 +1,12 @@
-"""The regret of switching at each window's end, and of what each rule would have done: docs/method.md's first
-question. `python study.py` trains the runs, and writes this with its own report.
+"""Tables and figures of docs/method.md. `python study.py` trains the runs, and writes these with its own
+report.
 
-The arm `best` of study_runs.py is switched at every window's end of the baseline of the same seed. Its gain
-is its top-1 minus that of all parameters trained for as long as it took, by the step costs of docs/study.md,
-between whole epochs by straight lines. A rule's regret is the gain that it missed, by its own switch, of the
-best window's; never to switch gains 0.
+When to switch: the arm `best` of study_runs.py is switched at every window's end of the baseline of the same
+seed. The gain of that is its top-1 minus that of all parameters trained for as long as it took, by the step
+costs of docs/study.md, between whole epochs by straight lines. A rule's regret is the gain that it missed, by
+its own switch, of the best window's; never to switch gains 0.
+
+Which ranks: the same arm, switched at 14, with each rank rule at the same number of parameters.
 """
 
 import dataclasses
@@ -15,22 +17,35 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from errors import UserError
+from files import read_json, write_json
 from monitor.convergence import find_switch
 from monitor.figures import build_figure
 from monitor.forecast import measure_shortfall
 from monitor.log import get_stage, load_run, pick_events, read_events
 from start import get_rates
-from study_runs import BASELINE, EQUAL, MAIN_FORKS, OPTIONS, WINDOWS, Arm, get_config, get_kept, load_arm
+from study_oracle import ORACLE_SEEDS, RULES, compute_rules
+from study_runs import (
+    BASELINE,
+    BEST_ARM,
+    EQUAL,
+    KEPT,
+    MAIN_FORKS,
+    OPTIONS,
+    RULE_ARMS,
+    WINDOWS,
+    Arm,
+    get_config,
+    get_kept,
+    load_arm,
+    round_floats,
+)
 
 DOC = Path("docs/method.md")
-MARKS = ("<!-- written by study.py: when to switch -->", "<!-- end: when to switch -->")
-MAIN = next(arm for arm in MAIN_FORKS if arm.name == "best")  # whose step costs are taken for all
-TEN_TO_FOURTEEN = [arm for arm in (*MAIN_FORKS, *OPTIONS) if arm.name in ("best10", "best12", "best")]
-SWITCHED = {
-    int(arm.flags.split()[1]): arm for arm in (*TEN_TO_FOURTEEN, *WINDOWS)
-}  # --switch_epoch N: its arm
+MARKS = ("<!-- written by study.py: {} -->", "<!-- end: {} -->")
+ALSO = [arm for arm in (*MAIN_FORKS, *OPTIONS) if arm.name in ("best10", "best12", "best")]
+SWITCHED = {int(arm.flags.split()[1]): arm for arm in (*ALSO, *WINDOWS)}  # by their --switch_epoch
 SWITCHED = dict(sorted(SWITCHED.items()))
-SEEDS = MAIN.seeds
+SEEDS = BEST_ARM.seeds
 THRESHOLDS = {  # in %
     "Algorithm 1, the paper's Exp1": (1.0, 5.0),
     "Algorithm 1, the paper's Exp2": (0.5, 2.5),
@@ -39,6 +54,10 @@ THRESHOLDS = {  # in %
     "Algorithm 1, Exp2 for this schedule": (0.25, 10.0),
 }
 FORKED_AT = (8, 10, 12, 14, 16)  # of forks that calibrate the forecast
+
+
+# ------------------------------------------------------------------------------------------------------------
+# when to switch
 
 
 def get_top1(arm: Arm, seed: int) -> float:
@@ -101,8 +120,8 @@ def get_choices(costs: dict[str, float]) -> dict[str, list[int | None]]:
 
 def choose(seed: int, costs: dict[str, float], **rule) -> int | None:
     """After which epoch a run of this `rule` would have switched, if its full phase was the baseline's."""
-    run = load_run(get_kept(MAIN, seed))
-    cfg = dataclasses.replace(get_config(MAIN, run), switch_epoch=None, fork=None)
+    run = load_run(get_kept(BEST_ARM, seed))
+    cfg = dataclasses.replace(get_config(BEST_ARM, run), switch_epoch=None, fork=None)
     cfg = dataclasses.replace(cfg, warmup_cost=costs["warmup"], lora_cost=costs["lora"], **rule)
     return find_switch(load_run(get_kept(BASELINE, seed)).epochs, cfg, get_rates)
 
@@ -181,18 +200,81 @@ def build_gain_figure(gains: dict[int, np.ndarray], choices: dict[str, list[int 
     return figure
 
 
+# ------------------------------------------------------------------------------------------------------------
+# which ranks
+
+
+def get_rules() -> dict[str, dict[str, list[float]]]:
+    """`compute_rules`'s, once computed kept in docs/study/runs/rules.json."""
+    path = KEPT / "rules.json"
+    if not path.exists():
+        print("comparing rank rules with what the baselines did …", flush=True)
+        write_json(path, round_floats(compute_rules(BEST_ARM, ORACLE_SEEDS)))
+    return read_json(path)
+
+
+def get_trained(rule: str) -> np.ndarray:
+    """Top-1 of the runs with ranks by that rule, of each seed that all rules have."""
+    seeds = min(arm.seeds for arm in RULE_ARMS.values())
+    return np.array([get_top1(RULE_ARMS[rule], seed) for seed in range(seeds)])
+
+
+def get_rank_table(rules: dict[str, dict[str, list[float]]]) -> str:
+    """The rank rules beside each other, in Markdown."""
+    titles = ["ranks by", "adapter parameters", "% of the rest's σ²", "cut to these ranks, top-1 %"]
+    titles += ["trained, top-1 %", "− minmax [95 %]"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for rule, found in rules.items():
+        cells = [RULES[rule], f"{np.mean(found['parameters']):,.0f}", f"{100 * np.mean(found['share']):.1f}"]
+        cells += [f"{np.mean(found['top1']):.2f}", "", ""]
+        if rule in RULE_ARMS:
+            cells[4] = f"{get_trained(rule).mean():.2f}"
+        if rule in RULE_ARMS and rule != "minmax":
+            cells[5] = get_interval(get_trained(rule) - get_trained("minmax"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def build_rank_figure(rules: dict[str, dict[str, list[float]]]) -> Figure:
+    """What each rule's ranks can hold of what the rest of training did, and what training with them gave."""
+    figure = build_figure(9, 3.5)
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = list(rules)
+    left.barh(range(len(names)), [100 * np.mean(rules[name]["share"]) for name in names])
+    left.set_yticks(range(len(names)), [RULES[name] for name in names], fontsize=8)
+    left.set(xlabel="% of the rest's σ² that the ranks hold", ylim=(len(names) - 0.5, -0.5))
+    for row, name in enumerate(names):
+        if name in RULE_ARMS:
+            differences = get_trained(name) - get_trained("minmax")
+            right.plot(differences, [row] * len(differences), "o", color="0.7", markersize=4)
+            right.plot(differences.mean(), row, "D", color="black")
+    right.axvline(0, color="black", linestyle="--")
+    right.set(xlabel="top-1 minus that with Algorithm 2's ranks, points")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the report
+
+
+def put_between(text: str, what: str, tables: str) -> str:
+    """`text` with these tables between the marks of `what`. Raises UserError where DOC has lost them."""
+    begin, end = (mark.format(what) for mark in MARKS)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise UserError(f"{DOC} has lost the marks between which tables go: {begin} {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
+
+
 def write_report(costs: dict[str, float]) -> None:
-    """Write the tables between the marks of DOC and its figure. `costs`: of the arm's steps, in full ones.
-    Raises UserError where DOC has lost its marks."""
-    text = DOC.read_text()
-    if text.count(MARKS[0]) != 1 or text.count(MARKS[1]) != 1:
-        raise UserError(f"{DOC} has lost the marks between which the tables go: {' '.join(MARKS)}")
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    gains, choices = get_gains(costs), get_choices(costs)
+    """Write the tables between the marks of DOC, and its figures. `costs`: of the arm's steps, in full
+    ones."""
+    gains, choices, rules = get_gains(costs), get_choices(costs), get_rules()
     tables = f"{get_window_table(gains, costs)}\n\n{get_rule_table(gains, choices)}"
-    DOC.write_text(f"{before}{MARKS[0]}\n{tables}\n{MARKS[1]}{after}")
+    text = put_between(DOC.read_text(), "when to switch", tables)
+    DOC.write_text(put_between(text, "which ranks", get_rank_table(rules)))
     folder = DOC.with_suffix("")
     folder.mkdir(exist_ok=True)
     build_gain_figure(gains, choices).savefig(folder / "switch.png")
+    build_rank_figure(rules).savefig(folder / "ranks.png")
     print(f"wrote {DOC}")

@@ -113,6 +113,13 @@ STATIC = [
         ("matched05", scaled("matched", 0.5), "matched × 0.5"),
     )
 ]
+BEST_ARM = MAIN_FORKS[0]
+# The same arm with ranks by the other rules, at minmax's parameters.
+RULE_ARMS = {"minmax": BEST_ARM} | {
+    rule: Arm(f"best_{rule}", f"{AT_14} {BEST} --rank_rule {rule}",
+              text=f"PreLoRA at 14, else the same, ranks by {rule}")
+    for rule in ("uniform", "budget", "spectrum")
+}
 # fmt: on
 # docs/method.md's: the arm `best` switched at every other window's end. (10, 12 and 14 stand above.)
 WINDOWS = [
@@ -124,7 +131,9 @@ WINDOWS = [
     )
     for epoch in (4, 6, 8, 16, 18, 20, 22)
 ]
-FORKS = [*MAIN_FORKS, *OPTIONS, *SWEEP]
+OF_RULES = [arm for arm in RULE_ARMS.values() if arm is not BEST_ARM]
+METHOD_ARMS = [*WINDOWS, *OF_RULES]
+FORKS = [*MAIN_FORKS, *OPTIONS, *SWEEP, *METHOD_ARMS]
 ARMS = [BASELINE, *EQUAL, *DECAYS, *MAIN_FORKS, *OPTIONS, *STATIC, *SWEEP]
 DRAWN = "baseline equal23 best best12 authors exp2_best static_alpha64".split()  # in figures 4 to 7
 # Fields in which a run may differ from what is asked for: they shape nothing.
@@ -280,6 +289,8 @@ def keep_run(arm: Arm, seed: int, held_out: dict) -> None:
     source, folder = get_run_dir(arm, seed), get_kept(arm, seed)
     wanted = "event epoch step phase frozen_blocks train_loss train_top1 lr val_loss val_top1".split()
     wanted += "trainable_params epoch_seconds images_per_second peak_memory_bytes displacement".split()
+    if arm is BASELINE:  # a replay and a comparison of rank rules go by it
+        wanted.append("spectrum")
     if arm is BASELINE or arm.name in DRAWN:
         wanted += ["weight_norms", "adapter_norms"]
     lines = []
@@ -319,7 +330,7 @@ def train_all(needs_checkpoints: tuple[int, ...] = ()) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     missing = [
-        (arm, seed) for arm in (*ARMS, *WINDOWS) for seed in range(arm.seeds) if not is_kept(arm, seed)
+        (arm, seed) for arm in (*ARMS, *METHOD_ARMS) for seed in range(arm.seeds) if not is_kept(arm, seed)
     ]
     seeds = {seed for arm, seed in missing if arm.fork or arm is BASELINE}
     seeds |= set(needs_checkpoints)

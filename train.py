@@ -68,6 +68,7 @@ from start import (
     get_static_ranks,
     open_log,
     say_done,
+    spectrum_signs,
     watch_layers,
 )
 
@@ -141,8 +142,8 @@ class Config:
     lora_warmup_epochs: NonNegativeInt = 10  # w: epochs in which base and adapters train together
     rank_min: PowerOfTwo = 8  # smallest rank of a layer (Algorithm 2)
     rank_max: PowerOfTwo = 64  # largest; mode lora: of every layer
-    rank_rule: Literal["minmax", "uniform", "budget"] = "minmax"  # Algorithm 2; one for all; by the change
-    rank_budget: PositiveFloat | None = None  # uniform, budget: adapters' share of the base; None = minmax's
+    rank_rule: Literal["minmax", "uniform", "budget", "spectrum"] = "minmax"  # of lora/ranks.py
+    rank_budget: PositiveFloat | None = None  # other rules: adapters' share of the base; None = minmax's
     lora_scaling: Literal["authors", "alpha", "rslora", "matched", "coherent"] = "authors"  # lora/layers.py
     lora_alpha: PositiveFloat | None = None  # of alpha, rslora; a factor of matched, coherent: None = 1
     target_modules: tuple[str, ...] = tuple(LORA_FAMILIES)  # the Linears of adapters, ranks and the test
@@ -423,8 +424,10 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
             costs = compile_phase(cfg, s, model, optimizer, device)
             seconds = time.perf_counter() - began
             record = get_switch_record(s, previous, peak_bytes, costs, seconds, mean_epochs)
-            signs = rank_signs(cfg, ranks) if previous == "full" and ranks else []
-            log.switch(record, signs + mean_signs(cfg, record))
+            signs = mean_signs(cfg, record)
+            if previous == "full" and ranks:
+                signs += rank_signs(cfg, ranks) + spectrum_signs(cfg, build_net(cfg), log.epochs)
+            log.switch(record, signs)
 
         # -- an epoch of training, or what is left of it
         steps = min(steps_per_epoch - s.epoch_step, last_step - s.step)

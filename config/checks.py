@@ -112,7 +112,12 @@ def check_adapters(cfg) -> None:
     )
     require(
         cfg.rank_budget is None or cfg.rank_rule != "minmax",
-        "rank_budget is for rank_rule uniform or budget; minmax has none",
+        "rank_budget is for rank_rule uniform, budget or spectrum; minmax has none",
+    )
+    require(
+        cfg.rank_rule != "spectrum" or cfg.log_displacement or cfg.mode == "lora",
+        "rank_rule spectrum goes by what log_displacement measures: it needs a run with --log_displacement "
+        "True",
     )
 
 

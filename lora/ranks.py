@@ -1,8 +1,8 @@
 """A rank for every layer of every family, by how much its weights still change.
 
-Algorithm 2 of PreLoRA (arXiv 2509.21619), and two rules to compare it with. These take
+Algorithm 2 of PreLoRA (arXiv 2509.21619), and three rules to compare it with. These take
 `costs[family][layer]`, the parameters that one more rank adds to a layer's adapter, and a `budget` of
-parameters. All three give multiples of 8, or of rank_min where that is below 8.
+parameters. All four give multiples of 8, or of rank_min where that is below 8.
 """
 
 import math
@@ -11,22 +11,31 @@ from collections.abc import Sequence
 from errors import UserError
 
 Ranks = dict[str, list[int]]  # family -> rank of each layer
+Spectrum = dict[str, list[list[float]]]  # family -> singular values of each layer, descending
 ALIGNED = 8  # numbers of bfloat16 in 16 bytes: a GPU reads rows of other lengths more slowly
 
 
 def choose_ranks(
-    cfg, changes: dict[str, Sequence[float]], base: int, costs: dict[str, Sequence[int]]
+    cfg,
+    changes: dict[str, Sequence[float]],
+    base: int,
+    costs: dict[str, Sequence[int]],
+    spectrum: Spectrum | None = None,
 ) -> Ranks:
-    """Each layer's rank from its weight norm's change in %, by `cfg.rank_rule`.
+    """Each layer's rank by `cfg.rank_rule`: from its weight norm's change in % or, with rule spectrum, from
+    the singular values of what the last window did to it. Where these are not known (None) the same budget
+    is given out by rule budget.
 
-    `base`: parameters of the model without adapters. uniform and budget fill `cfg.rank_budget`'s share of
-    them or, without one, what minmax would use, so that rules are compared at equal size. Raises UserError
-    for a budget that rank_min everywhere exceeds."""
+    `base`: parameters of the model without adapters. uniform, budget and spectrum fill `cfg.rank_budget`'s
+    share of them or, without one, what minmax would use, so that rules are compared at equal size. Raises
+    UserError for a budget that rank_min everywhere exceeds."""
     ranks = assign_ranks(changes, cfg.rank_min, cfg.rank_max)
     if cfg.rank_rule == "minmax":
         return ranks
     budget = count_parameters(ranks, costs) if cfg.rank_budget is None else int(cfg.rank_budget * base)
-    rule = {"uniform": uniform_ranks, "budget": budget_ranks}[cfg.rank_rule]
+    if cfg.rank_rule == "spectrum" and spectrum is not None:
+        return spectrum_ranks(spectrum, costs, budget, cfg.rank_min, cfg.rank_max)
+    rule = uniform_ranks if cfg.rank_rule == "uniform" else budget_ranks
     return rule(changes, costs, budget, cfg.rank_min, cfg.rank_max)
 
 
@@ -119,8 +128,37 @@ def budget_ranks(
     return ranks
 
 
+def spectrum_ranks(
+    spectrum: Spectrum, costs: dict[str, Sequence[int]], budget: int, rank_min: int, rank_max: int
+) -> Ranks:
+    """Ranks that capture the most of what `spectrum` is the singular values of, for `budget` parameters.
+
+    The best approximation of rank r captures σ_1² + … + σ_r² of a matrix's squared norm. Every layer has
+    rank_min. Then the block of rank_min more that captures the most for each of its parameters is added, of
+    all layers of all families, again and again, until the next one is not paid for: multiples of rank_min, so
+    that the rows keep lengths that GPUs read fast. No layer gets a block beyond rank_max or its last singular
+    value. Of blocks that are worth the same the lower one goes first, then the first family in the alphabet,
+    then the first layer. Raises UserError if the budget does not pay for rank_min.
+    """
+    left = check_budget(spectrum, costs, budget, rank_min)
+    blocks = []  # (-worth, block's number, family, layer)
+    for family, layers in spectrum.items():
+        for layer, values in enumerate(layers):
+            for n in range(1, min(rank_max, len(values)) // rank_min):
+                captured = math.fsum(value**2 for value in values[n * rank_min : (n + 1) * rank_min])
+                blocks.append((-captured / (rank_min * costs[family][layer]), n, family, layer))
+    ranks = {family: [rank_min] * len(layers) for family, layers in spectrum.items()}
+    # A layer's blocks are worth less and less, so in this order each comes after the one below it.
+    for _, _, family, layer in sorted(blocks):
+        left -= rank_min * costs[family][layer]
+        if left < 0:
+            break
+        ranks[family][layer] += rank_min
+    return ranks
+
+
 def check_budget(
-    changes: dict[str, Sequence[float]], costs: dict[str, Sequence[int]], budget: int, rank_min: int
+    changes: dict[str, Sequence], costs: dict[str, Sequence[int]], budget: int, rank_min: int
 ) -> int:
     """Parameters left of `budget` once every layer has rank_min. Raises UserError if it pays for less."""
     least = {family: [rank_min] * len(layers) for family, layers in changes.items()}

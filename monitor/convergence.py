@@ -205,6 +205,17 @@ def get_changes(epochs: list[dict], cfg: Settings) -> dict[str, list[float]]:
     return changes
 
 
+def find_spectrum(epochs: list[dict], cfg) -> tuple[int, dict[str, list[list[float]]]] | None:
+    """(epoch, {family: [singular values of each layer]}) of cfg's target modules, from the newest of these
+    records that has a "spectrum" of all of them: what the window that ended there did to the weights
+    (monitor/displacement.py). None where no record has one."""
+    for record in reversed(epochs):
+        spectrum = record.get("spectrum", {})
+        if all(family in spectrum for family in cfg.target_modules):
+            return record["epoch"], {family: spectrum[family] for family in cfg.target_modules}
+    return None
+
+
 def is_due_after(
     epochs: list[dict],
     windows: list[Window],

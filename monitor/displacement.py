@@ -16,6 +16,9 @@ In the phases that train base weights these are "base", all of them. Where they 
 of the adapters, "adapters": P = s·B·A in the place of W, and the product's decay squared, because both of its
 factors decay. The normalisation is the same, so that the adapters' rho over the base's is the share of a full
 step that they take.
+
+Of the base's D the largest singular values are measured, too (monitor/spectrum.py): what an adapter of each
+rank could have done of the window's work, by which `rank_rule spectrum` gives the ranks.
 """
 
 import math
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from monitor.norms import Families, get_product_norm
+from monitor.spectrum import get_singular_values
 
 EVERY = 16  # of the D before, these columns are kept
 
@@ -42,12 +46,23 @@ class Displacement:
     State is sharded as the weights are. Of a base weight only sums over each row travel; adapters' factors
     are gathered one layer at a time, as for their norms. Only at a window's end anything is computed.
 
+    `num_singular_values`: how many of each layer are measured; 0: none. What they take besides, for the time
+    of one layer, and what travels for them: monitor/spectrum.py.
+
     A window is measured only if its start was seen. `first_step` is the step after which the window under way
     began, None if that was not seen.
     """
 
-    def __init__(self, model: nn.Module, families: Families, window_epochs: int, weight_decay: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        families: Families,
+        window_epochs: int,
+        weight_decay: float,
+        num_singular_values: int = 0,
+    ):
         self.families, self.window_epochs, self.weight_decay = families, window_epochs, weight_decay
+        self.num_singular_values = num_singular_values
         self.start: dict[str, Tensor] = {}  # what is watched, as it was at the window's start
         self.before: dict[str, Tensor] = {}  # base: columns of the D before; adapters: the start before
         self.first_step: int | None = None
@@ -80,11 +95,12 @@ class Displacement:
     @torch.no_grad()
     def end_epoch(self, model: nn.Module, epoch: int, step: int, lr_at: Callable[[int], float]) -> dict:
         """What the epoch's record gets: {"displacement": {"base" or "adapters": {family: {"rho": [each
-        layer's], "cosine": [each layer's]}}}} where a window ends that was seen from its start, else {}.
+        layer's], "cosine": [each layer's]}}}} where a window ends that was seen from its start, else {}. Of
+        the base also {"spectrum": {family: [each layer's largest singular values of D, descending]}}.
 
         `epoch`, `step`: completed. `lr_at(step)`: the learning rate of a step of the run, from 0. A layer
-        that is frozen or has no adapter has rho 0; a cosine is None for it, and where there is no window
-        before. All processes together.
+        that is frozen or has no adapter has rho 0 and singular values of 0; a cosine is None for it, and
+        where there is no window before. All processes together.
         """
         if not self.families or epoch % self.window_epochs:
             return {}
@@ -92,24 +108,31 @@ class Displacement:
             self.begin(model, step)
             return {}
         learning_rates = [lr_at(i) for i in range(self.first_step, step)]
+        spectra: dict[tuple[str, int], Tensor] = {}
         if self.is_of_base():
-            kind, products = "base", self.measure_base(model, self.get_decay(learning_rates))
+            kind, (products, spectra) = "base", self.measure_base(model, self.get_decay(learning_rates))
         else:
             rates_before = [lr_at(i) for i in range(self.step_before, self.first_step)]
             decays = self.get_decay(learning_rates) ** 2, self.get_decay(rates_before) ** 2
             kind, products = "adapters", self.measure_adapters(model, *decays)
         self.step_before, self.first_step = self.first_step, step
         measured = get_measures(model, self.families, products, math.hypot(*learning_rates))
-        return {"displacement": {kind: measured}}
+        record: dict = {"displacement": {kind: measured}}
+        if self.is_of_base() and self.num_singular_values:
+            record["spectrum"] = get_spectrum(model, self.families, spectra, self.num_singular_values)
+        return record
 
     def get_decay(self, learning_rates: list[float]) -> float:
         """What is left of a weight after steps at these learning rates that do nothing but decay."""
         return math.prod(1 - lr * self.weight_decay for lr in learning_rates)
 
-    def measure_base(self, model: nn.Module, decay: float) -> dict[tuple[str, int], Tensor]:
-        """(Linear, row part) -> ‖D‖²; ‖D‖², ‖D before‖² and <D, D before> of the columns that are kept.
-        The next window begins here: the copies are the weights now, and the columns this window's."""
-        products = {}
+    def measure_base(
+        self, model: nn.Module, decay: float
+    ) -> tuple[dict[tuple[str, int], Tensor], dict[tuple[str, int], Tensor]]:
+        """(Linear, row part) -> ‖D‖²; ‖D‖², ‖D before‖² and <D, D before> of the columns that are kept; and
+        (Linear, row part) -> the largest singular values of D. The next window begins here: the copies are
+        the weights now, and the columns this window's."""
+        products, spectra = {}, {}
         for key, start in self.start.items():
             name = key.removeprefix("base.")
             weight = model.get_submodule(name).weight  # (out, in)
@@ -120,9 +143,11 @@ class Displacement:
             rows.append(sum_rows(columns, before))  # (out,) each
             for part, parts in get_parts(self.families, name):
                 products[name, part] = torch.stack([row.chunk(parts)[part].sum() for row in rows])
+                if self.num_singular_values:
+                    spectra[name, part] = get_singular_values(D, part, parts, self.num_singular_values)
             self.before[key] = columns
             start.copy_(weight)
-        return products
+        return products, spectra
 
     def measure_adapters(
         self, model: nn.Module, decay: float, decay_before: float
@@ -238,6 +263,23 @@ def get_measures(
             measures[family]["rho"].append(math.sqrt(square) / (math.sqrt(size) * step_length))
             measures[family]["cosine"].append(inner / lengths if lengths else None)
     return measures
+
+
+def get_spectrum(
+    model: nn.Module, families: Families, spectra: dict[tuple[str, int], Tensor], count: int
+) -> dict[str, list[list[float]]]:
+    """{family: [the largest `count` singular values of each layer]}, with six digits; all 0 for a layer that
+    has none in `spectra`, because it is frozen."""
+    spectrum: dict[str, list[list[float]]] = {}
+    for family, layers in families.items():
+        spectrum[family] = []
+        for name, part, parts in layers:
+            rows, columns = model.get_submodule(name).weight.shape
+            values = [0.0] * min(count, rows // parts, columns)
+            if (name, part) in spectra:
+                values = spectra[name, part].tolist()
+            spectrum[family].append([float(f"{value:.6g}") for value in values])
+    return spectrum
 
 
 # ---- tensors, whole or sharded

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import study
+import study_oracle
 import study_runs
 import train
 from config.cli import load_preset, parse_flags
@@ -20,17 +21,18 @@ from monitor.log import FROZEN, Run, load_run
 def test_every_arm_is_a_run_that_train_accepts(tmp_path, monkeypatch):
     monkeypatch.setattr(study_runs, "RUNS", tmp_path)
     monkeypatch.setattr(study_runs, "KEPT", tmp_path / "kept")
-    seen, names = set(), {arm.name for arm in study.ARMS}
-    for arm in study.ARMS:
+    arms = [*study.ARMS, *study_runs.METHOD_ARMS]
+    seen, names = set(), {arm.name for arm in arms}
+    for arm in arms:
         for seed in range(arm.seeds):
             cfg, argv = study_runs.build_command(arm, seed)
             assert cfg.epochs == 24 or f"--epochs {cfg.epochs}" in arm.flags
             assert ("--fork" in argv) == arm.fork and not cfg.compile
             seen.add(cfg.run_dir)
-    assert len(seen) == sum(arm.seeds for arm in study.ARMS)  # none shares a directory
+    assert len(seen) == sum(arm.seeds for arm in arms)  # none shares a directory
     main = [study.BASELINE, *study_runs.MAIN_FORKS]
-    assert min(arm.seeds for arm in main) >= 5 and min(arm.seeds for arm in study.ARMS) >= 3
-    assert {study.MAIN, *study.DRAWN} <= names and len(names) == len(study.ARMS)
+    assert min(arm.seeds for arm in main) >= 5 and min(arm.seeds for arm in arms) >= 3
+    assert {study.MAIN, *study.DRAWN} <= names and len(names) == len(arms)
 
 
 def records(phases, top1=80.0, switches=()):
@@ -84,6 +86,8 @@ def write_kept(arm, seed, cfg):
     for e in epochs:  # they come to rest after epoch 10; each layer in its own way
         norms = {family: [1.0, 2.0 + max(0, 10 - e["epoch"]), 3.0] for family in cfg.target_modules}
         e |= {"train_loss": 1.0, "weight_norms": norms}
+        if arm is study.BASELINE and e["epoch"] % cfg.window_epochs == 0:
+            e["spectrum"] = {family: [[1.0] * 32] * 3 for family in cfg.target_modules}
         e["adapter_norms"] = {} if e["phase"] == "full" else norms
     for s in switches:
         layer_ranks = [4, 4, 4] if s["from"] == "full" else [4, 8, 32]
@@ -103,7 +107,8 @@ def fabricated(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "KEPT", tmp_path / "kept")
     monkeypatch.setattr(study, "DOC", tmp_path / "study.md")
     (tmp_path / "study").mkdir()
-    for arm in study.ARMS:
+    monkeypatch.setattr(study.study_method, "write_report", lambda costs: None)  # test_study_method.py's
+    for arm in (*study.ARMS, *study_runs.METHOD_ARMS):
         for seed in range(arm.seeds):
             write_kept(arm, seed, get_own_config(arm, seed))
     stages = {"full": 1.0, "warmup": 1.2, "lora": 0.8, FROZEN: 0.7}
@@ -227,6 +232,7 @@ def test_a_run_leaves_what_the_report_needs(small, tmp_path, monkeypatch):
     monkeypatch.setattr(study_runs.BASELINE, "seeds", 1)
     arm = study_runs.Arm(study.MAIN, flags, 1)
     monkeypatch.setattr(study_runs, "ARMS", [study_runs.BASELINE, arm])
+    monkeypatch.setattr(study_runs, "METHOD_ARMS", [])
     study_runs.train_all()
     run = load_run(tmp_path / f"kept/{study.MAIN}-0")
     assert [epoch["phase"] for epoch in run.epochs] == ["full"] * 4 + ["warmup", "lora"]
@@ -237,8 +243,41 @@ def test_a_run_leaves_what_the_report_needs(small, tmp_path, monkeypatch):
     assert (tmp_path / f"kept/{study.MAIN}-0/metrics.jsonl").stat().st_size < 15_000
     # the baseline's own checkpoints serve the oracle
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
-    cfg, after = study.load_weights(0, (2, 6))
-    assert 0 <= study.evaluate_weights(cfg, study.take_low_rank(after[2], after[6], 4)) <= 100
+    cfg, after = study_oracle.load_weights(0, (2, 6))
+    assert 0 <= study_oracle.evaluate_weights(cfg, take_low_rank(after[2], after[6], 4)) <= 100
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # as few as the tests have
+    check_rules(arm, cfg, after[6])
+
+
+def check_rules(arm, cfg, end):
+    """The rank rules beside the oracle, of that run: each fills minmax's parameters, and nothing captures
+    more of the rest than its own spectrum does."""
+    kept = load_run(study_runs.get_kept(study_runs.BASELINE, 0)).epochs
+    assert [len(epoch.get("spectrum", {})) for epoch in kept] == [0, 6] * 3
+    assert "spectrum" not in load_run(study_runs.get_kept(arm, 0)).epochs[1]
+    rules = study_oracle.compute_rules(arm, (0,))
+    allowed, largest_block = rules["minmax"]["parameters"][0], 8 * (320 + 1280)
+    for rule, found in rules.items():
+        assert 0 <= found["top1"][0] <= 100 and 0 < found["share"][0] < 1
+        assert allowed - found["parameters"][0] <= (largest_block if rule != "uniform" else allowed / 2)
+    assert rules["oracle"]["share"][0] > max(found["share"][0] for r, found in rules.items() if r != "oracle")
+    # The rest is just the last window, whose spectrum is in the log.
+    _, after = study_oracle.load_weights(0, (4,))
+    net = train.build_net(cfg)
+    spectrum = study_oracle.get_rest(cfg, net, after[4], end, study_oracle.get_decay(cfg, 4, 6))
+    for family, layers in kept[-1]["spectrum"].items():
+        for logged, values in zip(layers, spectrum[family]):
+            assert logged == pytest.approx(values[:32], rel=0.05)
+
+
+def test_the_share_by_hand():
+    spectrum = {"q": [[3.0, 1.0], [2.0, 0.0]], "v": [[1.0, 1.0]]}  # squares: 9 and 1, 4, 1 and 1
+    assert study_oracle.get_share(spectrum, {"q": [1, 1], "v": [0]}) == pytest.approx(13 / 16)
+    assert study_oracle.get_share(spectrum, {"q": [2, 2], "v": [2]}) == 1
+
+
+def take_low_rank(before, end, rank):
+    return study_oracle.take_low_rank(before, end, study_oracle.decompose(before, end), rank)
 
 
 def test_the_low_rank_part():
@@ -250,11 +289,14 @@ def test_the_low_rank_part():
     end["blocks.0.attn.qkv.weight"] = before["blocks.0.attn.qkv.weight"] + torch.cat(
         [low, torch.zeros(4, 4), torch.randn(4, 4)]
     )
-    whole, cut = study.take_low_rank(before, end, 4), study.take_low_rank(before, end, 1)
+    whole, cut = take_low_rank(before, end, 4), take_low_rank(before, end, 1)
     for name in end:
         torch.testing.assert_close(whole[name], end[name])
     name = "blocks.0.attn.qkv.weight"
     torch.testing.assert_close(cut[name][:8], end[name][:8])
+    each = take_low_rank(before, end, {("blocks.0.attn.qkv", part): r for part, r in enumerate((1, 0, 4))})
+    torch.testing.assert_close(each[name], end[name])
+    assert torch.equal(each[name][4:8], before[name][4:8])
     change = cut[name][8:] - before[name][8:]
     assert torch.linalg.matrix_rank(change) == 1 and not torch.allclose(cut[name][8:], end[name][8:])
     assert torch.equal(cut["head.weight"], end["head.weight"])  # everything else is the end's
@@ -372,8 +414,9 @@ def test_an_edited_step_is_what_is_timed(monkeypatch):
 def test_what_this_repository_keeps_is_of_these_arms():
     """docs/study/runs has every run of every arm, with the settings that the arm has today, and no other."""
     kept = {path.name for path in study.KEPT.iterdir() if path.is_dir()}
-    assert kept == {f"{arm.name}-{seed}" for arm in study.ARMS for seed in range(arm.seeds)}
-    for arm in study.ARMS:
+    arms = (*study.ARMS, *study_runs.METHOD_ARMS)
+    assert kept == {f"{arm.name}-{seed}" for arm in arms for seed in range(arm.seeds)}
+    for arm in arms:
         for seed in range(arm.seeds):
             study_runs.build_command(arm, seed)  # refuses another
             assert study.get_held_out(arm, seed)["val_top1"] > 50
