@@ -148,6 +148,7 @@ def check_config(cfg: Config) -> None:
         (cfg.rank_max > cfg.width, f"rank_max {cfg.rank_max} is above the width {cfg.width}"),
         (needs_alpha and not has_alpha, f"lora_scaling {cfg.lora_scaling} needs --lora_alpha"),
         (has_alpha and cfg.lora_scaling == "authors", "lora_scaling authors is 1 and has no lora_alpha"),
+        (cfg.rank_rule == "spectrum", "rank_rule spectrum needs what train.py logs and lm.py does not"),
         (has_budget and is_minmax, "rank_budget is for rank_rule uniform or budget; minmax has none"),
         (cfg.num_windows < 2, f"num_windows must be at least 2, not {cfg.num_windows}"),
         (forecasts and cfg.mode != "prelora", f"switch_rule forecast has no meaning with mode {cfg.mode}"),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small_runs import events, get_error, no_figures, resume, run  # noqa: F401 (a fixture)
+from small_runs import SMALL, events, get_error, no_figures, resume, run  # noqa: F401 (a fixture)
 
 import replay
 import train
@@ -334,7 +334,7 @@ def test_phases_are_timed_one_by_one_and_forgotten():
 RUN = (
     "--switch_rule forecast --forecast_shortfall 0.0 --lora_warmup_epochs 1 --window_epochs 1 --num_windows 2"
 )
-RUN = [*RUN.split(), "--epochs", 12, "--lora_cost", 0.5]
+RUN = [*RUN.split(), "--epochs", 12, "--lora_cost", 0.1]
 
 
 def test_a_run_switches_by_the_forecast_and_replay_says_the_same(small, tmp_path, capsys):
@@ -343,7 +343,7 @@ def test_a_run_switches_by_the_forecast_and_replay_says_the_same(small, tmp_path
     run_dir = tmp_path / "run"
     did = run(small, run_dir, *RUN)
     config = json.loads((run_dir / "config.json").read_text())
-    assert config["lora_cost"] == 0.5 and config["warmup_cost"] > 0
+    assert config["lora_cost"] == 0.1 and config["warmup_cost"] > 0
     start = next(record for record in did if record["event"] == "start")
     assert start["switch_settings"]["warmup_cost"] == config["warmup_cost"]
     assert any("forecast: steps cost" in note for note in start["notes"])
@@ -361,6 +361,20 @@ def test_a_run_switches_by_the_forecast_and_replay_says_the_same(small, tmp_path
     assert not any("forecast" in note for note in again[0]["notes"])
     losses = [record["train_loss"] for record in did if record["event"] == "epoch"]
     assert losses == [record["train_loss"] for record in again if record["event"] == "epoch"]
+
+
+def go_on_rank(arguments):
+    """train.py on this process."""
+    return train.main([str(argument) for argument in arguments])
+
+
+def test_two_processes_go_by_the_slower_one_s_costs(on_ranks, small, tmp_path):
+    """If they went each by its own they could switch at different epochs, and wait for each other."""
+    flags = [*SMALL, *RUN, "--data_dir", small, "--run_dir", tmp_path / "run"]
+    assert on_ranks(2, go_on_rank, flags) == [0, 0]
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["warmup_cost"] > 0 and config["lora_cost"] == 0.1
+    assert [event["to"] for event in events(tmp_path / "run", "switch")] == ["warmup", "lora"]
 
 
 def test_a_resumed_run_keeps_the_costs_that_were_timed(small, tmp_path, monkeypatch):

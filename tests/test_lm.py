@@ -270,6 +270,21 @@ def test_replay_says_what_the_run_did(watched, baseline, source, tmp_path):
     assert int(row["adapter_params"]) == added
 
 
+def test_it_forecasts_and_replay_says_so(baseline, tmp_path, capsys):
+    """A LoRA phase that costs next to nothing and leaves nothing undelivered: at the first window's end with
+    fits up to two of them."""
+    forecast = "--switch_rule forecast --forecast_shortfall 0 --warmup_cost 1 --lora_cost 0.01".split()
+    did = run(tmp_path / "run", *forecast, "--epochs", 12)
+    switches = [event["epoch"] for event in did if event["event"] == "switch"]
+    assert switches == [8, 9]
+    capsys.readouterr()
+    assert lm.main(["--replay", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[7] for line in told if line.strip().startswith("forecast  ")] == ["8"]
+    assert lm.main(["--replay", str(baseline), "--rank_rule", "spectrum"]) == 2
+    assert "rank_rule spectrum needs what train.py logs" in get_error(capsys)
+
+
 def test_ttest_is_of_one_text(watched, baseline, tmp_path, capsys):
     ttest = ["--replay", "--ttest", str(baseline)]
     assert lm.main([*ttest, str(watched[0])]) == 0
@@ -295,6 +310,8 @@ def test_ttest_is_of_one_text(watched, baseline, tmp_path, capsys):
         ("--lora_scaling rslora", "lora_scaling rslora needs --lora_alpha"),
         ("--lora_scaling authors --lora_alpha 2", "lora_scaling authors is 1 and has no lora_alpha"),
         ("--rank_budget 0.1", "rank_budget is for rank_rule uniform or budget"),
+        ("--switch_rule forecast --lora_cost 1", "switch_rule forecast needs --forecast_shortfall"),
+        ("--switch_rule forecast --mode full", "switch_rule forecast has no meaning with mode full"),
         ("--target_modules q fc1", "unknown target modules ['fc1']"),
         ("--num_windows 1", "num_windows must be at least 2"),
         ("--switch_epoch 1", "switch_epoch 1 is not in 2"),
