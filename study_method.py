@@ -119,11 +119,12 @@ def get_choices(costs: dict[str, float]) -> dict[str, list[int | None]]:
 
 
 def choose(seed: int, costs: dict[str, float], **rule) -> int | None:
-    """After which epoch a run of this `rule` would have switched, if its full phase was the baseline's."""
+    """After which epoch but the last a run of this `rule` would have switched, if its full phase was the
+    baseline's."""
     run = load_run(get_kept(BEST_ARM, seed))
     cfg = dataclasses.replace(get_config(BEST_ARM, run), switch_epoch=None, fork=None)
     cfg = dataclasses.replace(cfg, warmup_cost=costs["warmup"], lora_cost=costs["lora"], **rule)
-    return find_switch(load_run(get_kept(BASELINE, seed)).epochs, cfg, get_rates)
+    return find_switch(load_run(get_kept(BASELINE, seed)).epochs[:-1], cfg, get_rates)
 
 
 def get_interval(values: np.ndarray) -> str:
