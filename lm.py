@@ -112,8 +112,8 @@ class Config:
     switch_rule: Literal["algorithm1", "forecast"] = "algorithm1"  # forecast: monitor/forecast.py
     tau: PositiveFloat = 3.0  # Algorithm 1: threshold on the weight norms' change between windows, in %
     zeta: PositiveFloat = 8.0  # Algorithm 1: threshold on the training loss's change between windows, in %
-    num_windows: int = 3  # Algorithm 1: k, consecutive windows that must agree
-    window_epochs: PositiveInt = 2  # Algorithm 1: m, epochs per window
+    num_windows: int = 3  # k, consecutive windows that must agree
+    window_epochs: PositiveInt = 2  # m, epochs per window
     forecast_shortfall: NonNegativeFloat | None = None  # forecast: of adapters, by one fork
     warmup_cost: PositiveFloat | None = None  # forecast: a step of the warmup in full ones
     lora_cost: PositiveFloat | None = None  # forecast: a step of the lora phase
@@ -137,7 +137,9 @@ def check_config(cfg: Config) -> None:
     total_steps = cfg.epochs * cfg.steps_per_epoch
     has_alpha, needs_alpha = cfg.lora_alpha is not None, cfg.lora_scaling in ("alpha", "rslora")
     has_budget, is_minmax = cfg.rank_budget is not None, cfg.rank_rule == "minmax"
-    switch, forecasts = cfg.switch_epoch, cfg.switch_rule == "forecast"
+    switch = cfg.switch_epoch
+    forecasts = cfg.switch_rule == "forecast" and switch is None
+    decay_steps = round(cfg.lr_decay_share * total_steps) if cfg.lr_schedule == "wsd" else 0
     knows_too_little = None in (cfg.forecast_shortfall, cfg.warmup_cost, cfg.lora_cost)
     for wrong, sentence in (
         (cfg.run_dir == "", "run_dir is empty"),
@@ -153,6 +155,10 @@ def check_config(cfg: Config) -> None:
         (cfg.num_windows < 2, f"num_windows must be at least 2, not {cfg.num_windows}"),
         (forecasts and cfg.mode != "prelora", f"switch_rule forecast has no meaning with mode {cfg.mode}"),
         (
+            forecasts and cfg.lr_schedule != "cosine",
+            "switch_rule forecast needs --lr_schedule cosine: before wsd's decay no log tells what it brings",
+        ),
+        (
             forecasts and knows_too_little,
             "switch_rule forecast needs --forecast_shortfall, --warmup_cost and --lora_cost: `python lm.py "
             "--replay BASELINE --switch_rule forecast --calibrate RUN --times RUN` measures them",
@@ -161,6 +167,10 @@ def check_config(cfg: Config) -> None:
         (
             switch and not 2 * cfg.window_epochs <= switch < cfg.epochs,
             f"switch_epoch {switch} is not in {2 * cfg.window_epochs}, two windows, to {cfg.epochs - 1}",
+        ),
+        (
+            cfg.lr_warmup_steps + decay_steps > total_steps,
+            f"lr_decay_share {cfg.lr_decay_share} begins within lr_warmup_steps {cfg.lr_warmup_steps}",
         ),
         (
             cfg.lr_warmup_steps >= total_steps,
@@ -431,8 +441,8 @@ def get_rates(cfg: Config, total_steps: int) -> list[float]:
 
 
 def get_next_phase(cfg: Config, s: State, epochs: list[dict]) -> tuple[str, Ranks | None]:
-    """Phase and ranks of the next epoch, from the log: Algorithm 1 ends the full phase, Algorithm 2 gives the
-    ranks, `lora_warmup_epochs` epochs end the warmup."""
+    """Phase and ranks of the next epoch, from the log: Algorithm 1 or the forecast ends the full phase,
+    Algorithm 2 gives the ranks, `lora_warmup_epochs` epochs end the warmup."""
     phase, ranks = s.phase, s.ranks
     # Asked in mode full, too: it raises for norms of nan.
     due = phase == "full" and switch_due(epochs, cfg, get_rates)

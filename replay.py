@@ -1,4 +1,4 @@
-"""When would other settings have switched, and with which ranks? From a run's logged norms, without training.
+"""When would other settings have switched, and with which ranks? From a run's log, without training.
 
     python replay.py runs/baseline                                        the run's own settings
     python replay.py runs/baseline --tau 0.25 0.5 1 --zeta 1 2.5 5        all combinations, RUN/replay.csv too
@@ -30,13 +30,13 @@ from scipy import stats
 import train
 from config.checks import check_config
 from config.cli import parse_flags, typed_config
-from config.ranges import NonNegativeFloat, PositiveFloat
+from config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from errors import UserError, exit_with
 from files import PathStr, expand_home
 from lora.ranks import Ranks, count_parameters
 from monitor.convergence import find_own_switch, find_switch, get_spans
 from monitor.forecast import get_outlook, measure_shortfall
-from monitor.log import get_stage, load_run, pick_events, read_run
+from monitor.log import Run, get_stage, load_run, pick_events, read_run
 from start import check_spectrum, count_base, decide_ranks, get_rates
 
 
@@ -48,12 +48,13 @@ class Replay:
     zeta: tuple[float, ...] | None = None  # thresholds on the loss's change, in %
     num_windows: tuple[int, ...] | None = None  # consecutive windows that must agree
     window_epochs: tuple[int, ...] | None = None  # epochs per window; of --ttest a single number
-    switch_rule: tuple[Literal["algorithm1", "forecast"], ...] | None = None
+    switch_rule: tuple[Literal["algorithm1", "forecast"], ...] | None = None  # forecast: no thresholds
     rank_rule: tuple[Literal["minmax", "uniform", "budget", "spectrum"], ...] | None = None
     forecast_shortfall: NonNegativeFloat | None = None  # forecast: what adapters leave undelivered
-    calibrate: PathStr | None = None  # or measure that by this run, which was forked from RUN and switched
-    warmup_cost: PositiveFloat | None = None  # forecast: a warmup step in full ones; None = the run's, or by
-    lora_cost: PositiveFloat | None = None  # and a lora step                         the epochs of `times`
+    calibrate: PathStr | None = None  # forecast: measure that by this run, a fork of RUN that has switched
+    warmup_cost: PositiveFloat | None = None  # forecast: a warmup step in full ones; None = by --times
+    lora_cost: PositiveFloat | None = None  # forecast: a step of the lora phase; None = by --times
+    lora_warmup_epochs: NonNegativeInt | None = None  # forecast: w; None = the calibrating fork's, or RUN's
     times: PathStr | None = None  # run with epochs of all phases, for the time saved; None = the run itself
     csv: PathStr | None = None  # where the table goes; None = RUN/replay.csv
     ttest: tuple[PathStr, ...] = ()  # RUN_FULL RUN_LORA: compare their step losses instead
@@ -61,6 +62,7 @@ class Replay:
 
 SETTINGS = ("switch_rule", "tau", "zeta", "num_windows", "window_epochs", "rank_rule")
 SWITCH_SETTINGS = SETTINGS[:-1]
+FORECAST_FLAGS = ("forecast_shortfall", "calibrate", "warmup_cost", "lora_cost", "lora_warmup_epochs")
 # What the two runs of --ttest must share.
 SHARED = ("text_sha256", "dataset", "image_size", "model", "epochs", "batch_size", "train_samples", "seed")
 SHARED += (
@@ -159,29 +161,35 @@ def get_settings(cfg: train.Config, asked: Replay) -> list[dict]:
 
 
 def add_forecast(
-    cfg: train.Config, run: str, asked: Replay, epochs: list[dict], seconds: dict[str, float] | None
+    cfg: train.Config, run: str, asked: Replay, seconds: dict[str, float] | None
 ) -> train.Config:
     """`cfg` with the shortfall and the costs that a forecast needs: those that are `asked` for, the run's
     own, or measured, by the fork to calibrate with and by `seconds`. Raises UserError for what is not to be
     had."""
     given = {}
-    for name in ("forecast_shortfall", "warmup_cost", "lora_cost"):
+    for name in ("forecast_shortfall", "warmup_cost", "lora_cost", "lora_warmup_epochs"):
         given[name] = getattr(cfg, name) if getattr(asked, name) is None else getattr(asked, name)
     if asked.calibrate:
+        full, fork = load_run(run), load_run(asked.calibrate)
+        check_shared(run, full, asked.calibrate, fork)
         try:
-            shortfall = measure_shortfall(load_run(asked.calibrate).epochs, epochs, cfg.window_epochs)
+            shortfall = measure_shortfall(fork.epochs, full.epochs, cfg.window_epochs)
         except ValueError as error:
             raise UserError(f"{asked.calibrate} and {run}: {error}") from None
         given["forecast_shortfall"] = round(shortfall, 3)
+        if asked.lora_warmup_epochs is None:
+            given["lora_warmup_epochs"] = fork.config["lora_warmup_epochs"]
+    if seconds and load_run(asked.times or run).config.get("fork"):
+        seconds = None  # those of its full epochs are another run's, at another time
     for phase in ("warmup", "lora"):
         if seconds and not given[f"{phase}_cost"] and phase in seconds:
             given[f"{phase}_cost"] = round(seconds[phase] / seconds["full"], 3)
-    if cfg.lora_warmup_epochs == 0:
+    if given["lora_warmup_epochs"] == 0:
         given["warmup_cost"] = 1.0  # of nothing
     if not (given["warmup_cost"] and given["lora_cost"]):
         raise UserError(
-            "the forecast needs what steps of the other phases cost: --times RUN, which has epochs of all of "
-            "them, or --warmup_cost and --lora_cost"
+            "the forecast needs what steps of the other phases cost: --warmup_cost and --lora_cost, or "
+            "--times RUN, which has trained epochs of all phases itself and is no fork"
         )
     return dataclasses.replace(cfg, **given)
 
@@ -203,7 +211,7 @@ def get_rows(run: str, asked: Replay, task=TASK) -> tuple[list[dict], list[str],
     if not full:
         raise UserError(f"{run} has no full phase")
     spans = []
-    if freezes or any(getattr(asked, name) for name in SWITCH_SETTINGS):
+    if freezes or any(getattr(asked, name) is not None for name in SWITCH_SETTINGS + FORECAST_FLAGS):
         cfg = dataclasses.replace(cfg, switch_epoch=None)  # now the test decides, not a fixed epoch
     else:
         spans = [(since, settings) for since, settings in get_spans(events) if since <= len(full)]
@@ -211,8 +219,10 @@ def get_rows(run: str, asked: Replay, task=TASK) -> tuple[list[dict], list[str],
         cfg = dataclasses.replace(cfg, **spans[-1][1])
     seconds = get_timing(cfg, run, asked)
     base, costs = task.count_base(cfg, task.build_net(cfg))
-    if asked.calibrate or "forecast" in (asked.switch_rule or (cfg.switch_rule,)):
-        cfg = add_forecast(cfg, run, asked, epochs, seconds)
+    if "forecast" in (asked.switch_rule or (cfg.switch_rule,)):
+        cfg = add_forecast(cfg, run, asked, seconds)
+    elif given := [name for name in FORECAST_FLAGS if getattr(asked, name) is not None]:
+        raise UserError(f"--{given[0]} is the forecast's: it needs --switch_rule forecast")
     rows = []
     for setting in get_settings(cfg, asked):
         budget = None if setting["rank_rule"] == "minmax" else cfg.rank_budget
@@ -267,9 +277,10 @@ def describe_forecast(cfg, full: list[dict], task=TASK) -> str:
         lines.append(
             (str(count), final, switched, f"{outlook.equal_epochs:.1f}", equal, gains, outlook.verdict)
         )
-    costs = f"{cfg.warmup_cost:g} and {cfg.lora_cost:g}"
+    windows = f"{cfg.num_windows} × {cfg.window_epochs}"
     return (
-        f"forecast: steps of warmup and lora phase cost {costs} full ones, the shortfall is "
+        f"forecast, windows {windows}: w is {cfg.lora_warmup_epochs}, steps of warmup and lora phase cost "
+        f"{cfg.warmup_cost:g} and {cfg.lora_cost:g} full ones, the shortfall is "
         f"{cfg.forecast_shortfall:g}\n{align([(*titles, 'verdict'), *lines])}"
     )
 
@@ -278,10 +289,13 @@ def describe_spans(run: str, spans: list[tuple[int, dict]]) -> list[str]:
     """A sentence for each change of settings in `spans`."""
     sentences = []
     for (_, before), (since, after) in itertools.pairwise(spans):
-        changes = [f"{name} {value}" for name, value in after.items() if value != before.get(name)]
-        sentences.append(
-            f"{run} has {', '.join(changes)} from the end of epoch {since} on, and was judged so"
-        )
+        # What an older start did not write down, or goes with a new rule, is not known to have changed.
+        known = {name: value for name, value in after.items() if name in before}
+        changes = [f"{name} {value}" for name, value in known.items() if value != before[name]]
+        if changes:
+            sentences.append(
+                f"{run} has {', '.join(changes)} from the end of epoch {since} on, and was judged so"
+            )
     return sentences
 
 
@@ -357,12 +371,7 @@ def compare_losses(run_full: str, run_lora: str, window_epochs: int | None) -> l
     losses.
     """
     full, lora = load_run(run_full), load_run(run_lora)
-    for name in SHARED:
-        here, there = full.config.get(name), lora.config.get(name)  # each task has some of them
-        if here != there:
-            raise UserError(
-                f"{run_full} and {run_lora} differ in more than the switch: {name} is {here} and {there}"
-            )
+    check_shared(run_full, full, run_lora, lora)
     if window_epochs is not None and window_epochs < 1:
         raise UserError(f"window_epochs must be above 0, not {window_epochs}")
     size = window_epochs or lora.config["window_epochs"]
@@ -385,6 +394,16 @@ def compare_losses(run_full: str, run_lora: str, window_epochs: int | None) -> l
         row = {"first": window[0], "last": window[-1], "full": float(np.mean(a)), "lora": float(np.mean(b))}
         rows.append({**row, "t": float(test.statistic), "p": float(test.pvalue)})
     return rows
+
+
+def check_shared(run_full: str, full: Run, run_lora: str, lora: Run) -> None:
+    """Raise UserError where two runs differ in more than the switch."""
+    for name in SHARED:
+        here, there = full.config.get(name), lora.config.get(name)  # each task has some of them
+        if here != there:
+            raise UserError(
+                f"{run_full} and {run_lora} differ in more than the switch: {name} is {here} and {there}"
+            )
 
 
 def get_step_losses(epochs: list[dict], phases: tuple[str, ...]) -> dict[int, list[float] | None]:

@@ -510,7 +510,9 @@ def check_next_switch(cfg, start: Start, net: nn.Module) -> None:
     if not get_displacement_notes(cfg, start):
         measured = s.epoch - s.epoch % cfg.window_epochs + cfg.window_epochs  # the one under way goes on
     try:
-        is_due = not s.epoch_step and switch_due(epochs, cfg)
+        # A forecast whose costs are still to be timed is made after that, in train.py.
+        is_timed = cfg.switch_rule != "forecast" or (cfg.warmup_cost and cfg.lora_cost)
+        is_due = not s.epoch_step and is_timed and switch_due(epochs, cfg, get_rates)
     except FloatingPointError as error:
         raise UserError(f"{start.checkpoint}: {error}") from None
     is_too_early = cfg.switch_epoch is not None and cfg.switch_epoch < measured

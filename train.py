@@ -299,7 +299,10 @@ def time_costs(cfg: Config, net: nn.Module, device: torch.device, mesh: DeviceMe
         optimizer = build_optimizer(model, cfg.weight_decay)
         return lambda: train_step(cfg, model.train(), optimizer, batches, 0, 0.0, failed)
 
-    seconds = time_phases(build_step, device)
+    if distributed.get_world_rank() == 0:
+        print("timing a step of each phase, for the forecast", file=sys.stderr)
+    with distributed.stop_signals_held():  # a scheduler sends them to the compilers, too
+        seconds = time_phases(build_step, device)
     slowest = {phase: distributed.max_over_processes(each, device) for phase, each in seconds.items()}
     cfg.warmup_cost = cfg.warmup_cost or round(slowest["warmup"] / slowest["full"], 3)
     cfg.lora_cost = cfg.lora_cost or round(slowest["lora"] / slowest["full"], 3)
@@ -355,6 +358,8 @@ def get_next_phase(cfg: Config, s: State, epochs: list[dict]) -> tuple[str, Rank
         return phase, ranks, frozen_blocks
     # Asked in mode full, too: it raises for norms of nan.
     due = phase == "full" and switch_due(epochs, cfg, get_rates)
+    if cfg.switch_rule == "forecast":  # a fit's last digits are another machine's own: all go by process 0
+        due = checkpoint.on_process_0(bool, due)
     if due and cfg.mode == "prelora":
         phase, ranks = "warmup", decide_ranks(cfg, build_net(cfg), epochs)
     elif due:  # mode full stays in its phase
@@ -379,7 +384,8 @@ def train(cfg: Config, start: Start, device: torch.device, mesh: DeviceMesh | No
     # A run that was stopped between an epoch's last step and its evaluation still has that to do.
     if s.step >= last_step and s.epoch_step < steps_per_epoch:
         return say_done(cfg, s, total_steps)
-    if cfg.switch_rule == "forecast" and s.phase == "full" and not (cfg.warmup_cost and cfg.lora_cost):
+    forecasts = cfg.switch_rule == "forecast" and cfg.switch_epoch is None and s.phase == "full"
+    if forecasts and not (cfg.warmup_cost and cfg.lora_cost):
         time_costs(cfg, build_net(cfg), device, mesh)
         start.notes.append(
             f"forecast: steps cost {cfg.warmup_cost} (warmup), {cfg.lora_cost} (lora) full ones"

@@ -126,9 +126,9 @@ def check_switch(cfg) -> None:
         cfg.num_windows >= 2,
         f"num_windows must be at least 2, not {cfg.num_windows}: the test compares consecutive windows",
     )
-    if cfg.switch_rule == "forecast":
-        check_forecast(cfg)
     if cfg.switch_epoch is None:
+        if cfg.switch_rule == "forecast":
+            check_forecast(cfg)
         return
     freezes = cfg.mode == "full" and cfg.freeze_blocks > 0
     require(
@@ -156,6 +156,16 @@ def check_forecast(cfg) -> None:
         cfg.forecast_shortfall is not None,
         "switch_rule forecast needs --forecast_shortfall, what adapters leave undelivered: "
         "`python replay.py BASELINE --switch_rule forecast --calibrate FORK` measures it",
+    )
+    require(
+        cfg.lr_schedule == "cosine",
+        f"switch_rule forecast needs a learning rate that falls all the time: before lr_schedule "
+        f"{cfg.lr_schedule}'s decay begins no log tells what that will bring",
+    )
+    require(
+        cfg.fork is None or (cfg.warmup_cost is not None and cfg.lora_cost is not None),
+        "a fork by switch_rule forecast needs --warmup_cost and --lora_cost: it is asked before steps can be "
+        "timed where it begins",
     )
 
 

@@ -28,14 +28,9 @@ class Settings(Protocol):
 
 # Those that a run may change when it goes on. Each start's record has them, as "switch_settings".
 CHANGEABLE = ("switch_rule", "tau", "zeta", "num_windows", "switch_epoch", "lr_warmup_steps")
-FORECAST = (
-    "forecast_shortfall",
-    "warmup_cost",
-    "lora_cost",
-    "lora_warmup_epochs",
-    "epochs",
-)  # and, by that rule
-FORECAST += ("lr", "lr_schedule", "lr_decay_share")
+# By the forecast it depends on these besides.
+FORECAST = "forecast_shortfall warmup_cost lora_cost lora_warmup_epochs epochs".split()
+FORECAST += "lr lr_schedule lr_decay_share".split()
 
 
 class Window(NamedTuple):
@@ -106,7 +101,7 @@ def get_windows(epochs: list[dict], cfg: Settings) -> list[Window]:
 
 def get_switch_settings(cfg: Settings) -> dict:
     """Of what the switch depends on, what a run may change when it goes on."""
-    names = CHANGEABLE + FORECAST if cfg.switch_rule == "forecast" else CHANGEABLE
+    names = [*CHANGEABLE, *FORECAST] if cfg.switch_rule == "forecast" else CHANGEABLE
     return {name: getattr(cfg, name) for name in names}
 
 

@@ -91,12 +91,14 @@ def get_areas(rates: np.ndarray, warmup_steps: int) -> tuple[np.ndarray, np.ndar
     return np.cumsum(rates), np.cumsum(momentum)
 
 
-def get_logged_rates(epochs: list[dict]) -> np.ndarray:
-    """The learning rate of each step so far, from the epochs' last ones: straight lines between them, the
-    first from 0."""
-    ends = [record["step"] for record in epochs]
-    rates = [record["lr"] for record in epochs]
-    return np.interp(np.arange(1, ends[-1] + 1), [0, *ends], [0.0, *rates])
+def get_logged_rates(epochs: list[dict], rates: np.ndarray) -> np.ndarray:
+    """The learning rate of each step so far: `rates`, those of the settings, and where the log has another
+    one at an epoch's end, because a run was resumed with other settings, as many times more or less."""
+    ends = np.array([record["step"] for record in epochs])
+    own = rates[ends - 1]
+    logged = np.array([record["lr"] for record in epochs])
+    ratios = np.divide(logged, own, out=np.ones(len(ends)), where=own > 0)
+    return rates[: ends[-1]] * np.interp(np.arange(1, ends[-1] + 1), ends, ratios)
 
 
 def fit_law(S1: np.ndarray, S2: np.ndarray, losses: np.ndarray) -> LossLaw:
@@ -135,10 +137,9 @@ def get_outlook(epochs: list[dict], cfg: ForecastSettings, get_rates: GetRates) 
     if bad:
         raise FloatingPointError(f"epoch {bad[0]}: the training loss is not finite")
     steps_per_epoch = epochs[0]["step"] // epochs[0]["epoch"]
-    logged = get_logged_rates(epochs)
-    total_steps = cfg.epochs * steps_per_epoch
-    whole = np.concatenate([logged, get_rates(cfg, total_steps)[len(logged) :]])
-    S1, S2 = get_areas(whole, cfg.lr_warmup_steps)
+    rates = np.array(get_rates(cfg, cfg.epochs * steps_per_epoch))
+    rates[: epochs[-1]["step"]] = get_logged_rates(epochs, rates)
+    S1, S2 = get_areas(rates, cfg.lr_warmup_steps)
     freeze = min(count + cfg.lora_warmup_epochs, cfg.epochs)
     equal_epochs = count + (freeze - count) * cfg.warmup_cost + (cfg.epochs - freeze) * cfg.lora_cost
     equal_steps = max(round(equal_epochs * steps_per_epoch), 1)
@@ -168,9 +169,10 @@ def get_outlook(epochs: list[dict], cfg: ForecastSettings, get_rates: GetRates) 
     expected = [expect(law) for law in laws]
     gains = tuple(float(equal - switched) for _, switched, equal in expected)
     final, switched, equal = map(float, expected[-1])
-    return Outlook(
-        count, laws[-1], final, switched, equal_epochs, equal, gains, judge(gains, cfg.num_windows)
-    )
+    verdict = judge(gains, cfg.num_windows)
+    if freeze == cfg.epochs:  # no epoch is left for adapters alone
+        verdict = "wait"
+    return Outlook(count, laws[-1], final, switched, equal_epochs, equal, gains, verdict)
 
 
 def judge(gains: tuple[float, ...], needed: int) -> str:
@@ -189,18 +191,20 @@ def measure_shortfall(fork: list[dict], full: list[dict], window_epochs: int) ->
     loss ended, in the last epochs that both have, over the square of what all parameters took off from the
     freeze to there. 0 for a fork that ended lower.
 
-    `fork`, `full`: epoch records. The ends are means over the last window_epochs epochs. Raises ValueError
-    where the fork's lora phase and the full run share less than two windows, or nothing was left to learn.
+    `fork`, `full`: epoch records. The ends are means over the last window_epochs epochs, the loss at the
+    freeze that of one epoch. Raises ValueError where the fork's lora phase and the full run share less than
+    two windows, or nothing was left to learn.
     """
     losses = {record["epoch"]: record["train_loss"] for record in full if record["phase"] == "full"}
     shared = [record for record in fork if record["phase"] == "lora" and record["epoch"] in losses]
-    freeze = shared[0]["epoch"] - 1 if shared else 0
-    if len(shared) < 2 * window_epochs or freeze not in losses:
+    if len(shared) < 2 * window_epochs:
         raise ValueError(
             f"{len(shared)} epochs after the freeze in common, a calibration needs two windows of "
             f"{window_epochs}"
         )
-    last = shared[-window_epochs:]
+    freeze, last = shared[0]["epoch"] - 1, shared[-window_epochs:]
+    if freeze not in losses:
+        raise ValueError(f"the full run's log lacks epoch {freeze}, after which the fork's base is frozen")
     fork_end = np.mean([record["train_loss"] for record in last])
     full_end = np.mean([losses[record["epoch"]] for record in last])
     left = losses[freeze] - full_end
