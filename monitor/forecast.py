@@ -1,8 +1,8 @@
 """When to switch without thresholds: at the first window's end at which a switch is expected to lose less
 than all parameters would lose by training for no more time than the switched run takes.
 
-The paper (arXiv 2509.21619, section 5) leaves open how to find its thresholds online. This rule compares two
-expected final losses, both from a loss law fitted to the full phase's log (arXiv 2408.11029, equation 1):
+The paper (arXiv 2509.21619) leaves open how to find its thresholds online. This rule compares two expected
+final losses, both from a loss law fitted to the full phase's log (arXiv 2408.11029):
 
     L = L0 + A · S1^-α - C · S2        S1: the sum of the learning rates so far; S2: what has been annealed
 
@@ -14,7 +14,8 @@ With L(T) for all parameters over the whole run of T epochs, w epochs of warmup,
 
 Of the learning that is left adapters deliver the share 1 - shortfall · left: the more there is, the less of
 it fits into their few directions. So docs/method.md found it, where a share that is the same at every switch
-was right at one of them only. One fork, wherever it switched, calibrates `shortfall` (1 / loss).
+was right at one of them only. A fork that switched early enough for it to be seen calibrates `shortfall`, in
+1 / loss.
 
 The log is the state: these are functions of epoch records, and keep nothing. `get_rates(cfg, n)` gives the
 learning rate of each step that a run of n steps with all parameters would have.
@@ -31,7 +32,7 @@ GetRates = Callable[..., list[float]]
 
 # How long a fall of the rate goes on to lower the loss: 1 / (1 - 0.99) = 100 steps. The law's authors take
 # 0.999, for language models of 20,000 steps and more. On the logs of docs/study, of 2232 steps, fits up to
-# epoch 14 expect with that a final loss that is 0.05 to 0.17 too low, and with 0.99 one within 0.04.
+# epoch 14 expect with that a final loss that is 0.04 to 0.17 too low, and with 0.99 one within 0.05.
 MEMORY = 0.99
 ALPHAS = np.geomspace(0.05, 2.0, 25)  # where the best exponent is looked for
 LEAST_EPOCHS = 6  # that a fit needs, for its four numbers
