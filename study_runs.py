@@ -116,7 +116,7 @@ STATIC = [
 BEST_ARM = MAIN_FORKS[0]
 # The same arm with ranks by the other rules, at minmax's parameters.
 RULE_ARMS = {"minmax": BEST_ARM} | {
-    rule: Arm(f"best_{rule}", f"{AT_14} {BEST} --rank_rule {rule}",
+    rule: Arm(f"best_{rule}", f"{AT_14} {BEST} --rank_rule {rule}", 5,
               text=f"PreLoRA at 14, else the same, ranks by {rule}")
     for rule in ("uniform", "budget", "spectrum")
 }
