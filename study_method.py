@@ -251,6 +251,7 @@ def build_rank_figure(rules: dict[str, dict[str, list[float]]]) -> Figure:
             right.plot(differences.mean(), row, "D", color="black")
     right.axvline(0, color="black", linestyle="--")
     right.set(xlabel="top-1 minus that with Algorithm 2's ranks, points")
+    right.locator_params(axis="x", nbins=5)
     return figure
 
 

@@ -5,11 +5,10 @@ The log is the state: these are functions of epoch records as they stand in metr
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from errors import UserError
-from monitor.forecast import GetRates, get_outlook
 
 
 class Settings(Protocol):
@@ -31,6 +30,9 @@ CHANGEABLE = ("switch_rule", "tau", "zeta", "num_windows", "switch_epoch", "lr_w
 # By the forecast it depends on these besides.
 FORECAST = "forecast_shortfall warmup_cost lora_cost lora_warmup_epochs epochs".split()
 FORECAST += "lr lr_schedule lr_decay_share".split()
+
+
+GetRates = Callable[..., list[float]]  # see monitor/forecast.py
 
 
 class Window(NamedTuple):
@@ -108,7 +110,7 @@ def get_switch_settings(cfg: Settings) -> dict:
 def switch_due(epochs: list[dict], cfg: Settings, get_rates: GetRates | None = None) -> bool:
     """Whether the switch is due after the last of these records of a full phase: switch_epoch is reached or,
     without one, a window ends just there and Algorithm 1 passes over the last num_windows, or the forecast
-    (monitor/forecast.py, which needs `get_rates`) says so.
+    (monitor/forecast.py) says so. Without `get_rates`, which that needs, it is always Algorithm 1.
 
     A window that begins before the learning rate's warmup has ended does not count. Raises as `get_windows`.
     """
@@ -223,7 +225,10 @@ def is_due_after(
         return len(epochs) >= cfg.switch_epoch
     if not epochs or len(epochs) % cfg.window_epochs != 0:
         return False
-    if cfg.switch_rule == "forecast":
+    if get_rates is not None and cfg.switch_rule == "forecast":
+        # Here, because its fits need scipy, and Algorithm 1 no library at all.
+        from monitor.forecast import get_outlook
+
         return get_outlook(epochs, cfg, get_rates).verdict == "switch"
     counting = [window for window in windows if window.start >= warmup_epochs]
     if len(counting) < cfg.num_windows:

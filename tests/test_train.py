@@ -151,7 +151,7 @@ def test_two_runs_are_identical(small, reference, tmp_path):
 def test_a_test_that_passes_too_late_or_not_at_all(small, tmp_path):
     """After the last epoch the test may still pass: it is not said that it did not."""
     late = get_warnings(run(small, tmp_path / "late", "--epochs", SWITCH))
-    assert [text for text in late if "test passed after the last epoch: none is left" in text]
+    assert [text for text in late if "the switch was due after the last epoch: none is left" in text]
     assert not [text for text in late if "did not pass in time" in text]
     never = get_warnings(run(small, tmp_path / "never", "--epochs", SWITCH, "--tau", 1e-6))
     assert [text for text in never if "the convergence test did not pass in time: tau 1e-06" in text]
