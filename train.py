@@ -128,9 +128,7 @@ class Config:
     frozen_base: Literal["replicate", "shard"] = "replicate"  # lora phase: base whole on each GPU, or not
     # PreLoRA
     mode: Literal["prelora", "full", "lora"] = "prelora"  # full: baseline; lora: static LoRA, adapters+rest
-    switch_rule: Literal["algorithm1", "forecast"] = (
-        "algorithm1"  # forecast: no thresholds (monitor/forecast.py)
-    )
+    switch_rule: Literal["algorithm1", "forecast"] = "algorithm1"  # forecast: without thresholds
     tau: PositiveFloat = 0.5  # Algorithm 1: threshold on the weight norms' change between windows, in %
     zeta: PositiveFloat = 2.5  # Algorithm 1: threshold on the training loss's change between windows, in %
     num_windows: int = 3  # k, consecutive windows that must agree; forecast: fits up to their ends

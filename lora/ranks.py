@@ -120,12 +120,7 @@ def budget_ranks(
         for layer, change in enumerate(layers):
             for n in range(2, rank_max // rank_min + 1):
                 steps.append((n / abs(change) if change else math.inf, n, family, layer))
-    for _, _, family, layer in sorted(steps):
-        left -= rank_min * costs[family][layer]
-        if left < 0:
-            break
-        ranks[family][layer] += rank_min
-    return ranks
+    return fill(ranks, sorted(steps), costs, left, rank_min)
 
 
 def spectrum_ranks(
@@ -149,7 +144,15 @@ def spectrum_ranks(
                 blocks.append((-captured / (rank_min * costs[family][layer]), n, family, layer))
     ranks = {family: [rank_min] * len(layers) for family, layers in spectrum.items()}
     # A layer's blocks are worth less and less, so in this order each comes after the one below it.
-    for _, _, family, layer in sorted(blocks):
+    return fill(ranks, sorted(blocks), costs, left, rank_min)
+
+
+def fill(
+    ranks: Ranks, blocks: list[tuple], costs: dict[str, Sequence[int]], left: int, rank_min: int
+) -> Ranks:
+    """`ranks`, which are changed, with rank_min more for the (…, …, family, layer) of each block in turn,
+    until the parameters that are `left` do not pay for the next one."""
+    for _, _, family, layer in blocks:
         left -= rank_min * costs[family][layer]
         if left < 0:
             break
